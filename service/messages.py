@@ -1,0 +1,214 @@
+"""Everything that crosses the socket between the front and the engine, and nothing else.
+
+front  --Submit, Abort, Evaluate, Shutdown-->  engine
+front  <--Loading, Ready, Step, Evaluated, Fatal--  engine
+
+The two processes share one UNIX socket pair. A frame is a 4-byte little-endian length and a msgpack
+body; the body is a tagged union, so a decoder rejects whatever is not one of these types. Neither side
+imports torch for this module.
+"""
+
+import struct
+from typing import Literal
+
+import msgspec
+
+MAX_FRAME_BYTES = 256 << 20
+HEADER = struct.Struct("<I")
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine child is started with: a JSON argument on its command line."""
+
+    model_path: str  # local folder; the front has resolved names and downloads
+    precision: str  # `name[:option=value,...]`, or `auto`
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # activations of the quantized modes
+    max_context_tokens: int = 0  # 0: what config.json allows
+    max_batch_tokens: int = 0  # tokens in one step, prefill and decode together; 0: by device
+    max_batch_requests: int = 0  # requests decoding at once; 0: by device
+    kv_tokens: int = 0  # size of the KV cache; 0: by device memory
+    kv_memory_fraction: float = 0.9  # share of free device memory that `kv_tokens = 0` may take
+    prefix_cache: bool = True
+    head: Literal["16bit", "int8"] = "16bit"  # precision of lm_head
+    calibration: str = ""  # text file for calibrated modes; empty: the interpreter's documentation
+    cache_dir: str = ""
+    threads: int = 0  # 0: one per physical core
+    stop_token_ids: list[int] = msgspec.field(default_factory=list)  # added to config.json's eos ids
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How one request's tokens are drawn. Bounds were checked by the front."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # 64 bits; the front draws one where the client gave none
+    sample_index: int = 0  # which of `n` answers to the same prompt
+    min_tokens: int = 0  # stop ids are not sampled before this many tokens
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int = -1  # -1: none; k >= 0: the sampled token and the k likeliest
+    prompt_logprobs: int = -1  # the same for each prompt token but the first
+
+
+# --- front to engine ---------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, tag="submit", array_like=True):
+    id: int
+    prompt: list[int]
+    sampling: Sampling
+    cache_salt: bytes = b""  # prefix blocks are shared only under the same salt
+
+
+class Abort(msgspec.Struct, tag="abort", array_like=True):
+    ids: list[int]
+
+
+class Evaluate(msgspec.Struct, tag="evaluate", array_like=True):
+    """Quality of the served weights on `windows` of token ids; each window is scored on its own.
+
+    `reference` names a precision of the same checkpoint whose full-vocabulary distribution the KL
+    divergence is taken against; empty: no KL.
+    """
+
+    id: int
+    windows: list[list[int]]
+    modes: list[Literal["prefill", "decode1", "decode8"]]
+    decode_tokens: int = 2048  # scored tokens in each decode mode
+    reference: str = ""
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
+    pass
+
+
+FrontMessage = Submit | Abort | Evaluate | Shutdown
+
+
+# --- engine to front ---------------------------------------------------------------------------
+
+
+class Loading(msgspec.Struct, tag="loading", array_like=True):
+    """Progress on the way to ready; `stage` is one of import, verify, calibrate, quantize, load, warm."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str  # bytes, layers
+
+
+class EngineInfo(msgspec.Struct, kw_only=True):
+    """What is served: the source of /version, the ready line and the report's columns."""
+
+    model_path: str
+    architecture: str
+    precision: str  # canonical
+    dtype: str  # of activations and KV cache
+    device: str  # cpu, cuda:0
+    device_name: str
+    torch_version: str
+    num_parameters: int
+    vocab_size: int
+    max_context_tokens: int
+    kv_tokens: int
+    kv_block_tokens: int
+    max_batch_tokens: int
+    max_batch_requests: int
+    eos_token_ids: list[int]
+    kernels: dict[str, str]  # layer class (qkv_proj, o_proj, ..., lm_head, attention) -> kernel
+    memory_bytes: dict[str, int]  # ledger part -> bytes; weights.* sum to `weight_bytes`
+    weight_bytes: int
+    load_seconds: dict[str, float]  # stage -> seconds
+    peak_load_bytes: int
+    calibration: dict[str, str] = msgspec.field(default_factory=dict)  # text, sha256, python
+
+
+class Ready(msgspec.Struct, tag="ready", array_like=True):
+    info: EngineInfo
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probability of one token under the unmodified distribution, and of the likeliest few."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the likeliest
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Output(msgspec.Struct, array_like=True):
+    """What one step did for one request. Exactly one Output of a request carries a finish reason."""
+
+    id: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the last prefill chunk
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first Output
+    error: str = ""  # for finish reason `error`: a fixed phrase, never an exception's text
+
+
+class StepStats(msgspec.Struct, array_like=True):
+    """Engine-side figures; counters are deltas since the last Step, gauges are of now."""
+
+    step_seconds: float = 0.0  # 0 for a heartbeat
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_used_tokens: int = 0
+    kv_cached_tokens: int = 0  # in blocks held only for reuse
+    memory_bytes: dict[str, int] | None = None  # when it changed
+    peak_bytes: dict[str, int] | None = None  # phase (load, prefill, decode) -> peak bytes
+
+
+class Step(msgspec.Struct, tag="step", array_like=True):
+    """One message a step. An idle engine sends an empty one every second: its heartbeat."""
+
+    outputs: list[Output]
+    stats: StepStats
+
+
+class Evaluated(msgspec.Struct, tag="evaluated", array_like=True):
+    """Answer to Evaluate, or its progress while `done` < `total`."""
+
+    id: int
+    done: int
+    total: int
+    nll: dict[str, float]  # mode -> summed negative log-likelihood, nats
+    tokens: dict[str, int]  # mode -> scored tokens
+    kl_mean: float = 0.0  # nats per token, reference || served
+    kl_tokens: int = 0
+    top1_agreement: float = 0.0
+    error: str = ""
+
+
+class Fatal(msgspec.Struct, tag="fatal", array_like=True):
+    """The engine cannot start or go on; the child exits right after."""
+
+    code: str  # of errors.HalftoneError
+    message: str
+    hint: str = ""
+    retryable: bool = False  # False: starting again would end the same way
+
+
+EngineMessage = Loading | Ready | Step | Evaluated | Fatal
+
+encoder = msgspec.msgpack.Encoder()
+front_decoder: msgspec.msgpack.Decoder[FrontMessage] = msgspec.msgpack.Decoder(FrontMessage)
+engine_decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
+
+
+def frame(message: FrontMessage | EngineMessage) -> bytes:
+    """message -> length-prefixed msgpack bytes."""
+    body = encoder.encode(message)
+    return HEADER.pack(len(body)) + body

@@ -1,0 +1,47 @@
+"""What one step computes on, as tensors: the contract between the engine's runner and the decoder.
+
+T tokens of S sequences lie flat, one sequence after another; sequences with one new token (decode) come
+first. KV pages hold BLOCK_TOKENS tokens; a slot is `block * BLOCK_TOKENS + offset`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    token_ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T], absolute in its sequence
+    slots: Tensor  # int64 [T], where this token's K and V are written
+    query_starts: list[int]  # [S + 1], first row of each sequence; the last is T
+    context_lengths: list[int]  # [S], tokens of K and V after this step
+    block_tables: Tensor  # int32 [S, max blocks], rows padded with 0
+    num_decode: int  # the first `num_decode` sequences have one new token each
+    logit_rows: Tensor  # int64 [R], rows of which logits are wanted
+
+
+class PagedKV:
+    """K and V of every layer, each one tensor [block, kv_head, token, head_dim].
+
+    Block 0 is never handed out: padding rows of a fixed-size batch write there.
+    """
+
+    def __init__(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int,
+        dtype: torch.dtype, device: torch.device,
+    ) -> None:
+        shape = (num_blocks, num_kv_heads, BLOCK_TOKENS, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))

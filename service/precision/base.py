@@ -1,0 +1,93 @@
+"""What a precision is: it turns 16-bit (or pre-quantized) tensors into layers that multiply.
+
+checkpoint tensors --Backend.build(group, read)--> QuantLinear --forward(x)--> y
+
+A group holds the linears that share one input (q, k, v; gate, up; or one alone). Its parts are quantized
+one by one, exactly as if each stood alone, and then packed together so that one kernel call serves all.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from service.precision.spec import Options
+
+Read = Callable[[str], Tensor]
+Activation = Literal["16bit", "int8_rows", "fp8_rows"]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear of the checkpoint, `path` as in its tensor names without `.weight`."""
+
+    path: str
+    in_features: int
+    out_features: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears that share one input and are built into one layer."""
+
+    name: str  # layer class: qkv_proj, o_proj, gate_up_proj, down_proj
+    parts: tuple[LinearSpec, ...]
+    device: torch.device
+    dtype: torch.dtype  # of activations in and out
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+
+class QuantLinear(nn.Module, ABC):
+    """A built group. Tensors are buffers or parameters, so moving and counting them is torch's business."""
+
+    group: LinearGroup
+    kernel: str = ""  # name of the kernel that serves this layer, for /version
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, in_features] -> [tokens, out_features of all parts, in order]; bias included."""
+
+    @abstractmethod
+    def dense(self, part: int) -> Tensor:
+        """What the stored bits of one part mean: float32 [out_features, in_features] on the CPU."""
+
+    @abstractmethod
+    def bytes(self) -> dict[str, int]:
+        """Bytes by ledger part: codes, scales, zeros, codebooks, weights16 (weights kept in 16 or 32 bit, biases).
+
+        Counts what is resident after the first forward, whatever a library calls its buffers.
+        """
+
+
+class Backend(Protocol):
+    """One row of the table. Constructed from a PrecisionSpec; raises PrecisionError on bad options."""
+
+    name: ClassVar[str] | str
+    options: Options
+    canonical: str  # flag, metric label, report column
+    activation: Activation
+    capturable: bool  # may its layers run inside a CUDA graph
+    quantizer: str | None  # step of service/quantize that makes this mode's checkpoint from a 16-bit one
+
+    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
+        """Can it read a checkpoint with this `quantization_config` (None: a 16-bit one)?"""
+        ...
+
+    def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+        """Type of activations and KV cache when the user asked for `auto`."""
+        ...
+
+    def build(self, group: LinearGroup, read: Read) -> QuantLinear:
+        """`read` takes a full tensor name and returns it on the CPU in the checkpoint's dtype."""
+        ...
