@@ -28,44 +28,68 @@ def default_cache_dir() -> Path:
 class Settings(BaseSettings):
     """What a server is started with."""
 
-    model_config = SettingsConfigDict(env_prefix="HALFTONE_", extra="forbid", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix="HALFTONE_", extra="forbid", frozen=True, protected_namespaces=()
+    )
 
     # what is served
     model: str = Field("demo", description="`demo`, a local folder, or a hub id such as ORG/NAME.")
     revision: str = Field("main", description="Hub branch, tag or commit.")
-    precision: str = Field("auto", description="`name[:option=value,...]`: fp32 bf16 fp16 int8 nf4 awq, or `auto`.")
+    precision: str = Field(
+        "auto", description="`name[:option=value,...]`: fp32 bf16 fp16 int8 nf4 awq, or `auto`."
+    )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where the model runs.")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Type of activations and KV cache in the quantized modes."
     )
     head: Literal["16bit", "int8"] = Field("16bit", description="Precision of lm_head.")
-    calibration: str = Field("", description="Text file that calibrated modes use; empty: the interpreter's documentation.")
-    served_model_name: str = Field("", description="Name in requests and metrics; empty: the last part of `model`.")
+    calibration: str = Field(
+        "", description="Text file that calibrated modes use; empty: the interpreter's documentation."
+    )
+    served_model_name: str = Field(
+        "", description="Name in requests and metrics; empty: the last part of `model`."
+    )
     chat_template: str = Field("", description="File with a jinja2 chat template; empty: the checkpoint's.")
-    cache_dir: Path = Field(default_factory=default_cache_dir, description="Demo model and quantized checkpoints.")
+    cache_dir: Path = Field(
+        default_factory=default_cache_dir, description="Demo model and quantized checkpoints."
+    )
     # engine
-    max_context_tokens: int = Field(0, ge=0, description="Longest prompt + answer in tokens; 0: what the model allows.")
+    max_context_tokens: int = Field(
+        0, ge=0, description="Longest prompt + answer in tokens; 0: what the model allows."
+    )
     max_batch_tokens: int = Field(0, ge=0, le=65536, description="Tokens in one step; 0: by device.")
     max_batch_requests: int = Field(0, ge=0, le=1024, description="Requests decoding at once; 0: by device.")
     kv_tokens: int = Field(0, ge=0, description="Size of the KV cache in tokens; 0: by device memory.")
-    kv_memory_fraction: float = Field(0.9, gt=0, le=0.98, description="Share of free device memory for `kv_tokens=0`.")
+    kv_memory_fraction: float = Field(
+        0.9, gt=0, le=0.98, description="Share of free device memory for `kv_tokens=0`."
+    )
     prefix_cache: bool = Field(True, description="Reuse KV blocks of repeated prefixes.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: one per core.")
     # HTTP
     host: str = Field("127.0.0.1", description="Address to bind.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the API; 0: any free one.")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Own port for /metrics on the same host; 0: the API's port.")
-    api_key: str = Field("", description="Key that clients must send; several separated by commas; empty: none.")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Own port for /metrics on the same host; 0: the API's port."
+    )
+    api_key: str = Field(
+        "", description="Key that clients must send; several separated by commas; empty: none."
+    )
     max_queue_requests: int = Field(512, ge=1, description="Requests open at once; one more is answered 429.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body in bytes.")
     max_n: int = Field(8, ge=1, le=128, description="Most answers (`n`) and prompts in one request.")
     # time
     load_timeout_s: float = Field(3600, gt=0, description="Seconds the engine may take to become ready.")
-    step_timeout_s: float = Field(60, gt=0, description="Seconds without a sign of life until the engine is restarted.")
+    step_timeout_s: float = Field(
+        60, gt=0, description="Seconds without a sign of life until the engine is restarted."
+    )
     drain_timeout_s: float = Field(30, ge=0, description="Seconds open requests may take after SIGTERM.")
     # logs
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level written.")
-    log_format: Literal["text", "json"] = Field("text", description="One line a record, for people or machines.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level written."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="One line a record, for people or machines."
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -86,7 +110,11 @@ class Settings(BaseSettings):
 
     def engine_config(self, model_path: Path) -> EngineConfig:
         """The part of the settings that crosses to the engine."""
-        shared = {name: getattr(self, name) for name in EngineConfig.__struct_fields__ if name in type(self).model_fields}
+        shared = {
+            name: getattr(self, name)
+            for name in EngineConfig.__struct_fields__
+            if name in type(self).model_fields
+        }
         return EngineConfig(**{**shared, "model_path": str(model_path), "cache_dir": str(self.cache_dir)})
 
 

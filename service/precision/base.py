@@ -9,7 +9,7 @@ one by one, exactly as if each stood alone, and then packed together so that one
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ class QuantLinear(nn.Module, ABC):
 
     @abstractmethod
     def bytes(self) -> dict[str, int]:
-        """Bytes by ledger part: codes, scales, zeros, codebooks, weights16 (weights kept in 16 or 32 bit, biases).
+        """Bytes by ledger part: codes, scales, zeros, codebooks, weights16 (unquantized
+        weights and biases).
 
         Counts what is resident after the first forward, whatever a library calls its buffers.
         """
@@ -73,7 +74,7 @@ class QuantLinear(nn.Module, ABC):
 class Backend(Protocol):
     """One row of the table. Constructed from a PrecisionSpec; raises PrecisionError on bad options."""
 
-    name: ClassVar[str] | str
+    name: str
     options: Options
     canonical: str  # flag, metric label, report column
     activation: Activation

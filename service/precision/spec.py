@@ -33,12 +33,12 @@ class PrecisionSpec:
 def split_list(text: str) -> list[str]:
     """`bf16,int8:threshold=0,skip=o_proj,nf4` -> [`bf16`, `int8:threshold=0,skip=o_proj`, `nf4`].
 
-    A comma separates both modes and options; a piece with `=` and no `:` before it continues the last mode.
+    A comma separates both modes and options; a piece with `=` continues the last mode's options.
     """
     modes: list[str] = []
     for piece in text.split(","):
         before_equals = piece.partition("=")[0]
-        if "=" in piece and ":" not in before_equals and modes:
+        if "=" in piece and ":" not in before_equals and modes and ":" in modes[-1]:
             modes[-1] += f",{piece}"
         elif piece.strip():
             modes.append(piece.strip())
@@ -61,10 +61,16 @@ def check_options(spec: PrecisionSpec, options: type[O]) -> O:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else spec.name
-        accepted = ", ".join(f"{key} ({f.description}; default {render(f.default)})"
-                             for key, f in options.model_fields.items()) or "none"
+        accepted = (
+            ", ".join(
+                f"{key} ({f.description}; default {render(f.default)})"
+                for key, f in options.model_fields.items()
+            )
+            or "none"
+        )
+        given = f"{name}={spec.options.get(name, '')}"
         raise PrecisionError(
-            f"option `{name}={spec.options.get(name, '')}` of precision `{spec.name}`: {first['msg'].lower()}",
+            f"option `{given}` of precision `{spec.name}`: {first['msg'].lower()}",
             hint=f"options of `{spec.name}`: {accepted}",
         ) from None
 
