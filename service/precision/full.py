@@ -1,0 +1,77 @@
+"""fp32, bf16, fp16: the weights as they are, cast once at load. The reference of every comparison."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.errors import PrecisionError
+from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.source import part_rows, read_bias, read_weight, tensor_bytes
+from service.precision.spec import Options, PrecisionSpec, canonical, check_options
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FullOptions(Options):
+    """None."""
+
+
+class FullLinear(QuantLinear):
+    weight: Tensor  # [out_features of all parts, in_features]
+    bias: Tensor | None  # [out_features of all parts]
+    kernel = "torch.linear"
+
+    def __init__(self, group: LinearGroup, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group = group
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def dense(self, part: int) -> Tensor:
+        return self.weight[part_rows(self.group, part)].float().cpu()
+
+    def bytes(self) -> dict[str, int]:
+        return {"weights16": tensor_bytes(self.weight, self.bias)}
+
+
+class Full:
+    """Backend of the three unquantized precisions; they differ in one dtype."""
+
+    activation: Activation = "16bit"
+    capturable = True
+    quantizer: str | None = None
+
+    def __init__(self, spec: PrecisionSpec) -> None:
+        self.name = spec.name
+        self.dtype = DTYPES[spec.name]
+        self.options: Options = check_options(spec, FullOptions)
+        self.canonical = canonical(self.name, self.options)
+
+    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
+        return quantization is None
+
+    def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+        return self.dtype
+
+    def build(self, group: LinearGroup, read: Read) -> FullLinear:
+        if group.dtype != self.dtype:
+            raise PrecisionError(
+                f"precision `{self.name}` computes in {self.dtype}, got dtype {group.dtype}",
+                hint="leave `--dtype auto`: it chooses activations of the quantized modes only",
+            )
+        weight = torch.empty(group.out_features, group.in_features, dtype=self.dtype, device=group.device)
+        for number, part in enumerate(group.parts):
+            source = read_weight(part, read)
+            weight[part_rows(group, number)] = source
+            if self.dtype == torch.float16 and source.abs().max() > torch.finfo(torch.float16).max:
+                raise PrecisionError(
+                    f"`{part.path}.weight` holds values beyond fp16's 65504",
+                    hint="serve this checkpoint with `--precision bf16`",
+                )
+        return FullLinear(group, weight, read_bias(group, read))

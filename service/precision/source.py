@@ -1,0 +1,65 @@
+"""The 16-bit tensors of a group's parts, shape-checked: what every backend that quantizes reads.
+
+checkpoint --read_weight, read_bias--> full, int8, nf4
+"""
+
+import torch
+from torch import Tensor
+
+from service.errors import CheckpointError
+from service.precision.base import LinearGroup, LinearSpec, Read
+
+
+def read_shaped(name: str, shape: tuple[int, ...], read: Read) -> Tensor:
+    """One tensor of the checkpoint; CheckpointError when its shape is not what config.json implies."""
+    tensor = read(name)
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"tensor `{name}` has shape {list(tensor.shape)}, config.json implies {list(shape)}",
+            hint="config.json and the weights are not of one model; fetch the checkpoint again",
+        )
+    return tensor
+
+
+def read_weight(part: LinearSpec, read: Read) -> Tensor:
+    """[out_features, in_features] of one part; CheckpointError when it is no 16- or 32-bit float."""
+    name = f"{part.path}.weight"
+    weight = read_shaped(name, (part.out_features, part.in_features), read)
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise CheckpointError(
+            f"tensor `{name}` has type {weight.dtype}; accepted are float32, bfloat16, float16",
+            hint="serve a checkpoint with 16-bit weights",
+        )
+    return weight
+
+
+def read_bias(group: LinearGroup, read: Read) -> Tensor | None:
+    """[out_features of all parts] in the activations' dtype; zeros for a part without one, None if none has."""
+    if not any(part.bias for part in group.parts):
+        return None
+    bias = torch.zeros(group.out_features, dtype=group.dtype)
+    start = 0
+    for part in group.parts:
+        if part.bias:
+            stored = read_shaped(f"{part.path}.bias", (part.out_features,), read)
+            bias[start : start + part.out_features] = stored
+        start += part.out_features
+    return bias.to(group.device)
+
+
+def part_rows(group: LinearGroup, part: int) -> slice:
+    """Rows of the merged layer that belong to part number `part`."""
+    start = sum(p.out_features for p in group.parts[:part])
+    return slice(start, start + group.parts[part].out_features)
+
+
+def tensor_bytes(*tensors: Tensor | None) -> int:
+    """Bytes of the elements; None counts nothing."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def quantized_activation_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+    """What `auto` means in the quantized modes: the checkpoint's own 16-bit type, never fp16 on a CPU."""
+    if device.type == "cpu" or checkpoint == torch.float32:
+        return torch.bfloat16
+    return checkpoint
