@@ -34,7 +34,7 @@ def read_weight(part: LinearSpec, read: Read) -> Tensor:
 
 
 def read_bias(group: LinearGroup, read: Read) -> Tensor | None:
-    """[out_features of all parts] in the activations' dtype; zeros for a part without one, None if none has."""
+    """[out_features of all parts] in the activations' dtype: zeros for a part without; None if none has one."""
     if not any(part.bias for part in group.parts):
         return None
     bias = torch.zeros(group.out_features, dtype=group.dtype)
