@@ -1,0 +1,286 @@
+"""Every Prometheus name, label, unit and bucket, and the counts behind them.
+
+engine_client, api/ --events--> Metrics --render()--> /metrics
+
+The engine sends deltas with its steps, so counters live here and outlive it. Own counters instead of
+prometheus_client's: a step adds n equal observations in one call, and takes no lock (everything runs on the
+event loop). All series carry `model` and `precision`, so that two modes can be laid side by side.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from service import __version__
+from service.messages import EngineInfo, StepStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+COMMON_LABELS = ("model", "precision")
+
+
+def geometric(first: float, last: float, merged: Iterable[float] = ()) -> tuple[float, ...]:
+    """Bounds first * 1.25^n up to `last`, to four digits, and those where a service level is likely to be set
+    (the share below a level is exact only at a bound)."""
+    bounds = set(merged)
+    bound = first
+    while bound < last * 1.0001:
+        bounds.add(float(f"{bound:.4g}"))
+        bound *= 1.25
+    return tuple(sorted(bounds))
+
+
+# 33 steps of 1.25 from 1 ms: 3.5 ms and 6.5 ms a token are two modes, and must not share a bucket
+TOKEN_SECONDS = geometric(0.001, 1.263, (0.005, 0.01, 0.02, 0.05, 0.1, 0.2))
+FIRST_TOKEN_SECONDS = geometric(0.002, 60, (0.05, 0.1, 0.2, 0.5, 1, 2, 60))
+REQUEST_SECONDS = tuple(round(0.01 * 2**n, 2) for n in range(14))
+POWERS_OF_TWO = tuple(float(2**n) for n in range(11))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One metric: what the documentation and the dashboards are checked against."""
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]  # besides model and precision
+    unit: str
+    help: str
+    bounds: tuple[float, ...] = ()
+
+
+_FAMILIES = (
+    Family("halftone_build_info", "gauge",
+           ("version", "dtype", "device", "device_name", "torch_version", "architecture"),
+           "", "1; what is served and on what."),
+    Family("halftone_kernel_info", "gauge", ("layer", "kernel"), "", "1; kernel that serves a layer class."),
+    Family("halftone_engine_up", "gauge", (), "", "1 while the engine is ready, else 0."),
+    Family("halftone_engine_restarts_total", "counter", (), "", "Engines started after the first."),
+    Family("halftone_model_load_seconds", "gauge", ("stage",), "seconds", "Last load, by stage."),
+    Family("halftone_memory_bytes", "gauge", ("part",), "bytes", "Memory now, by part of the ledger."),
+    Family("halftone_memory_peak_bytes", "gauge", ("phase",), "bytes",
+           "Highest memory of the engine's process, by phase: load, prefill, decode."),
+    Family("halftone_time_to_first_token_seconds", "histogram", (), "seconds",
+           "From arrival at the server to the first token.", FIRST_TOKEN_SECONDS),
+    Family("halftone_inter_token_latency_seconds", "histogram", (), "seconds",
+           "From one token of a request to its next.", TOKEN_SECONDS),
+    Family("halftone_time_per_output_token_seconds", "histogram", (), "seconds",
+           "Mean over a request's tokens after the first.", TOKEN_SECONDS),
+    Family("halftone_request_duration_seconds", "histogram", ("endpoint", "status"), "seconds",
+           "From an HTTP request's arrival to the end of its response.", REQUEST_SECONDS),
+    Family("halftone_step_seconds", "histogram", (), "seconds", "One step of the engine.", TOKEN_SECONDS),
+    Family("halftone_batch_size", "histogram", (), "", "Requests in one step.", POWERS_OF_TWO),
+    Family("halftone_tokens_total", "counter", ("kind",), "",
+           "Tokens by kind: prompt (computed), cached (prompt tokens found in the prefix cache), generated, "
+           "discarded (of the generated, those behind a stop or an abort)."),
+    Family("halftone_requests_accepted_total", "counter", (), "",
+           "Requests given to the engine; each ends once in halftone_requests_total."),
+    Family("halftone_requests_total", "counter", ("finish_reason",), "",
+           "Requests that ended, by reason: stop, length, abort, error."),
+    Family("halftone_requests_rejected_total", "counter", ("reason",), "",
+           "Requests that never started: overloaded, invalid, unauthorized or the engine's state."),
+    Family("halftone_requests_running", "gauge", (), "", "Requests in the engine's batch."),
+    Family("halftone_requests_waiting", "gauge", (), "", "Requests that the engine has not started."),
+    Family("halftone_preemptions_total", "counter", (), "", "Requests put back for room in the KV cache."),
+    Family("halftone_kv_cache_usage_ratio", "gauge", (), "", "Share of the KV cache in use, 0 to 1."),
+    Family("halftone_kv_cache_tokens", "gauge", ("state",), "",
+           "Tokens in the KV cache by state: used, reusable (held only for their prefix), capacity."),
+)  # fmt: skip
+
+
+def catalogue() -> list[Family]:
+    """Every metric with all of its labels."""
+    return [Family(f.name, f.type, (*COMMON_LABELS, *f.labels), f.unit, f.help, f.bounds) for f in _FAMILIES]
+
+
+class Histogram:
+    """Counts of observations in (previous bound, bound]; the last count is above all bounds."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.sum += value * count
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(le, observations up to it), as Prometheus wants them."""
+        total = 0
+        buckets = []
+        for bound, count in zip((*map(repr, self.bounds), "+Inf"), self.counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        return buckets
+
+
+class Metrics:
+    """The counts of one server. Built once a front; `precision` is what was asked for until an engine says
+    what it serves."""
+
+    def __init__(self, model: str, precision: str) -> None:
+        self.common = (model, precision)
+        self._scalars: dict[str, dict[tuple[str, ...], float]] = {}
+        self._histograms: dict[str, dict[tuple[str, ...], Histogram]] = {}
+        for family in _FAMILIES:
+            if family.type == "histogram":
+                self._histograms[family.name] = {} if family.labels else {(): Histogram(family.bounds)}
+            else:
+                self._scalars[family.name] = {} if family.labels else {(): 0.0}
+        # these series exist from the start: a rate over one that appears with its first event misses it
+        for kind in ("prompt", "cached", "generated", "discarded"):
+            self._scalars["halftone_tokens_total"][(kind,)] = 0.0
+        for reason in ("stop", "length", "abort", "error"):
+            self._scalars["halftone_requests_total"][(reason,)] = 0.0
+        self._scalars["halftone_requests_rejected_total"][("overloaded",)] = 0.0
+        self._first_token = self._histograms["halftone_time_to_first_token_seconds"][()]
+        self._inter_token = self._histograms["halftone_inter_token_latency_seconds"][()]
+        self._per_token = self._histograms["halftone_time_per_output_token_seconds"][()]
+        self._step = self._histograms["halftone_step_seconds"][()]
+        self._batch_size = self._histograms["halftone_batch_size"][()]
+        self._kv_capacity_tokens = 0
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+
+    # --- a request's life ----------------------------------------------------------------------
+
+    def accepted(self) -> None:
+        """A request was given to the engine."""
+        self._add("halftone_requests_accepted_total", 1)
+
+    def rejected(self, reason: str) -> None:
+        """A request was answered without being started. `reason` is one of a fixed few words."""
+        self._add("halftone_requests_rejected_total", 1, reason)
+
+    def first_token(self, seconds: float) -> None:
+        """From a request's arrival to its first token."""
+        self._first_token.observe(seconds)
+
+    def inter_token(self, seconds: float, count: int) -> None:
+        """`count` tokens came `seconds` after the token before them."""
+        self._inter_token.observe(seconds, count)
+
+    def finished(self, reason: str, num_tokens: int, decode_seconds: float) -> None:
+        """An accepted request ended. `decode_seconds`: from its first token to its last."""
+        self._add("halftone_requests_total", 1, reason)
+        if num_tokens > 1:
+            self._per_token.observe(decode_seconds / (num_tokens - 1))
+
+    def tokens(self, kind: str, count: int) -> None:
+        """`count` tokens of `kind`: generated or discarded (the engine's steps count the others)."""
+        self._add("halftone_tokens_total", count, kind)
+
+    def http_request(self, endpoint: str, status: int, seconds: float) -> None:
+        """An HTTP response ended. `endpoint` is a route's template, never a path that a client chose."""
+        series = self._histograms["halftone_request_duration_seconds"]
+        labels = (endpoint, str(status))
+        if labels not in series:
+            series[labels] = Histogram(REQUEST_SECONDS)
+        series[labels].observe(seconds)
+
+    # --- the engine's life ---------------------------------------------------------------------
+
+    def step(self, stats: StepStats) -> None:
+        """One Step message: its deltas are added, its gauges replace the last."""
+        if stats.step_seconds:
+            self._step.observe(stats.step_seconds)
+            self._batch_size.observe(stats.num_running)
+        if stats.num_prefill_tokens:
+            self._add("halftone_tokens_total", stats.num_prefill_tokens, "prompt")
+        if stats.num_cached_tokens:
+            self._add("halftone_tokens_total", stats.num_cached_tokens, "cached")
+        if stats.num_preemptions:
+            self._add("halftone_preemptions_total", stats.num_preemptions)
+        self._set("halftone_requests_running", stats.num_running)
+        self._set("halftone_requests_waiting", stats.num_waiting)
+        self._set("halftone_kv_cache_tokens", stats.kv_used_tokens, "used")
+        self._set("halftone_kv_cache_tokens", stats.kv_cached_tokens, "reusable")
+        capacity = self._kv_capacity_tokens
+        self._set("halftone_kv_cache_usage_ratio", stats.kv_used_tokens / capacity if capacity else 0.0)
+        if stats.memory_bytes is not None:
+            self._replace("halftone_memory_bytes", stats.memory_bytes)
+        if stats.peak_bytes is not None:
+            self._replace("halftone_memory_peak_bytes", stats.peak_bytes)
+
+    def engine_ready(self, info: EngineInfo) -> None:
+        """A loaded engine said what it serves."""
+        self.common = (self.common[0], info.precision)
+        self._kv_capacity_tokens = info.kv_tokens
+        self._scalars["halftone_build_info"] = {
+            (
+                __version__,
+                info.dtype,
+                info.device,
+                info.device_name,
+                info.torch_version,
+                info.architecture,
+            ): 1.0
+        }
+        self._scalars["halftone_kernel_info"] = {item: 1.0 for item in info.kernels.items()}
+        self._replace("halftone_model_load_seconds", info.load_seconds)
+        self._replace("halftone_memory_bytes", info.memory_bytes)
+        self._replace("halftone_memory_peak_bytes", {"load": info.peak_load_bytes})
+        self._set("halftone_kv_cache_tokens", info.kv_tokens, "capacity")
+
+    def engine_state(self, state: str) -> None:
+        """The client's state changed."""
+        self._set("halftone_engine_up", state == "ready")
+        if state in ("down", "failed"):
+            # a dead engine holds nothing; its last figures would stand as if it did
+            for name in (
+                "halftone_requests_running",
+                "halftone_requests_waiting",
+                "halftone_kv_cache_usage_ratio",
+            ):
+                self._set(name, 0)
+            for kv_state in ("used", "reusable"):
+                self._set("halftone_kv_cache_tokens", 0, kv_state)
+            self._replace("halftone_memory_bytes", {})
+
+    def engine_restarted(self) -> None:
+        """An engine is started in the place of one that is gone."""
+        self._add("halftone_engine_restarts_total", 1)
+
+    # --- the scrape ----------------------------------------------------------------------------
+
+    def render(self) -> bytes:
+        """The body of /metrics, of type CONTENT_TYPE."""
+        return generate_latest(self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry at a scrape."""
+        for family in _FAMILIES:
+            labels = (*COMMON_LABELS, *family.labels)
+            if family.type == "histogram":
+                metric = HistogramMetricFamily(family.name, family.help, labels=labels)
+                for values, histogram in self._histograms[family.name].items():
+                    metric.add_metric((*self.common, *values), histogram.cumulative(), histogram.sum)
+            else:
+                make = CounterMetricFamily if family.type == "counter" else GaugeMetricFamily
+                metric = make(family.name, family.help, labels=labels)
+                for values, value in self._scalars[family.name].items():
+                    metric.add_metric((*self.common, *values), value)
+            yield metric
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _add(self, name: str, amount: float, *labels: str) -> None:
+        series = self._scalars[name]
+        series[labels] = series.get(labels, 0.0) + amount
+
+    def _set(self, name: str, value: float, *labels: str) -> None:
+        self._scalars[name][labels] = value
+
+    def _replace(self, name: str, values: Mapping[str, float]) -> None:
+        self._scalars[name] = {(label,): float(value) for label, value in values.items()}
