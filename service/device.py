@@ -1,0 +1,233 @@
+"""The place where CPU and CUDA differ for everything but kernels: choice, memory, threads, waiting.
+
+Kernels differ by torch's dispatcher; no other module asks which device it is on.
+"""
+
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from service.errors import DeviceError
+
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+# CUDA version of torch -> oldest driver that runs it (NVIDIA's CUDA compatibility table, Linux)
+OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580.65"}
+
+
+@dataclass(frozen=True)
+class BatchDefaults:
+    """What a step may hold where the user did not say."""
+
+    max_batch_tokens: int
+    max_batch_requests: int
+
+
+def resolve(asked: Literal["auto", "cuda", "cpu"]) -> torch.device:
+    """`auto`: CUDA where there is an NVIDIA driver, else the CPU. A GPU that torch cannot use is an error.
+
+    A CPU-only build of torch was asked for (`make install TORCH=cpu`), so `auto` respects it.
+    """
+    if asked == "cpu":
+        return torch.device("cpu")
+    driver = nvidia_driver()
+    if torch.version.cuda is None:
+        if asked == "cuda":
+            raise DeviceError(
+                f"device `cuda`: this torch ({torch.__version__}) is built for the CPU only; "
+                f"NVIDIA driver found: {driver or 'none'}",
+                hint="`make install` without TORCH=cpu, or serve with `--device cpu`",
+            )
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if driver is None:
+        if asked == "cuda":
+            raise DeviceError(
+                "device `cuda`: no NVIDIA driver found",
+                hint="install the driver, or serve with `--device cpu`",
+            )
+        return torch.device("cpu")
+    needed = OLDEST_DRIVER.get(torch.version.cuda.partition(".")[0], "a newer one")
+    raise DeviceError(
+        f"device `{asked}`: torch {torch.__version__} cannot use the NVIDIA GPU: driver found {driver}, "
+        f"needed {needed} or newer for CUDA {torch.version.cuda}",
+        hint="update the driver, install a torch built for an older CUDA, or ask for `--device cpu`",
+    )
+
+
+def nvidia_driver() -> str | None:
+    """Version of the kernel's NVIDIA driver, or None."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", DRIVER_VERSION.read_text())
+    except OSError:
+        return None
+    return found[1] if found else "of unknown version"
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def batch_defaults(device: torch.device) -> BatchDefaults:
+    """A CPU step stays short enough to stream; a GPU needs a wide one to be busy."""
+    return BatchDefaults(8192, 256) if device.type == "cuda" else BatchDefaults(512, 64)
+
+
+def synchronize(device: torch.device) -> None:
+    """Return when all work given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def memory_total_bytes(device: torch.device) -> int:
+    """What the device has, or the container may use."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(physical, _cgroup_bytes("memory.max") or physical)
+
+
+def memory_free_bytes(device: torch.device) -> int:
+    """What could still be taken, by anyone: reclaimable page cache counts as free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = _meminfo_bytes("MemAvailable")
+    limit, current = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
+    if limit and current:
+        free = min(free, limit - current + _cgroup_reclaimable_bytes())
+    return max(free, 0)
+
+
+def memory_used_bytes(device: torch.device) -> int:
+    """What this process holds: the allocator's reserve on CUDA, resident pages on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    return _status_bytes("VmRSS") or _peak_resident_bytes()
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """Most that this process held since `reset_memory_peak`, or since it started where that cannot be."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    return _status_bytes("VmHWM") or _peak_resident_bytes()
+
+
+def reset_memory_peak(device: torch.device) -> bool:
+    """Start a new peak from what is held now; False where the system has no way to."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(field: str) -> int:
+    return _field_bytes(Path("/proc/self/status"), field)
+
+
+def _meminfo_bytes(field: str) -> int:
+    found = _field_bytes(Path("/proc/meminfo"), field)
+    if found:
+        return found
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS tells no such figure
+
+
+def _field_bytes(path: Path, field: str) -> int:
+    """A `Name:  123 kB` line of /proc, 0 where there is none."""
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def _peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cgroup_bytes(name: str) -> int:
+    """A limit of the container (cgroup v2), 0 for none."""
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return 0
+    return int(text) if text.isdigit() else 0
+
+
+def _cgroup_reclaimable_bytes() -> int:
+    try:
+        text = Path("/sys/fs/cgroup/memory.stat").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^inactive_file (\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+# --- threads -----------------------------------------------------------------------------------
+
+
+def physical_cores() -> int:
+    """Cores this process may run on, hyperthreads counted once, a container's quota respected."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if not allowed:
+        return _mac_cores() or os.cpu_count() or 1
+    siblings = set()
+    for cpu in allowed:
+        try:
+            path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+            siblings.add(path.read_text().strip())
+        except OSError:
+            siblings.add(str(cpu))
+    return max(1, min(len(siblings), _quota_cores() or len(siblings)))
+
+
+def _mac_cores() -> int:
+    command = ["sysctl", "-n", "hw.physicalcpu"]
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return 0
+
+
+def _quota_cores() -> int:
+    """Whole cores of the container's CPU quota, 0 for none."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return 0
+    return 0 if quota == "max" else max(1, int(quota) // int(period))
+
+
+def set_threads(num_threads: int) -> int:
+    """Use this many CPU threads (0: one a physical core) from now on; returns how many.
+
+    OpenMP reads GOMP_SPINCOUNT when torch is imported, too early for this function: whoever starts the
+    process puts it into the environment, for waiting threads spin by default and starve the working ones.
+    """
+    num_threads = num_threads or physical_cores()
+    torch.set_num_threads(num_threads)
+    return num_threads

@@ -1,0 +1,171 @@
+"""Paged attention in plain torch: gather the pages of K and V, then one dense attention.
+
+A page of one head is one row of the cache viewed as [block * kv_heads, 16 * head_dim], so one
+`index_select` brings a batch's keys into [batch, kv_heads, tokens, head_dim]. Query heads that share a
+KV head become rows of one query matrix, so nothing is repeated.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def write(
+    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, blocks: Tensor, offsets: Tensor
+) -> None:
+    """See `write_kv`."""
+    key_cache.transpose(1, 2).index_put_((blocks, offsets), k)
+    value_cache.transpose(1, 2).index_put_((blocks, offsets), v)
+
+
+def plan_decode(
+    block_tables: Tensor,
+    context_lengths: list[int],
+    num_decode: int,
+    kv_heads: int,
+    block_tokens: int,
+    window: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """What every layer's decode shares in one step -> (cache rows, additive mask or None).
+
+    Rows are int64 [num_decode * kv_heads * pages]; the mask [num_decode, 1, 1, pages * 16] is None when
+    every gathered token is seen by its query.
+    """
+    device = block_tables.device
+    lengths = context_lengths[:num_decode]
+    starts = [max(0, length - window) if window else 0 for length in lengths]
+    pages = max(
+        -(-length // block_tokens) - start // block_tokens
+        for start, length in zip(starts, lengths, strict=True)
+    )
+    first_pages = [start // block_tokens for start in starts]
+    tables = block_tables[:num_decode].long()
+    if any(first_pages):
+        columns = torch.tensor(first_pages, device=device)[:, None] + torch.arange(pages, device=device)
+        tables = tables.gather(1, columns.clamp_(max=tables.shape[1] - 1))
+    else:
+        tables = tables[:, :pages]
+    rows = (tables[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]).flatten()
+    ends = [length - page * block_tokens for page, length in zip(first_pages, lengths, strict=True)]
+    begins = [start - page * block_tokens for page, start in zip(first_pages, starts, strict=True)]
+    tokens = pages * block_tokens
+    if all(end == tokens for end in ends) and not any(begins):
+        return rows, None
+    token = torch.arange(tokens, device=device)
+    seen = (token < torch.tensor(ends, device=device)[:, None]) & (
+        token >= torch.tensor(begins, device=device)[:, None]
+    )
+    mask = torch.zeros(num_decode, 1, 1, tokens, dtype=dtype, device=device)
+    return rows, mask.masked_fill_(~seen[:, None, None], float("-inf"))
+
+
+def attend(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: list[int],
+    context_lengths: list[int],
+    num_decode: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    decode_rows: Tensor | None,
+    decode_mask: Tensor | None,
+) -> Tensor:
+    """See `paged_attention`."""
+    parts = []
+    if num_decode:
+        if decode_rows is None:
+            _, kv_heads, block_tokens, _ = key_cache.shape
+            decode_rows, decode_mask = plan_decode(
+                block_tables, context_lengths, num_decode, kv_heads, block_tokens, window, q.dtype
+            )
+        parts.append(
+            _decode(q[:num_decode], key_cache, value_cache, decode_rows, decode_mask, scale, softcap)
+        )
+    for sequence in range(num_decode, len(context_lengths)):
+        rows = slice(query_starts[sequence], query_starts[sequence + 1])
+        table, length = block_tables[sequence], context_lengths[sequence]
+        parts.append(_prefill(q[rows], key_cache, value_cache, table, length, scale, window, softcap))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decode(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """One query a sequence: q [B, heads, head_dim] -> [B, heads, head_dim]."""
+    batch, heads, head_dim = q.shape
+    kv_heads = key_cache.shape[1]
+    keys, values = _gather(key_cache, rows, batch), _gather(value_cache, rows, batch)
+    grouped = q.view(batch, kv_heads, heads // kv_heads, head_dim)
+    return _attention(grouped, keys, values, mask, scale, softcap).reshape(batch, heads, head_dim)
+
+
+def _prefill(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    table: Tensor,
+    length: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """A chunk of one sequence: q [n, heads, head_dim] -> [n, heads, head_dim]; earlier keys are cached."""
+    chunk, heads, _ = q.shape
+    _, kv_heads, block_tokens, _ = key_cache.shape
+    earlier = length - chunk
+    first_page = max(0, earlier - window + 1) // block_tokens if window else 0
+    pages = table[first_page : -(-length // block_tokens)].long()
+    rows = (pages * kv_heads + torch.arange(kv_heads, device=q.device)[:, None]).flatten()
+    tokens = length - first_page * block_tokens
+    keys = _gather(key_cache, rows, 1)[:, :, :tokens]
+    values = _gather(value_cache, rows, 1)[:, :, :tokens]
+    queries = q.transpose(0, 1)[None]  # [1, heads, n, head_dim]
+    if not earlier and not softcap and (not window or length <= window):
+        result = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return result[0].transpose(0, 1)
+    query = torch.arange(tokens - chunk, tokens, device=q.device)[:, None]
+    key = torch.arange(tokens, device=q.device)
+    hidden = key > query
+    if window:
+        hidden |= key <= query - window
+    mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
+    if softcap:
+        group = heads // kv_heads
+        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+        return _attention(queries, keys, values, mask, scale, softcap)[0].transpose(0, 1)
+    result = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return result[0].transpose(0, 1)
+
+
+def _gather(cache: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """Pages at `rows` -> [batch, kv_heads, tokens, head_dim]."""
+    _, kv_heads, block_tokens, head_dim = cache.shape
+    pages = cache.view(-1, block_tokens * head_dim).index_select(0, rows)
+    return pages.view(batch, kv_heads, -1, head_dim)
+
+
+def _attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """[B, heads, n, head_dim] over [B, heads, tokens, head_dim], additive mask."""
+    if not softcap:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    scores = torch.matmul(q.float(), keys.float().transpose(-1, -2)).mul_(scale / softcap)
+    scores = scores.tanh_().mul_(softcap)
+    if mask is not None:
+        scores = scores + mask
+    return torch.matmul(scores.softmax(-1), values.float()).to(q.dtype)

@@ -1,0 +1,233 @@
+"""One decoder for the Llama family's shape, driven by ModelConfig: StepBatch and PagedKV -> logits.
+
+norm -> q, k, v -> rotary -> paged attention -> o -> add; norm -> gate, up -> silu -> down -> add. Linears are
+built by a precision backend, one layer for each group that shares an input. What is the same for every
+layer of a step (rows of the rotary table, cache addresses, masks) is computed once, in `Step`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from service.kernels.paged_attention import paged_attention, plan_decode, write_kv
+from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
+from service.model.config import ModelConfig
+from service.model.head import FullHead, Int8Head
+from service.model.layers import gated_silu, rms_norm
+from service.model.rope import rotate
+from service.precision.base import Backend, LinearGroup, LinearSpec, QuantLinear, Read
+
+Observe = Callable[[str, Tensor], None]  # (a linear's path, its input [T, in_features])
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one step share."""
+
+    batch: StepBatch
+    kv: PagedKV
+    cos: Tensor  # activations' dtype [T, 1, head_dim]
+    sin: Tensor
+    blocks: Tensor  # int64 [T], where K and V are written
+    offsets: Tensor
+    decode: dict[int, tuple[Tensor, Tensor | None]]  # window -> gathered rows, mask
+
+
+def layer_groups(config: ModelConfig, layer: int) -> dict[str, tuple[LinearSpec, ...]]:
+    """Layer class -> the linears built into it, in the order of their outputs."""
+    prefix = f"model.layers.{layer}"
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    return {
+        "qkv_proj": (
+            LinearSpec(f"{attention}.q_proj", hidden, queries, config.qkv_bias),
+            LinearSpec(f"{attention}.k_proj", hidden, keys, config.qkv_bias),
+            LinearSpec(f"{attention}.v_proj", hidden, keys, config.qkv_bias),
+        ),
+        "o_proj": (LinearSpec(f"{attention}.o_proj", queries, hidden, config.o_bias),),
+        "gate_up_proj": (
+            LinearSpec(f"{mlp}.gate_proj", hidden, inner, config.mlp_bias),
+            LinearSpec(f"{mlp}.up_proj", hidden, inner, config.mlp_bias),
+        ),
+        "down_proj": (LinearSpec(f"{mlp}.down_proj", inner, hidden, config.mlp_bias),),
+    }
+
+
+class DecoderLayer(nn.Module):
+    """hidden states [T, hidden] -> [T, hidden]; writes this step's K and V."""
+
+    input_norm: Tensor  # [hidden]
+    post_attention_norm: Tensor  # [hidden]
+    q_norm: Tensor | None  # [head_dim]
+    k_norm: Tensor | None
+    qkv_proj: QuantLinear
+    o_proj: QuantLinear
+    gate_up_proj: QuantLinear
+    down_proj: QuantLinear
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        backend: Backend,
+        read: Read,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        self.window = config.windows[index]
+        self.rotary = config.rotary[index]
+        self.num_rotated_heads = config.num_heads + config.num_kv_heads
+        self.num_packed_heads = config.num_heads + 2 * config.num_kv_heads
+        prefix = f"model.layers.{index}"
+
+        def norm(name: str) -> Tensor:
+            return read(f"{prefix}.{name}.weight").to(device, dtype, copy=True)
+
+        self.register_buffer("input_norm", norm("input_layernorm"))
+        self.register_buffer("post_attention_norm", norm("post_attention_layernorm"))
+        self.register_buffer("q_norm", norm("self_attn.q_norm") if config.qk_norm else None)
+        self.register_buffer("k_norm", norm("self_attn.k_norm") if config.qk_norm else None)
+        groups = layer_groups(config, index)
+        self.paths = {name: tuple(part.path for part in parts) for name, parts in groups.items()}
+        for name, parts in groups.items():
+            self.add_module(name, backend.build(LinearGroup(name, parts, device, dtype), read))
+
+    def forward(self, hidden: Tensor, step: Step, observe: Observe | None = None) -> Tensor:
+        x = rms_norm(hidden, self.input_norm, self.config.norm_eps)
+        if observe:
+            self._show(observe, "qkv_proj", x)
+        x = self._attend(self.qkv_proj(x), step)
+        if observe:
+            self._show(observe, "o_proj", x)
+        hidden = hidden + self.o_proj(x)
+        x = rms_norm(hidden, self.post_attention_norm, self.config.norm_eps)
+        if observe:
+            self._show(observe, "gate_up_proj", x)
+        x = gated_silu(self.gate_up_proj(x))
+        if observe:
+            self._show(observe, "down_proj", x)
+        return hidden + self.down_proj(x)
+
+    def _attend(self, qkv: Tensor, step: Step) -> Tensor:
+        """Packed q, k, v [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
+        config, batch = self.config, step.batch
+        packed = qkv.view(-1, self.num_packed_heads, config.head_dim)
+        turned, v = packed[:, : self.num_rotated_heads], packed[:, self.num_rotated_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(turned[:, : config.num_heads], self.q_norm, config.norm_eps)
+            k = rms_norm(turned[:, config.num_heads :], self.k_norm, config.norm_eps)
+            turned = torch.cat((q, k), 1)
+        if self.rotary:
+            turned = rotate(turned, step.cos, step.sin)
+        q, k = turned[:, : config.num_heads], turned[:, config.num_heads :]
+        keys, values = step.kv.keys[self.index], step.kv.values[self.index]
+        write_kv(k, v, keys, values, step.blocks, step.offsets)
+        rows, mask = step.decode.get(self.window, (None, None))
+        attended = paged_attention(
+            q,
+            keys,
+            values,
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.num_decode,
+            config.attention_scale,
+            self.window,
+            0.0,
+            rows,
+            mask,
+        )
+        return attended.reshape(-1, config.num_heads * config.head_dim)
+
+    def _show(self, observe: Observe, group: str, x: Tensor) -> None:
+        for path in self.paths[group]:
+            observe(path, x)
+
+
+class Decoder(nn.Module):
+    """Token ids -> logits."""
+
+    embedding: Tensor  # [vocab, hidden]
+    final_norm: Tensor  # [hidden]
+    cos: Tensor  # float32 [max_context_tokens, head_dim]
+    sin: Tensor
+    head: FullHead | Int8Head
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        read: Read,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        head: str = "16bit",
+        max_context_tokens: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.register_buffer("embedding", read("model.embed_tokens.weight").to(device, dtype, copy=True))
+        self.layers = nn.ModuleList()
+        for index in range(config.num_layers):
+            self.layers.append(DecoderLayer(config, index, backend, read, device, dtype))
+            if progress:
+                progress(index + 1)
+        self.register_buffer("final_norm", read("model.norm.weight").to(device, dtype, copy=True))
+        tied = config.tied_head
+        weight = self.embedding if tied else read("lm_head.weight").to(device, dtype, copy=True)
+        self.head = Int8Head(weight) if head == "int8" else FullHead(weight)
+        positions = max_context_tokens or config.max_context_tokens
+        cos, sin = config.rope.table(config.head_dim, positions, device)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        self.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, kv: PagedKV, observe: Observe | None = None) -> Tensor:
+        """-> float32 [R, vocab], a row for each of `batch.logit_rows`.
+
+        `observe` is called with each linear's path and input; parts of a group are given the same tensor.
+        """
+        step = self.prepare(batch, kv)
+        hidden = self.embed(batch.token_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, step, observe)
+        rows = hidden.index_select(0, batch.logit_rows)
+        return self.head(rms_norm(rows, self.final_norm, self.config.norm_eps))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, hidden]."""
+        return F.embedding(token_ids, self.embedding)
+
+    def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
+        """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, step)`."""
+        decode = {}
+        if batch.num_decode:
+            for window in set(self.config.windows):
+                decode[window] = plan_decode(
+                    batch.block_tables,
+                    batch.context_lengths,
+                    batch.num_decode,
+                    self.config.num_kv_heads,
+                    BLOCK_TOKENS,
+                    window,
+                    self.dtype,
+                )
+        return Step(
+            batch=batch,
+            kv=kv,
+            cos=self.cos.index_select(0, batch.positions).to(self.dtype).unsqueeze(1),
+            sin=self.sin.index_select(0, batch.positions).to(self.dtype).unsqueeze(1),
+            blocks=batch.slots // BLOCK_TOKENS,
+            offsets=batch.slots % BLOCK_TOKENS,
+            decode=decode,
+        )

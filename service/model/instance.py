@@ -1,0 +1,135 @@
+"""ModelInstance: a loaded model with its ledger, apart from the engine, which can hold several."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from service.errors import PrecisionError
+from service.model.batch import PagedKV, StepBatch
+from service.model.checkpoint import Checkpoint
+from service.model.config import ModelConfig
+from service.model.decoder import Decoder, DecoderLayer, Observe
+from service.model.verify import verify
+from service.precision.base import Backend, QuantLinear
+
+Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit
+
+GROUPS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+LEDGER = {"weights16": "linear16"}  # a backend's part -> its name under `weights.`; others keep theirs
+
+
+class ModelInstance:
+    """What an engine runs: `forward(batch, kv)`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, backend: Backend, decoder: Decoder, device: torch.device
+    ) -> None:
+        self.path = checkpoint.path
+        self.config: ModelConfig = checkpoint.config
+        self.num_parameters = checkpoint.num_parameters
+        self.backend = backend
+        self.decoder = decoder
+        self.device = device
+        self.dtype = decoder.dtype
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        backend: Backend,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        head: Literal["16bit", "int8"] = "16bit",
+        max_context_tokens: int = 0,
+        progress: Progress | None = None,
+    ) -> "ModelInstance":
+        """Folder -> verified, quantized and loaded model. `dtype` None: what the backend wants here.
+
+        Raises CheckpointError for a folder that is not exactly what its config.json says, PrecisionError
+        for one that this backend does not read.
+        """
+        checkpoint = Checkpoint(path)
+        if not backend.accepts(checkpoint.quantization):
+            method = (checkpoint.quantization or {}).get("quant_method", "none: it is 16-bit")
+            raise PrecisionError(
+                f"precision `{backend.canonical}` does not read `{path}` (quantization: {method})",
+                hint="`--precision auto` serves a checkpoint as it is",
+            )
+        if progress:
+            progress("verify", 0, len(checkpoint.names), "tensors")
+        verify(checkpoint)
+        if progress:
+            progress("verify", len(checkpoint.names), len(checkpoint.names), "tensors")
+        num_layers = checkpoint.config.num_layers
+        decoder = Decoder(
+            checkpoint.config,
+            backend,
+            checkpoint.read,
+            device,
+            dtype or backend.activation_dtype(device, checkpoint.dtype),
+            head=head,
+            max_context_tokens=max_context_tokens,
+            progress=(lambda done: progress("load", done, num_layers, "layers")) if progress else None,
+        )
+        return cls(checkpoint, backend, decoder, device)
+
+    def forward(self, batch: StepBatch, kv: PagedKV, observe: Observe | None = None) -> Tensor:
+        """-> float32 logits [R, vocab], a row for each of `batch.logit_rows`."""
+        logits: Tensor = self.decoder(batch, kv, observe)
+        return logits
+
+    def new_kv(self, num_blocks: int) -> PagedKV:
+        """An empty cache for this model."""
+        config = self.config
+        return PagedKV(
+            config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, self.dtype, self.device
+        )
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        return self.new_kv(1).bytes
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Ledger part -> bytes; a tied head counts once, as the embedding."""
+        ledger: dict[str, int] = defaultdict(int)
+        decoder = self.decoder
+        for layer in self.layers():
+            for name in GROUPS:
+                linear: QuantLinear = getattr(layer, name)
+                for part, size in linear.bytes().items():
+                    ledger[f"weights.{LEDGER.get(part, part)}"] += size
+            for norm in (layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm):
+                ledger["weights.norms"] += _bytes(norm)
+        ledger["weights.norms"] += _bytes(decoder.final_norm)
+        ledger["weights.embedding"] = _bytes(decoder.embedding)
+        if getattr(decoder.head, "weight", None) is not decoder.embedding:
+            ledger["weights.head"] = decoder.head.bytes()
+        ledger["tables.rotary"] = _bytes(decoder.cos) + _bytes(decoder.sin)
+        return dict(ledger)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Sum of the ledger's `weights.` parts."""
+        return sum(size for part, size in self.memory_bytes().items() if part.startswith("weights."))
+
+    def kernels(self) -> dict[str, str]:
+        """Layer class -> the kernel that serves it, of the first layer."""
+        first = self.layers()[0]
+        names = {name: str(getattr(first, name).kernel) for name in GROUPS}
+        return names | {
+            "lm_head": self.decoder.head.kernel,
+            "attention": "torch.scaled_dot_product_attention",
+        }
+
+    def layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.decoder.layers if isinstance(layer, DecoderLayer)]
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
