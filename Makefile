@@ -1,0 +1,70 @@
+# `make serve` and `make test` are the two commands to know; both make .venv first.
+#
+#   PYTHON=python3.12   which Python makes .venv (3.11 or newer)
+#   TORCH=cpu           torch without CUDA: 2.5 GB less to download
+#   MODEL, PRECISION, PORT, ARGS   passed to `halftone`; without them its own defaults hold
+
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= default
+BIN := .venv/bin
+INSTALLED := .venv/.installed-$(TORCH)
+TESTABLE := .venv/.testable-$(TORCH)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# A CPU build of torch brings no Triton, whose interpreter runs our kernels in the tests. A CUDA build pins its
+# own version, so this one cannot stand in constraints.txt.
+TRITON := triton==3.6.0
+
+.PHONY: serve compare install test check format clean
+.DELETE_ON_ERROR:
+
+serve: $(INSTALLED)
+	@exec $(BIN)/halftone serve $(MODEL) $(if $(PRECISION),--precision $(PRECISION)) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+compare: $(INSTALLED)
+	@exec $(BIN)/halftone compare $(or $(MODEL),demo) --out $(or $(OUT),report) $(ARGS)
+
+install: $(INSTALLED)
+
+test: check
+	$(BIN)/pytest
+
+check: $(TESTABLE)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(TESTABLE)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/bin/python:
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "\`$(PYTHON)\` is not installed; Halftone needs Python 3.11 or newer"; \
+		echo "  hint: name one that is: make install PYTHON=python3.12"; exit 4; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "\`$(PYTHON)\` is $$("$(PYTHON)" -V 2>&1); Halftone needs Python 3.11 or newer"; \
+		echo "  hint: name a newer one: make install PYTHON=python3.12"; exit 4; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "\`$(PYTHON)\` cannot make virtual environments: its venv package is missing"; \
+		echo "  hint: Debian, Ubuntu: apt install python3-venv"; exit 4; }
+	"$(PYTHON)" -m venv .venv
+
+$(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
+ifeq ($(TORCH),cpu)
+	@echo "Installing into .venv: about 0.35 GB to download the first time"
+	$(PIP) install -c constraints.txt torch --extra-index-url https://download.pytorch.org/whl/cpu
+else
+	@echo "Installing into .venv: about 2.9 GB to download the first time (torch with CUDA; TORCH=cpu: 0.35 GB)"
+	$(PIP) install -c constraints.txt torch
+endif
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(TESTABLE): $(INSTALLED)
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' || $(PIP) install -q $(TRITON)
+	@touch $@
