@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 
@@ -22,8 +23,7 @@ class EngineConnection(asyncio.Protocol):
         self._wanted_bytes = 0  # length of `_rest` from which on there is something to decode
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's only quack like it
 
     def data_received(self, data: bytes) -> None:
         if self._rest:
