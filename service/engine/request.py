@@ -1,0 +1,72 @@
+"""One request inside the engine: its tokens, its KV blocks, and how far it has come."""
+
+from service.messages import Sampling, Submit, TokenLogprobs
+
+
+class Request:
+    """Prompt and answer are one list of tokens; computing catches up with its end, sampling extends it.
+
+    A request that lost its blocks starts again at token 0 with all its tokens as prompt: random numbers
+    depend on (seed, sample index, position) only, so its answer goes on as if nothing had happened.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_hashes",
+        "blocks",
+        "cache_salt",
+        "id",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "num_tabled_blocks",
+        "prompt_logprobs",
+        "row",
+        "sampling",
+        "started",
+        "stop_token_ids",
+        "tokens",
+    )
+
+    def __init__(self, submit: Submit, arrival: int, eos_token_ids: frozenset[int]) -> None:
+        sampling = submit.sampling
+        self.id = submit.id
+        self.arrival = arrival  # order of acceptance
+        self.sampling: Sampling = sampling
+        self.cache_salt = submit.cache_salt
+        self.tokens = list(submit.prompt)
+        self.num_prompt_tokens = len(submit.prompt)
+        own = frozenset(sampling.stop_token_ids)
+        self.stop_token_ids = own if sampling.ignore_eos else own | eos_token_ids
+        self.blocks: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_registered_blocks = 0
+        self.num_tabled_blocks = 0  # blocks that the runner's table knows
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = -1  # of the prompt, at first admission; -1 before it
+        self.row = -1  # of the runner's tables while running
+        self.started = False  # has sent an Output
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Does it still owe log-probabilities of its prompt? Then every prompt token must be computed."""
+        return self.sampling.prompt_logprobs >= 0 and not self.started
+
+    def forget_computed(self) -> None:
+        """Back to the start, without blocks."""
+        self.blocks = []
+        self.num_registered_blocks = 0
+        self.num_tabled_blocks = 0
+        self.num_computed_tokens = 0
+        self.row = -1
+        self.prompt_logprobs = []

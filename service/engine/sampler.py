@@ -1,0 +1,110 @@
+"""Logits [rows, vocab] -> token ids [rows], on the logits' device.
+
+runner --SamplingRows--> draw --> token ids, BAD_ROW where the model's numbers are broken
+
+A row's token depends on its logits, its parameters and one uniform number of (seed, sample index, position),
+never on its neighbours: what a step may leave out because no row asks for it changes no row that did not.
+Filters follow temperature: top-k, then top-p of what that leaves, then min-p. All are exact; between equal
+logits the lower token id comes first.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from service.kernels.philox import uniform
+
+BAD_ROW = -1
+# A full sort of the vocabulary costs twenty times a top-256, which most nuclei fit into.
+NUCLEUS_WIDTHS = (256, 4096)
+MIN_TEMPERATURE = 1e-30  # below, float32 would divide by zero; the largest logit has won long before
+
+Variant = Literal["greedy", "temperature", "full"]
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """Parameters of each row; all but `temperature` may be empty where the variant does not read them."""
+
+    variant: Variant  # the least one that serves every row
+    temperature: Tensor  # float32 [rows], 0 is greedy
+    seeds: Tensor  # int64 [rows], 64 bits
+    positions: Tensor  # int64 [rows], of the token to draw
+    sample_indices: Tensor  # int64 [rows]
+    top_k: Tensor  # int64 [rows], 0 is off
+    top_p: Tensor  # float64 [rows], 1 is off
+    min_p: Tensor  # float64 [rows], 0 is off
+
+
+def draw(logits: Tensor, rows: SamplingRows, suppressed: tuple[list[int], list[int]] | None = None) -> Tensor:
+    """float32 [rows, vocab] -> int64 [rows].
+
+    `suppressed` lists (row, token id) pairs, as two lists, that must not be drawn. `logits` stay as they are.
+    """
+    finite = torch.isfinite(logits.sum(-1))
+    if suppressed is not None:
+        logits = logits.clone()
+        logits[suppressed[0], suppressed[1]] = -torch.inf
+    token_ids = logits.argmax(-1)
+    if rows.variant != "greedy":
+        temperature = rows.temperature.clamp(min=MIN_TEMPERATURE).unsqueeze(1)
+        scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+        if rows.variant == "full":
+            scaled = scaled.masked_fill(~kept(scaled, rows.top_k, rows.top_p, rows.min_p), -torch.inf)
+        cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)
+        share = uniform(rows.seeds, rows.positions, rows.sample_indices).unsqueeze(1)
+        drawn = torch.searchsorted(cumulative, share * cumulative[:, -1:], right=True).squeeze(1)
+        token_ids = torch.where(rows.temperature > 0, drawn, token_ids)
+    return torch.where(finite, token_ids, BAD_ROW)
+
+
+def kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """float32 [rows, vocab] with 0 as each row's largest, and each row's filters -> bool [rows, vocab]."""
+    vocab_size = scaled.shape[1]
+    max_kept = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size)  # by top-k alone
+    unlimited = max_kept == vocab_size
+    nucleus = top_p < 1
+    whole_mass = scaled.exp().sum(-1, dtype=torch.float64)
+    for width in (*NUCLEUS_WIDTHS, vocab_size):
+        width = min(width, vocab_size)
+        values = scaled.topk(width, dim=-1).values
+        cumulative = values.exp().cumsum(-1, dtype=torch.float64)
+        mass = cumulative.gather(1, max_kept.clamp(max=width).unsqueeze(1) - 1).squeeze(1)
+        target = top_p * torch.where(unlimited, whole_mass, mass)
+        settled = (max_kept <= width) | (unlimited & (~nucleus | (cumulative[:, -1] >= target)))
+        if width == vocab_size or settled.all():
+            break
+    in_nucleus = 1 + (cumulative < target.unsqueeze(1)).sum(-1)
+    num_kept = torch.where(nucleus, torch.minimum(in_nucleus, max_kept), max_kept)
+    smallest = values.gather(1, num_kept.clamp(max=width).unsqueeze(1) - 1)
+    smallest = smallest.masked_fill((num_kept > width).unsqueeze(1), -torch.inf)
+    above = scaled > smallest
+    level = scaled == smallest
+    room = num_kept - above.sum(-1)
+    keep = above | (level & (level.cumsum(-1) <= room.unsqueeze(1)))
+    return keep & (scaled >= min_p.log().to(scaled.dtype).unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Under the unmodified distribution of each row."""
+
+    chosen: Tensor  # float32 [rows]
+    ranks: Tensor  # int64 [rows], 1 is the likeliest
+    top_ids: Tensor  # int64 [rows, num_top], likeliest first
+    top_logprobs: Tensor  # float32 [rows, num_top]
+
+
+def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+    """float32 [rows, vocab], int64 [rows] -> each row's token's log-probability and rank, and the top few."""
+    log_probabilities = logits.log_softmax(-1)
+    chosen = log_probabilities.gather(1, token_ids.unsqueeze(1))
+    ranks = 1 + (log_probabilities > chosen).sum(-1)
+    top = log_probabilities.topk(min(num_top, logits.shape[1]), dim=-1)
+    # topk leaves the order of equals open; by id, then stably by value, it is the sampler's
+    top_ids = top.indices.sort(-1).values
+    top_values = log_probabilities.gather(1, top_ids)
+    order = torch.sort(top_values, dim=-1, descending=True, stable=True).indices
+    return Logprobs(chosen.squeeze(1), ranks, top_ids.gather(1, order), top_values.gather(1, order))

@@ -1,0 +1,212 @@
+"""Who runs in the next step, within one token budget and the KV blocks there are. No tensors.
+
+engine --add--> waiting --admit--> running --schedule--> Plan --(runner)--> advance
+
+Decode comes first. Of what is left, the oldest unfinished prompt keeps at least half, so that nothing
+starves; the rest goes to the prompts with the fewest tokens left, so that a short request need not wait
+for a long one. A prompt holds its blocks from admission on; an answer grows block by block, and where none
+is free the newest request loses all of its own and starts again later.
+"""
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from service.engine.kv_cache import KVCache, extend_hashes, num_blocks_for
+from service.engine.request import Request
+from service.model.batch import BLOCK_TOKENS
+
+# Scored prompt tokens need their whole row of logits; this bounds those rows in one step.
+MAX_SCORED_TOKENS = 256
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The next `num_tokens` uncomputed tokens of a request."""
+
+    request: Request
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. Chunks of one token come first."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    num_decode_tokens: int = 0
+    num_prefill_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+
+
+class Scheduler:
+    """Waiting and running requests, each list by arrival."""
+
+    def __init__(
+        self, cache: KVCache, max_batch_tokens: int, max_batch_requests: int, prefix_cache: bool = True
+    ) -> None:
+        assert 1 <= max_batch_requests <= max_batch_tokens
+        self.cache = cache
+        self.max_batch_tokens = max_batch_tokens
+        self.prefix_cache = prefix_cache
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._free_rows = list(range(max_batch_requests - 1, -1, -1))
+
+    def add(self, request: Request) -> None:
+        insort(self.waiting, request, key=lambda r: r.arrival)
+
+    def release(self, request: Request) -> None:
+        """Ends a request, waiting or running; its blocks are free at once."""
+        if request.row < 0:
+            self.waiting.remove(request)
+        else:
+            self._stop(request)
+
+    def schedule(self) -> Plan:
+        """The next step's work; empty where nobody can run."""
+        plan = Plan()
+        self._plan_decode(plan)
+        self._plan_prefill(plan)
+        plan.chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
+        return plan
+
+    def advance(self, chunks: list[Chunk]) -> None:
+        """After a step: what it computed counts, and full blocks may be shared."""
+        for chunk in chunks:
+            request = chunk.request
+            request.num_computed_tokens += chunk.num_tokens
+            num_full = request.num_computed_tokens // BLOCK_TOKENS
+            if self.prefix_cache and num_full > request.num_registered_blocks:
+                extend_hashes(request.block_hashes, request.tokens, request.cache_salt)
+                for index in range(request.num_registered_blocks, num_full):
+                    self.cache.register(request.blocks[index], request.block_hashes[index])
+                request.num_registered_blocks = num_full
+
+    def _plan_decode(self, plan: Plan) -> None:
+        chunks, running = plan.chunks, self.running
+        index = 0
+        while index < len(running):  # preemption takes from the end of the list
+            request = running[index]
+            if request.num_uncomputed_tokens == 1:
+                if request.num_computed_tokens >= len(request.blocks) * BLOCK_TOKENS and not self._grow(
+                    request, plan
+                ):
+                    break
+                chunks.append(Chunk(request, 1))
+            index += 1
+        plan.num_decode_tokens = len(chunks)
+
+    def _grow(self, request: Request, plan: Plan) -> bool:
+        """One more block; False where the request itself had to give way."""
+        while (blocks := self.cache.allocate((), 1)) is None:
+            victim = self.running[-1]
+            self._stop(victim)
+            victim.forget_computed()
+            self.add(victim)
+            plan.num_preemptions += 1
+            if victim is request:
+                return False
+        request.blocks += blocks
+        return True
+
+    def _plan_prefill(self, plan: Plan) -> None:
+        budget = self.max_batch_tokens - len(plan.chunks)
+        candidates = [request for request in self.running if request.num_uncomputed_tokens > 1]
+        computing = {digest for request in candidates for digest in self._unregistered(request)}
+        # A request admitted right after a preemption would take the blocks that were just fought for.
+        if self._free_rows and not plan.num_preemptions:
+            candidates += self.waiting
+        if not candidates or budget <= 0:
+            return
+        oldest = min(candidates, key=lambda request: request.arrival)
+        candidates.remove(oldest)
+        candidates.sort(key=lambda request: (request.num_uncomputed_tokens, request.arrival))
+
+        scored = MAX_SCORED_TOKENS
+        oldest_tokens = 0
+        may_admit = True
+        if (
+            oldest.row >= 0
+            or self._is_being_computed(oldest, computing)
+            or self._admit(oldest, plan, computing)
+        ):
+            if oldest.row >= 0:
+                oldest_tokens = min(oldest.num_uncomputed_tokens, -(-budget // 2))
+                if oldest.scores_prompt:
+                    oldest_tokens = min(oldest_tokens, scored)
+                    scored -= oldest_tokens
+                budget -= oldest_tokens
+        else:
+            may_admit = False  # whoever came later waits until the oldest fits
+
+        for request in candidates:
+            limit = min(budget, scored) if request.scores_prompt else budget
+            if budget <= 0:
+                break
+            if limit <= 0:
+                continue
+            if request.row < 0:
+                if not may_admit or self._is_being_computed(request, computing):
+                    continue
+                if not self._admit(request, plan, computing):
+                    may_admit = False  # those after it are longer
+                    continue
+            num_tokens = min(limit, request.num_uncomputed_tokens)
+            plan.chunks.append(Chunk(request, num_tokens))
+            plan.num_prefill_tokens += num_tokens
+            budget -= num_tokens
+            if request.scores_prompt:
+                scored -= num_tokens
+
+        if oldest_tokens:
+            more = min(budget, scored) if oldest.scores_prompt else budget
+            oldest_tokens += min(more, oldest.num_uncomputed_tokens - oldest_tokens)
+            plan.chunks.append(Chunk(oldest, oldest_tokens))
+            plan.num_prefill_tokens += oldest_tokens
+
+    def _sharable_hashes(self, request: Request) -> list[bytes]:
+        """Hashes of the blocks it may take from others: at least its last token is always computed."""
+        if not self.prefix_cache or request.scores_prompt:
+            return []
+        extend_hashes(request.block_hashes, request.tokens, request.cache_salt)
+        return request.block_hashes[: (len(request.tokens) - 1) // BLOCK_TOKENS]
+
+    def _unregistered(self, request: Request) -> list[bytes]:
+        if not self.prefix_cache:
+            return []
+        extend_hashes(request.block_hashes, request.tokens, request.cache_salt)
+        return request.block_hashes[request.num_registered_blocks :]
+
+    def _is_being_computed(self, request: Request, computing: set[bytes]) -> bool:
+        """Is the next block that it needs in a running prompt too? Then waiting a step saves the work."""
+        if request.row >= 0 or not computing:
+            return False
+        hashes = self._sharable_hashes(request)
+        num_known = len(self.cache.match(hashes))
+        return num_known < len(hashes) and hashes[num_known] in computing
+
+    def _admit(self, request: Request, plan: Plan, computing: set[bytes]) -> bool:
+        """From waiting to running, with blocks for all its tokens and a spare one for each that runs."""
+        if not self._free_rows:
+            return False
+        shared = self.cache.match(self._sharable_hashes(request))
+        num_new = num_blocks_for(len(request.tokens)) - len(shared)
+        blocks = self.cache.allocate(shared, num_new, num_spare=len(self.running))
+        if blocks is None:
+            return False
+        request.blocks = blocks
+        request.num_registered_blocks = len(shared)
+        request.num_computed_tokens = len(shared) * BLOCK_TOKENS
+        if request.num_cached_tokens < 0:
+            request.num_cached_tokens = request.num_computed_tokens
+            plan.num_cached_tokens += request.num_computed_tokens
+        request.row = self._free_rows.pop()
+        self.waiting.remove(request)
+        insort(self.running, request, key=lambda r: r.arrival)
+        computing.update(self._unregistered(request))
+        return True
+
+    def _stop(self, request: Request) -> None:
+        self.running.remove(request)
+        self.cache.release(request.blocks)
+        self._free_rows.append(request.row)

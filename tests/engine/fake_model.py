@@ -1,0 +1,146 @@
+"""A model without weights whose logits are a hash of every token it can see through the KV cache."""
+
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.engine.engine import Engine, Limits
+from service.engine.sampler import SamplingRows, draw
+from service.messages import Output, Sampling, Step, Submit
+from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
+
+VOCAB_SIZE = 29
+UNSAID = VOCAB_SIZE  # an id that prompts may hold, but no logits speak for
+CPU = torch.device("cpu")
+
+
+def prefix_logits(token_ids: list[int]) -> Tensor:
+    """float32 [VOCAB_SIZE], another one for every other prefix."""
+    seed = zlib.crc32(np.array(token_ids, np.int64).tobytes())
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, 2, VOCAB_SIZE)).float()
+
+
+@dataclass
+class FakeModel:
+    """Keeps token ids where K would be. A prefix with `poison` in it raises; one with `broken` gives NaN."""
+
+    poison: int = -1
+    broken: int = -1
+    batches: list[StepBatch] = field(default_factory=list)
+
+    def forward(self, batch: StepBatch, kv: PagedKV) -> Tensor:
+        self.batches.append(batch)
+        pages = kv.keys[0].view(-1)
+        assert (batch.slots >= BLOCK_TOKENS).all(), "block 0 is written"
+        pages[batch.slots] = batch.token_ids
+        starts = batch.query_starts
+        assert starts[-1] == len(batch.token_ids) == len(batch.positions)
+        assert all(starts[i + 1] - starts[i] == 1 for i in range(batch.num_decode))
+        rows = []
+        for row in batch.logit_rows.tolist():
+            sequence = next(i for i in range(len(starts) - 1) if starts[i] <= row < starts[i + 1])
+            position = int(batch.positions[row])
+            assert position == batch.context_lengths[sequence] - (starts[sequence + 1] - row)
+            slots = (batch.block_tables[sequence].long() * BLOCK_TOKENS).unsqueeze(1) + torch.arange(16)
+            seen = pages[slots.view(-1)[: position + 1]].tolist()
+            if self.poison in seen:
+                raise RuntimeError("poisoned")
+            logits = prefix_logits(seen)
+            rows.append(torch.full_like(logits, torch.nan) if self.broken in seen else logits)
+        return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
+
+
+def fake_kv(num_blocks: int) -> PagedKV:
+    kv = PagedKV(1, num_blocks, 1, 1, torch.int64, CPU)
+    kv.keys[0].fill_(-7)  # stale content must never be read
+    return kv
+
+
+def fake_engine(
+    num_blocks: int = 64,
+    max_batch_tokens: int = 64,
+    max_batch_requests: int = 8,
+    max_context_tokens: int = 0,
+    prefix_cache: bool = True,
+    eos: int = 0,
+    model: FakeModel | None = None,
+) -> Engine:
+    limits = Limits(
+        max_context_tokens or (num_blocks - 1) * BLOCK_TOKENS,
+        max_batch_tokens,
+        max_batch_requests,
+        VOCAB_SIZE + 1,
+    )
+    return Engine(
+        model or FakeModel(), fake_kv(num_blocks), limits, CPU, frozenset([eos]), prefix_cache=prefix_cache
+    )
+
+
+def sampling_rows(sampling: Sampling, position: int) -> SamplingRows:
+    """One row, always under the fullest variant."""
+    seed = sampling.seed & (2**64 - 1)
+    return SamplingRows(
+        "full",
+        torch.tensor([sampling.temperature]),
+        torch.tensor([seed - (seed >> 63 << 64)]),
+        torch.tensor([position]),
+        torch.tensor([sampling.sample_index]),
+        torch.tensor([sampling.top_k]),
+        torch.tensor([sampling.top_p], dtype=torch.float64),
+        torch.tensor([sampling.min_p], dtype=torch.float64),
+    )
+
+
+def expected_answer(submit: Submit, max_context_tokens: int, eos: int = 0) -> tuple[list[int], str]:
+    """What the request must produce, computed without scheduler, cache or batch."""
+    sampling = submit.sampling
+    tokens = list(submit.prompt)
+    stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {eos})
+    answer: list[int] = []
+    while len(answer) < sampling.max_tokens and len(tokens) < max_context_tokens:
+        early = len(answer) < sampling.min_tokens
+        suppressed = ([0] * len(stops), list(stops)) if early and stops else None
+        token = int(
+            draw(prefix_logits(tokens).unsqueeze(0), sampling_rows(sampling, len(tokens)), suppressed)
+        )
+        answer.append(token)
+        tokens.append(token)
+        if token in stops:
+            return answer, "stop"
+    return answer, "length"
+
+
+@dataclass
+class Client:
+    """Collects outputs by request and sees to it that each ends exactly once."""
+
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    endings: dict[int, Output] = field(default_factory=dict)
+    firsts: dict[int, Output] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def take(self, step: Step) -> None:
+        self.steps.append(step)
+        for output in step.outputs:
+            assert output.id not in self.endings, f"request {output.id} goes on after its end"
+            self.firsts.setdefault(output.id, output)
+            self.answers.setdefault(output.id, []).extend(output.token_ids)
+            if output.finish_reason:
+                self.endings[output.id] = output
+                self.order.append(output.id)
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(step.stats.num_preemptions for step in self.steps)
+
+    def run(self, engine: Engine, max_steps: int = 5000) -> "Client":
+        for _ in range(max_steps):
+            if not engine.has_work:
+                return self
+            self.take(engine.step())
+            engine.check()
+        raise AssertionError("the engine does not come to an end")

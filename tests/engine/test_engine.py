@@ -1,0 +1,247 @@
+"""The loop by example: finish reasons, refusals, faults, prefixes, fairness, figures."""
+
+import math
+
+import pytest
+from fake_model import UNSAID, VOCAB_SIZE, Client, FakeModel, expected_answer, fake_engine, prefix_logits
+
+from service.engine.engine import BAD_TOKEN, EMPTY_PROMPT, MODEL_ERROR, STEP_ERROR, TOO_LONG
+from service.messages import Sampling, Submit
+
+GREEDY = Sampling(8, temperature=0, ignore_eos=True)
+
+
+def prompt(num_tokens: int, start: int = 1) -> list[int]:
+    return [(start + i * i) % (VOCAB_SIZE - 3) for i in range(num_tokens)]
+
+
+def greedy(max_tokens: int) -> Sampling:
+    return Sampling(max_tokens, temperature=0, ignore_eos=True)
+
+
+def test_max_tokens_ends_with_length() -> None:
+    engine = fake_engine()
+    engine.add(Submit(1, prompt(5), GREEDY))
+    client = Client().run(engine)
+    assert client.endings[1].finish_reason == "length"
+    assert client.answers[1] == expected_answer(Submit(1, prompt(5), GREEDY), 1000)[0]
+    assert len(client.answers[1]) == 8
+
+
+def test_a_stop_id_is_the_last_token() -> None:
+    wanted = expected_answer(Submit(1, prompt(5), greedy(30)), 1000)[0]
+    stop = wanted[7]
+    engine = fake_engine()
+    engine.add(Submit(1, prompt(5), Sampling(30, temperature=0, ignore_eos=True, stop_token_ids=(stop,))))
+    client = Client().run(engine)
+    assert client.endings[1].finish_reason == "stop"
+    assert client.answers[1] == wanted[: wanted.index(stop) + 1]
+
+
+@pytest.mark.parametrize(("ignore_eos", "reason"), [(False, "stop"), (True, "length")])
+def test_eos_ends_unless_ignored(ignore_eos: bool, reason: str) -> None:
+    first = expected_answer(Submit(1, prompt(5), greedy(1)), 1000)[0][0]
+    engine = fake_engine(eos=first)
+    engine.add(Submit(1, prompt(5), Sampling(3, temperature=0, ignore_eos=ignore_eos)))
+    assert Client().run(engine).endings[1].finish_reason == reason
+
+
+def test_min_tokens_holds_the_stop_back() -> None:
+    first = expected_answer(Submit(1, prompt(5), greedy(1)), 1000)[0][0]
+    engine = fake_engine(eos=first)
+    engine.add(Submit(1, prompt(5), Sampling(3, temperature=0, min_tokens=2)))
+    answer = Client().run(engine).answers[1]
+    assert len(answer) >= 2
+    assert first not in answer[:2]
+
+
+def test_the_context_limit_ends_with_length() -> None:
+    engine = fake_engine(max_context_tokens=20)
+    engine.add(Submit(1, prompt(15), greedy(100)))
+    client = Client().run(engine)
+    assert len(client.answers[1]) == 5
+    assert client.endings[1].finish_reason == "length"
+
+
+def test_a_request_that_fills_the_cache_alone_is_served() -> None:
+    engine = fake_engine(num_blocks=4)
+    engine.add(Submit(1, prompt(47), greedy(5)))
+    assert len(Client().run(engine).answers[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "error"),
+    [
+        ([], EMPTY_PROMPT),
+        (prompt(48), TOO_LONG),
+        ([1, VOCAB_SIZE + 1], BAD_TOKEN),
+        ([-1], BAD_TOKEN),
+        ([2**63], BAD_TOKEN),
+    ],
+    ids=["empty", "long", "large id", "negative id", "64-bit id"],
+)
+def test_what_can_never_run_is_refused_at_once(token_ids: list[int], error: str) -> None:
+    engine = fake_engine(num_blocks=4)
+    engine.add(Submit(1, token_ids, GREEDY))
+    [output] = engine.step().outputs
+    assert (output.finish_reason, output.error, output.token_ids) == ("error", error, [])
+    assert not engine.has_work
+
+
+def test_an_abort_ends_waiting_and_running_once() -> None:
+    engine = fake_engine(max_batch_requests=1)
+    client = Client()
+    for request_id in (1, 2):
+        engine.add(Submit(request_id, prompt(5), greedy(50)))
+    client.take(engine.step())
+    engine.abort([1, 2, 3])
+    engine.abort([1])
+    client.run(engine)
+    assert {i: output.finish_reason for i, output in client.endings.items()} == {1: "abort", 2: "abort"}
+    assert engine.cache.num_held == 0
+
+
+def test_scoring_gives_each_prompt_token_its_logprob() -> None:
+    """`max_tokens` 0 and chunks smaller than the prompt; nothing is drawn."""
+    engine = fake_engine(max_batch_tokens=8)
+    text = prompt(37)
+    for request_id in (1, 2):  # the second must not skip what the first left in the cache
+        engine.add(Submit(request_id, text, Sampling(0, prompt_logprobs=3)))
+        client = Client().run(engine)
+        output = client.endings[request_id]
+        assert (output.finish_reason, output.token_ids, output.cached_tokens) == ("length", [], 0)
+        assert output.prompt_logprobs is not None
+        assert output.prompt_logprobs[0] is None
+        assert len(output.prompt_logprobs) == 37
+        for position, entry in enumerate(output.prompt_logprobs[1:], 1):
+            logprobs = prefix_logits(text[:position]).log_softmax(-1)
+            assert entry is not None
+            assert entry.token_id == text[position]
+            assert math.isclose(entry.logprob, logprobs[text[position]], rel_tol=1e-6)
+            assert entry.rank == 1 + (logprobs > logprobs[text[position]]).sum()
+            assert entry.top_ids == logprobs.topk(3).indices.tolist()
+
+
+def test_logprobs_are_of_the_unmodified_distribution() -> None:
+    """Temperature, filters and withheld stops move the draw, not what is told about it."""
+    sampling = Sampling(6, temperature=0.3, top_k=2, seed=5, min_tokens=6, logprobs=1)
+    engine = fake_engine()
+    engine.add(Submit(1, prompt(9), sampling))
+    text, outputs = prompt(9), []
+    while engine.has_work:
+        outputs += engine.step().outputs
+    for output in outputs:
+        logprobs = prefix_logits(text).log_softmax(-1)
+        assert output.logprobs is not None
+        [entry] = output.logprobs
+        assert entry.token_id == output.token_ids[0]
+        assert math.isclose(entry.logprob, logprobs[entry.token_id], rel_tol=1e-6)
+        assert math.isclose(entry.top_logprobs[0], logprobs.max(), rel_tol=1e-6)
+        text += output.token_ids
+
+
+def test_an_exception_takes_only_the_guilty_request() -> None:
+    engine = fake_engine(model=FakeModel(poison=UNSAID))
+    submits = [Submit(i, prompt(20, i), greedy(12)) for i in range(4)]
+    for submit in submits:
+        engine.add(submit)
+    engine.add(Submit(9, [*prompt(18), UNSAID], GREEDY))
+    client = Client().run(engine)
+    assert (client.endings[9].finish_reason, client.endings[9].error) == ("error", STEP_ERROR)
+    for submit in submits:
+        assert client.endings[submit.id].finish_reason == "length"
+        assert client.answers[submit.id] == expected_answer(submit, 1000)[0]
+
+
+def test_broken_numbers_end_one_request_and_are_never_reused() -> None:
+    """NaN gives an error, not a token; its K and V, full blocks of it too, are not found by the next one."""
+    model = FakeModel(broken=UNSAID)
+    engine = fake_engine(model=model)
+    engine.add(Submit(1, [UNSAID, *prompt(40)], GREEDY))
+    engine.add(Submit(2, prompt(40), greedy(2)))
+    client = Client().run(engine)
+    assert (client.endings[1].finish_reason, client.endings[1].error) == ("error", MODEL_ERROR)
+    assert client.answers[1] == []
+    assert client.endings[2].finish_reason == "length"
+    engine.add(Submit(3, [UNSAID, *prompt(40)], GREEDY))
+    assert Client().run(engine).endings[3].finish_reason == "error"
+    assert len(model.batches[-1].token_ids) == 41
+
+
+def test_a_repeated_prefix_computes_one_block_and_its_tail() -> None:
+    model = FakeModel()
+    engine = fake_engine(num_blocks=100, max_batch_tokens=1024, model=model)
+    for request_id, tail in ((1, 0), (2, 0), (3, 9)):
+        engine.add(Submit(request_id, prompt(512) + [5] * tail, greedy(1)))
+        client = Client().run(engine)
+        computed = 512 + tail - client.firsts[request_id].cached_tokens
+        assert len(model.batches[-1].token_ids) == computed
+        assert computed == {1: 512, 2: 16, 3: 9}[request_id]
+
+
+def test_answers_to_one_prompt_compute_it_once() -> None:
+    """`n` submits of the same prompt at the same time: the others wait a step and share."""
+    engine = fake_engine(num_blocks=100, max_batch_tokens=1024)
+    for index in range(4):
+        engine.add(Submit(index, prompt(160), Sampling(3, seed=1, sample_index=index, ignore_eos=True)))
+    client = Client().run(engine)
+    assert sum(step.stats.num_prefill_tokens for step in client.steps) == 160 + 3 * 16
+    assert sum(step.stats.num_cached_tokens for step in client.steps) == 3 * 144
+
+
+def test_a_salt_keeps_prefixes_apart() -> None:
+    engine = fake_engine()
+    for request_id, salt in enumerate([b"a", b"b", b"a"]):
+        engine.add(Submit(request_id, prompt(40), greedy(1), salt))
+        assert Client().run(engine).firsts[request_id].cached_tokens == (32 if request_id == 2 else 0)
+
+
+def test_a_short_request_after_a_long_one_ends_first() -> None:
+    engine = fake_engine(num_blocks=200, max_batch_tokens=32)
+    engine.add(Submit(1, prompt(1600), greedy(2)))
+    client = Client()
+    for _ in range(3):
+        client.take(engine.step())
+    engine.add(Submit(2, prompt(20, 7), greedy(4)))
+    client.run(engine)
+    assert client.order == [2, 1]
+
+
+def test_a_stream_of_short_requests_cannot_starve_a_long_one() -> None:
+    """With two new short prompts before each step, 320 tokens still pass in 320 / (budget / 2) steps."""
+    engine = fake_engine(num_blocks=200, max_batch_tokens=32, max_batch_requests=4)
+    client = Client()
+    engine.add(Submit(0, prompt(320), greedy(1)))
+    for step in range(1, 22):
+        for index in (0, 1):
+            engine.add(Submit(2 * step + index, prompt(20, step), greedy(1)))
+        client.take(engine.step())
+    assert 0 in client.endings
+
+
+def test_a_large_prompt_gets_its_turn_when_blocks_are_short() -> None:
+    """While the oldest waits for room, later ones that would fit do not pass it."""
+    engine = fake_engine(num_blocks=12, max_batch_tokens=64, max_batch_requests=4)
+    client = Client()
+    engine.add(Submit(0, prompt(20, 3), greedy(40)))
+    client.take(engine.step())
+    engine.add(Submit(1, prompt(150), greedy(1)))
+    for request_id in range(2, 40):
+        engine.add(Submit(request_id, prompt(20, request_id), greedy(5)))
+    client.run(engine)
+    assert client.order.index(1) < 3
+
+
+def test_figures_add_up() -> None:
+    engine = fake_engine()
+    for request_id in range(3):
+        engine.add(Submit(request_id, prompt(33, request_id), greedy(5)))
+    client = Client().run(engine)
+    stats = [step.stats for step in client.steps]
+    assert sum(s.num_prefill_tokens + s.num_decode_tokens for s in stats) == 3 * (33 + 4)
+    assert stats[0].num_running == 2
+    assert stats[0].num_waiting == 1
+    assert stats[-1].kv_used_tokens == 0
+    assert stats[-1].kv_cached_tokens == 3 * 32
+    assert all(s.step_seconds > 0 for s in stats)
+    assert engine.heartbeat().stats.step_seconds == 0
