@@ -280,7 +280,13 @@ def step_parts(
         silu_and_multiply[(rows, FFN // 2048)](gate_up, activated, FFN, 2048, num_warps=4)
 
     def linear(source: Tensor, weights: list[Tensor], out: Tensor) -> Callable[[int], None]:
-        return lambda i: torch.mm(source, weights[i].t(), out=out) and None
+        def launch(i: int) -> None:
+            torch.mm(source, weights[i].t(), out=out)
+
+        return launch
+
+    def choose(_: int) -> None:
+        torch.argmax(logits, -1, out=chosen)
 
     kv_bytes = rows * CONTEXT * KV_HEADS * HEAD_DIM * 2 * 2
     return {
@@ -293,8 +299,8 @@ def step_parts(
         "gate_up": (linear(normed, model.gate_up, gate_up), 2 * FFN * HIDDEN * 2),
         "SwiGLU": (activation, 0),
         "down": (linear(activated, model.down, x), FFN * HIDDEN * 2),
-        "lm_head": (lambda _: torch.mm(normed, model.head.t(), out=logits) and None, VOCAB * HIDDEN * 2),
-        "argmax": (lambda _: torch.argmax(logits, -1, out=chosen) and None, 0),
+        "lm_head": (linear(normed, [model.head], logits), VOCAB * HIDDEN * 2),
+        "argmax": (choose, 0),
     }
 
 
@@ -343,8 +349,8 @@ def try_stream_linear(model: Layers, rows: int, dtype: torch.dtype, results: lis
             out = torch.full((splits, rows, n), float("nan"), device="cuda", dtype=torch.float32)
 
             def launch(i: int) -> None:
-                stream_linear[(n // tile_n, splits)](  # noqa: B023
-                    x, weights[i], out, rows, k, n, 16, tile_n, tile_k, splits, num_warps=warps, num_stages=stages)  # noqa: B023  # fmt: skip
+                stream_linear[(n // tile_n, splits)](
+                    x, weights[i], out, rows, k, n, 16, tile_n, tile_k, splits, num_warps=warps, num_stages=stages)  # fmt: skip
 
             launch(0)
             want = F.linear(x.float(), weights[0].float())
@@ -353,7 +359,7 @@ def try_stream_linear(model: Layers, rows: int, dtype: torch.dtype, results: lis
             if not error < 5e-3:
                 print(f"  stream_linear {name} {label}: WRONG, relative error {error:.2e}")
                 continue
-            us, spread = time_graph(lambda: [launch(i) for i in range(LAYERS)] and None)  # noqa: B023
+            us, spread = time_graph(lambda: [launch(i) for i in range(LAYERS)] and None)
             if best is None or us < best[0]:
                 best = (us, label, spread)
         if best:
@@ -384,7 +390,7 @@ def main() -> None:
         best: tuple[float, int, int] | None = None
         for tile, stages in ((32, 3), (64, 2), (64, 3), (128, 2)):
             attention, _ = step_parts(model, rows, dtype, tile, stages)["attention"]
-            us, _ = time_graph(lambda: [attention(i) for i in range(LAYERS)] and None)  # noqa: B023
+            us, _ = time_graph(lambda: [attention(i) for i in range(LAYERS)] and None)
             print(f"  attention M={rows} tile {tile} stages {stages}: {us / LAYERS:7.2f} us")
             if best is None or us < best[0]:
                 best = (us, tile, stages)
@@ -394,15 +400,15 @@ def main() -> None:
 
         def whole() -> None:
             for i in range(LAYERS):
-                for launch in per_layer:  # noqa: B023
+                for launch in per_layer:
                     launch(i)
-            parts["norm 1"][0](0)  # noqa: B023
-            parts["lm_head"][0](0)  # noqa: B023
-            parts["argmax"][0](0)  # noqa: B023
+            parts["norm 1"][0](0)
+            parts["lm_head"][0](0)
+            parts["argmax"][0](0)
 
         for name, (launch, size) in parts.items():
             times = 1 if name in ("lm_head", "argmax") else LAYERS
-            us, spread = time_graph(lambda: [launch(i) for i in range(times)] and None)  # noqa: B023
+            us, spread = time_graph(lambda: [launch(i) for i in range(times)] and None)
             results.append(Part(rows, name, us, size * times / READ_BYTES_PER_S * 1e6, spread))
         us, spread = time_graph(whole)
         floor = sum(p.floor_us for p in results if p.rows == rows)
