@@ -4,7 +4,7 @@ No model and no server: 32 layers of Llama-3.1-8B's shapes with random weights, 
 M sequences of `CONTEXT` tokens. Each part is also captured alone over all layers, so that its weights never
 stay in the L2 cache, and printed beside the time in which its bytes can be read.
 
-    python -m loadtest.step_budget [--rows 1,16,64,256] [--json FILE]
+    python docs/experiments/step_budget.py [--rows 1,16,64,256] [--json FILE]
 """
 
 import argparse
