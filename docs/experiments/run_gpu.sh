@@ -10,6 +10,6 @@ done; done
 timeout 300 python3 docs/experiments/nf4_int8.py --compile-only --rows "" >"$out/compile_int8.log" 2>&1 &
 wait
 grep -h -E "Error|error:" "$out"/compile_*.log | sort | uniq -c | head -20
-timeout 200 python3 loadtest.step_budget --json "$out/step_budget.json" 2>&1 | tee "$out/step_budget.log" | tail -90
+timeout 200 python3 docs/experiments/step_budget.py --json "$out/step_budget.json" 2>&1 | tee "$out/step_budget.log" | tail -90
 timeout 240 python3 docs/experiments/nf4_int8.py --json "$out/nf4_int8.json" 2>&1 | tee "$out/nf4_int8.log" | tail -90
 rm -f "$out"/compile_*.log
