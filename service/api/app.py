@@ -1,0 +1,80 @@
+"""The front's ASGI application: FastAPI behind the guard.
+
+front/host --create_app(...)--> uvicorn --> Guard --> FastAPI --> routes
+"""
+
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from service import __version__
+from service.api.errors import error_response
+from service.api.guard import Guard, RefusalError
+from service.api.routes import Server, make_router
+from service.api.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from service.config import Settings
+from service.errors import HalftoneError
+from service.front.engine_client import EngineClient
+from service.front.text import TextCodec
+from service.metrics import Metrics
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+BODY_TYPES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+
+
+def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metrics: Metrics) -> ASGIApp:
+    """The whole API over one engine client; uvicorn serves what is returned."""
+    app = FastAPI(
+        title="Halftone",
+        version=__version__,
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        telemetry={"auto_configure": False},
+    )
+    router = make_router(Server(settings, client, codec, metrics, int(time.time())))
+    app.include_router(router)
+    app.add_exception_handler(HalftoneError, answered_error)
+    app.add_exception_handler(HTTPException, answered_error)
+    app.add_exception_handler(Exception, answered_error)
+    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
+    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    return Guard(
+        app,
+        metrics,
+        paths=[route.path for route in routes],
+        json_paths=[route.path for route in routes if "POST" in (route.methods or ())],
+        api_keys=[key for key in settings.api_key.split(",") if key],
+        max_body_bytes=settings.max_body_bytes,
+        loopback_only=settings.host in LOOPBACK,
+    )
+
+
+async def answered_error(request: Request, error: Exception) -> Response:
+    """Whatever a route raised, in OpenAI's envelope; the guard logs what nobody expected."""
+    if isinstance(error, HTTPException):
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        code = codes.get(error.status_code, "invalid_request")
+        known = RefusalError(error.status_code, f"{error.detail}".lower(), code)
+        return error_response(known, error.headers)
+    return error_response(error if isinstance(error, HalftoneError) else HalftoneError("internal error"))
+
+
+def openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document with the request bodies, which the guard reads in its stead."""
+    if not app.openapi_schema:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, bodies = models_json_schema(
+            [(body_type, "validation") for body_type in BODY_TYPES],
+            ref_template="#/components/schemas/{model}",
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,395 @@
+"""What clients may send, typed and bounded; every other field, type or number is an error that names it.
+
+guard (JSON) --parse--> CompletionRequest, ChatRequest, ... --> admission
+
+Strict: `"1"`, `true` and `1.5` are no integers, `null` is the same as leaving an optional field out. Fields
+that OpenAI knows and this server does not act on are accepted only with a value that asks for nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypeAliasType
+
+from service.errors import RequestError
+
+MAX_TOKENS = 2**31 - 1
+MAX_MESSAGES = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_TOKEN_ID = 2**31 - 1
+
+Prompts = str | list[str] | list[int] | list[list[int]]
+
+
+def check_prompt(value: Any) -> Prompts:
+    """One pass, one error: a validator per list item would answer 99 KB of wrong items with megabytes."""
+    if isinstance(value, str):
+        if not value:
+            raise PydanticCustomError("empty_prompt", "must not be empty")
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError(
+            "invalid_type", "must be a string, strings, token ids or lists of token ids"
+        )
+    if not value:
+        raise PydanticCustomError("empty_prompt", "must not be empty")
+    kind = type(value[0])
+    if kind is int:
+        return check_token_ids(value)
+    if kind is list:
+        return [check_token_ids(item) for item in value]
+    if kind is str and all(type(item) is str for item in value):
+        if not all(value):
+            raise PydanticCustomError("empty_prompt", "must not contain an empty prompt")
+        return value
+    raise PydanticCustomError("invalid_type", "must be a string, strings, token ids or lists of token ids")
+
+
+def check_token_ids(value: Any) -> list[int]:
+    """A non-empty list of integers; `vocab_size` is the engine's business, asked when it is known."""
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise PydanticCustomError(
+            "invalid_type", "must be a string, strings, token ids or lists of token ids"
+        )
+    if not value:
+        raise PydanticCustomError("empty_prompt", "must not contain an empty prompt")
+    if min(value) < 0 or max(value) > MAX_TOKEN_ID:
+        raise PydanticCustomError("invalid_token_id", "must hold token ids from 0 to the vocabulary's last")
+    return value
+
+
+def check_content(value: Any) -> str:
+    """A message's text, or its text parts joined by line ends."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError("invalid_type", "must be a string or a list of text parts")
+    texts = []
+    for number, part in enumerate(value):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise PydanticCustomError(
+                "invalid_type", "part {number} must be an object with a `type`", {"number": number}
+            )
+        if part["type"] != "text":
+            raise PydanticCustomError(
+                "unsupported_content_part",
+                "part {number} is not text; accepted is `text`",
+                {"number": number},
+            )
+        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+            raise PydanticCustomError(
+                "invalid_type",
+                "part {number} must have `type` and a string `text`, no more",
+                {"number": number},
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def check_stop(value: Any) -> list[str] | None:
+    """A string, or up to four, to a list."""
+    if value is None:
+        return None
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(type(stop) is str for stop in stops):
+        raise PydanticCustomError("invalid_type", "must be a string or a list of strings")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise PydanticCustomError(
+            "array_above_max_length", "must hold at most {most} strings", {"most": MAX_STOP_STRINGS}
+        )
+    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise PydanticCustomError(
+            "invalid_stop", "must have 1 to {most} characters each", {"most": MAX_STOP_CHARACTERS}
+        )
+    return stops
+
+
+TOKEN_ID_LIST = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+TEXT = {"type": "string", "minLength": 1}
+Prompt = Annotated[
+    Any,
+    BeforeValidator(check_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                TEXT,
+                {"type": "array", "minItems": 1, "items": TEXT},
+                TOKEN_ID_LIST,
+                {"type": "array", "minItems": 1, "items": TOKEN_ID_LIST},
+            ]
+        }
+    ),
+]
+Content = Annotated[
+    Any,
+    BeforeValidator(check_content),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        "required": ["type", "text"],
+                        "additionalProperties": False,
+                    },
+                },
+            ]
+        }
+    ),
+]
+STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+Stop = Annotated[
+    Any,
+    BeforeValidator(check_stop),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                STOP_STRING,
+                {"type": "array", "maxItems": MAX_STOP_STRINGS, "items": STOP_STRING},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+# named, because an annotation with FailFast cannot stand in a union
+StopTokenIds = TypeAliasType(
+    "StopTokenIds", Annotated[list[TokenId], FailFast(), Field(max_length=MAX_STOP_TOKEN_IDS)]
+)
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+
+class Body(BaseModel):
+    """Base of every request body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    # OpenAI's fields that this server does not act on -> the values that ask for nothing
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = Field(None, description="A last chunk with the usage and no choices.")
+    continuous_usage_stats: bool | None = Field(None, description="The usage so far on each chunk.")
+
+
+class GenerationRequest(Body):
+    """What completions and chat completions share."""
+
+    model: ModelName
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default 1.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOKEN_ID, description="0 and -1 are off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=128, description="Answers to each prompt; default 1.")
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Stop = None
+    stop_token_ids: StopTokenIds | None = None
+    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="No stop token before this many.")
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(None, description="Adds `prompt_token_ids` and `token_ids`.")
+    user: str | None = Field(None, max_length=256, description="Not used; accepted because clients send it.")
+
+
+NO_OP: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (None, 0, 0.0),
+    "frequency_penalty": (None, 0, 0.0),
+    "repetition_penalty": (None, 1, 1.0),
+    "logit_bias": (None, {}),
+    "priority": (None, 0),
+    "prompt_logprobs": (None,),
+}
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompt
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="Default 16; 0 only with `echo`.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = Field(None, description="The prompt stands before the answer.")
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **NO_OP,
+        "best_of": (None, 1),
+        "suffix": (None, ""),
+    }
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = Field(None, max_length=64)
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "refusal": (None,),
+        "audio": (None,),
+        "annotations": (None, []),
+        "function_call": (None,),
+        "tool_calls": (None, []),
+        "tool_call_id": (None,),
+    }
+
+
+Messages = TypeAliasType(
+    "Messages", Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+)
+
+
+class ChatRequest(GenerationRequest):
+    messages: Messages
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="Default: the rest of the window.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="As `max_tokens`.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **NO_OP,
+        "tools": (None, []),
+        "tool_choice": (None, "none", "auto"),
+        "parallel_tool_calls": (None, True, False),
+        "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "response_format": (None, {"type": "text"}),
+        "modalities": (None, ["text"]),
+        "audio": (None,),
+        "prediction": (None,),
+        "reasoning_effort": (None,),
+        "verbosity": (None,),
+        "store": (None, False),
+        "metadata": (None, {}),
+        "service_tier": (None, "auto", "default"),
+        "web_search_options": (None,),
+        "chat_template": (None,),
+        "chat_template_kwargs": (None, {}),
+        "add_generation_prompt": (None, True),
+        "continue_final_message": (None, False),
+    }
+
+
+class TokenizeRequest(Body):
+    """One of `prompt` and `messages`."""
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(None, description="Of a `prompt`; default true.")
+
+
+class DetokenizeRequest(Body):
+    model: ModelName | None = None
+    tokens: Annotated[list[TokenId], FailFast()]
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(body_type: type[B], body: Any) -> B:
+    """Parsed JSON -> a typed request, or a RequestError for the first thing that is wrong."""
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object", hint="send `{...}`", code="invalid_json")
+    body = without_no_ops(body_type, body)
+    messages = body.get("messages")
+    if isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
+        body["messages"] = [
+            without_no_ops(ChatMessage, item, f"messages[{number}].") if isinstance(item, dict) else item
+            for number, item in enumerate(messages)
+        ]
+    try:
+        return body_type.model_validate(body)
+    except ValidationError as error:
+        raise request_error(error) from None
+
+
+def without_no_ops(body_type: type[Body], body: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The fields to validate: unsupported ones that ask for nothing are dropped, others raise."""
+    kept = {}
+    for name, value in body.items():
+        if name in body_type.model_fields:
+            kept[name] = value
+            continue
+        param = f"{path}{name[:64]}"
+        if name not in body_type.unsupported:
+            raise RequestError(
+                f"`{param}` is not a parameter of this request",
+                hint="accepted are " + ", ".join(body_type.model_fields),
+                param=param,
+                code="unknown_parameter",
+            )
+        accepted = body_type.unsupported[name]
+        asks_for_nothing = any(type(value) is type(other) and value == other for other in accepted)
+        if name == "best_of" and type(value) is int and value == body.get("n"):
+            asks_for_nothing = True  # the best n of n are all
+        if not asks_for_nothing:
+            raise RequestError(
+                f"`{param}` is not supported, got {described(value)}",
+                hint="leave it out",
+                param=param,
+                code="unsupported_parameter",
+            )
+    return kept
+
+
+CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "greater_than": "below_min_value",
+    "greater_than_equal": "below_min_value",
+    "less_than": "above_max_value",
+    "less_than_equal": "above_max_value",
+    "too_long": "array_above_max_length",
+    "too_short": "array_below_min_length",
+    "string_too_long": "string_above_max_length",
+    "string_too_short": "string_below_min_length",
+    "literal_error": "invalid_value",
+    "finite_number": "invalid_number",
+}
+
+
+def request_error(error: ValidationError) -> RequestError:
+    """Pydantic's first complaint in OpenAI's words."""
+    first = error.errors(include_url=False)[0]
+    param = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"] if part != "list"
+    )[1:]
+    kind = first["type"]
+    code = CODES.get(kind, "invalid_type" if kind.endswith(("_type", "_from_float")) else kind)
+    if code.endswith(("above_max_value", "below_min_value")):
+        code = f"{'integer' if type(first['input']) is int else 'decimal'}_{code}"
+    if param == "messages" and kind in ("too_short", "missing"):
+        code = "empty_prompt" if kind == "too_short" else code
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    if kind == "missing":
+        return RequestError(f"`{param}` is required", param=param, code=code)
+    return RequestError(f"`{param}`: {message}, got {described(first['input'])}", param=param, code=code)
+
+
+def described(value: Any) -> str:
+    """A client's value in at most about 80 characters."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f"the string `{value[:64]}`" if len(value) <= 64 else f"a string of {len(value)} characters"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object with {len(value)} fields"
+    return repr(value)[:64]
