@@ -18,11 +18,12 @@ class EngineConnection(asyncio.Protocol):
     def __init__(self, receive: Callable[[EngineMessage], None]) -> None:
         self.receive = receive
         self.transport: asyncio.Transport
-        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.closed: asyncio.Future[None]  # done when the engine has hung up
         self._rest = bytearray()  # the beginning of a frame
         self._wanted_bytes = 0  # length of `_rest` from which on there is something to decode
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.closed = asyncio.get_running_loop().create_future()
         self.transport = cast(asyncio.Transport, transport)  # uvloop's only quack like it
 
     def data_received(self, data: bytes) -> None:

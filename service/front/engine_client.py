@@ -174,7 +174,8 @@ class EngineClient:
     async def wait_ready(self) -> EngineInfo:
         """Waits through loading and restarts -> what is served. Raises the reason once the state is `failed`,
         EngineUnavailableError when the server is shut down meanwhile."""
-        await self.wait_for("ready", "failed", "draining")
+        if not self.is_draining:
+            await self.wait_for("ready", "failed", "draining")
         if self.failure is not None:
             raise self.failure
         if self.state != "ready" or self.info is None:

@@ -57,6 +57,7 @@ class Supervisor:
         self.process: asyncio.subprocess.Process | None = None
         self._crashes: deque[float] = deque()
         self._was_ready = False
+        self._stop_asked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -66,16 +67,9 @@ class Supervisor:
     async def stop(self) -> None:
         """Ends the engine and waits until its process is gone. Open requests end with an error."""
         self.client.drain()
-        if self._task is None:
-            return
-        if self.process is not None and self.process.returncode is None:
-            if self.client.is_serving:
-                self.client.shut_down_engine()
-                await asyncio.wait({self._task}, timeout=EXIT_GRACE_S)
-            send_signal(self.process, signal.SIGTERM)
-            await asyncio.wait({self._task}, timeout=EXIT_GRACE_S)
-        self._task.cancel()  # what has not gone by now is killed on the way out
-        await asyncio.gather(self._task, return_exceptions=True)
+        self._stop_asked.set()
+        if self._task is not None:
+            await self._task
 
     # --- inside --------------------------------------------------------------------------------
 
@@ -83,17 +77,18 @@ class Supervisor:
         try:
             while True:
                 reason = await self._one_life()
-                if self.client.state == "failed" or self.client.is_draining:
+                if self.client.state == "failed" or self._stop_asked.is_set():
                     return
                 delay_s = self._crashed(reason)
                 if delay_s is None:
                     return
-                await asyncio.sleep(delay_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop_asked.wait(), delay_s)
+                    return
                 self.metrics.engine_restarted()
         except Exception as error:
             logger.exception("the engine's supervisor failed")
             self.client.fail(HalftoneError(f"the engine cannot be started: {error}"))
-            raise
 
     async def _one_life(self) -> str:
         """Spawns an engine and returns, once its process is gone, why it is."""
@@ -113,14 +108,16 @@ class Supervisor:
         try:
             hung_up = await self.client.connect(front_socket)
             reason = await self._watch(process, hung_up)
-            # one that hung up by itself is given the time to write its last words and set its exit code
-            grace_s = 1.0 if hung_up.done() else 0.0
+            if self._stop_asked.is_set():
+                await self._ask_to_exit(process)
+            elif hung_up.done():
+                grace_s = 1.0  # it ends by itself: time to write its last words and to set its exit code
         finally:
             self.client.disconnect()
             exit_code = await self._end_process(process, grace_s)
         reason = reason or describe_exit(exit_code)
         logger.log(
-            logging.INFO if self.client.is_draining else logging.ERROR,
+            logging.INFO if self._stop_asked.is_set() else logging.ERROR,
             "engine process %d is gone: %s",
             process.pid,
             reason,
@@ -144,12 +141,13 @@ class Supervisor:
         started_at = time.monotonic()
         exited = asyncio.create_task(process.wait())
         ready = asyncio.create_task(self.client.wait_for("ready"))
-        events: list[asyncio.Future[Any]] = [exited, hung_up, ready]
+        stop_asked = asyncio.create_task(self._stop_asked.wait())
+        events: list[asyncio.Future[Any]] = [exited, hung_up, stop_asked, ready]
         try:
-            while not (exited.done() or hung_up.done()):
+            while not (exited.done() or hung_up.done() or stop_asked.done()):
                 if ready.done():
                     self._was_ready = True
-                    events = [exited, hung_up]
+                    events = [exited, hung_up, stop_asked]
                     limit_s, since = self.step_timeout_s, self.client.last_message_at
                 else:
                     limit_s, since = self.load_timeout_s, started_at
@@ -160,12 +158,12 @@ class Supervisor:
                     return f"no sign of life for {limit_s:g} s (`step_timeout_s`)"
                 else:
                     return self._load_timed_out()
-            if not hung_up.done():  # its last message may still be in the socket
+            if exited.done() and not hung_up.done():  # its last message may still be in the socket
                 await asyncio.wait({hung_up}, timeout=1.0)
             return self._last_words()
         finally:
-            exited.cancel()
-            ready.cancel()
+            for task in (exited, stop_asked, ready):
+                task.cancel()
 
     def _last_words(self) -> str:
         """What the engine said before it hung up. A Fatal that no retry would mend is the end of its kind."""
@@ -206,6 +204,15 @@ class Supervisor:
     def _fail(self, failure: HalftoneError) -> None:
         logger.error("the engine stays down: %s", failure)
         self.client.fail(failure)
+
+    async def _ask_to_exit(self, process: asyncio.subprocess.Process) -> None:
+        """Shutdown, then SIGTERM. One that is still loading hears only the signal."""
+        if self.client.is_serving:
+            self.client.shut_down_engine()
+            if await exits_within(process, EXIT_GRACE_S):
+                return
+        send_signal(process, signal.SIGTERM)
+        await exits_within(process, EXIT_GRACE_S)
 
     async def _end_process(self, process: asyncio.subprocess.Process, grace_s: float) -> int:
         """Waits `grace_s` for the engine's exit, then kills it -> exit code."""
