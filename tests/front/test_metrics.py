@@ -1,0 +1,169 @@
+"""Names, labels, buckets, and counts that survive the engine."""
+
+import asyncio
+import itertools
+import os
+import signal
+
+import prometheus_client
+import pytest
+from engine_rig import running
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.messages import StepStats
+from service.metrics import FIRST_TOKEN_SECONDS, TOKEN_SECONDS, Histogram, Metrics, catalogue
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """(series, labels) -> value, read back by prometheus_client's parser."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    found = [
+        sample
+        for (series, series_labels), sample in samples(metrics).items()
+        if series == name and labels.items() <= dict(series_labels).items()
+    ]
+    assert len(found) == 1, (name, labels, found)
+    return found[0]
+
+
+def test_token_buckets() -> None:
+    """1.25 apart from 1 ms, so that 3.5 and 6.5 ms a token are told apart; service levels are exact."""
+    assert TOKEN_SECONDS[:5] == (0.001, 0.00125, 0.001563, 0.001953, 0.002441)
+    assert TOKEN_SECONDS[-1] == 1.262
+    assert len(TOKEN_SECONDS) == 33 + 6
+    assert {0.005, 0.01, 0.02, 0.05, 0.1, 0.2} <= set(TOKEN_SECONDS)
+    assert all(after / before < 1.252 for before, after in itertools.pairwise(TOKEN_SECONDS))
+
+
+def test_first_token_buckets() -> None:
+    assert FIRST_TOKEN_SECONDS[0] == 0.002
+    assert FIRST_TOKEN_SECONDS[-1] == 60
+    assert {0.05, 0.1, 0.2, 0.5, 1.0, 2.0} <= set(FIRST_TOKEN_SECONDS)
+    steps = itertools.pairwise(FIRST_TOKEN_SECONDS)
+    assert all(after / before < 1.252 for before, after in steps)
+
+
+bounds_or_between = st.one_of(st.sampled_from(TOKEN_SECONDS), st.floats(0, 3))
+
+
+@given(st.lists(st.tuples(bounds_or_between, st.integers(1, 5))))
+def test_histogram_counts_as_prometheus_does(observations: list[tuple[float, int]]) -> None:
+    ours = Histogram(TOKEN_SECONDS)
+    registry = prometheus_client.CollectorRegistry()
+    theirs = prometheus_client.Histogram("h", "h", buckets=TOKEN_SECONDS, registry=registry)
+    for seconds, count in observations:
+        ours.observe(seconds, count)
+        for _ in range(count):
+            theirs.observe(seconds)
+    for le, count in ours.cumulative():
+        assert registry.get_sample_value("h_bucket", {"le": le}) == count
+    assert registry.get_sample_value("h_sum") == pytest.approx(ours.sum)
+
+
+def test_catalogue_is_what_is_exported() -> None:
+    """Every family under its name and type with at least model and precision, and nothing else."""
+    metrics = Metrics("demo", "nf4")
+    metrics.http_request("/v1/models", 200, 0.01)
+    exported = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        exported[name] = family.type, family.documentation
+        for sample in family.samples:
+            assert sample.labels["model"] == "demo"
+            assert sample.labels["precision"] == "nf4"
+    assert exported == {family.name: (family.type, family.help) for family in catalogue()}
+
+
+def test_names_follow_the_conventions() -> None:
+    for family in catalogue():
+        assert family.name.startswith("halftone_")
+        assert family.name.endswith("_total") == (family.type == "counter")
+        assert family.help.endswith(".")
+        assert family.labels[:2] == ("model", "precision")
+        assert bool(family.bounds) == (family.type == "histogram")
+        if family.unit:
+            assert family.name.endswith(family.unit)
+
+
+def test_labels_of_every_series_are_declared() -> None:
+    metrics = Metrics("demo", "bf16")
+    metrics.step(StepStats(step_seconds=0.1, memory_bytes={"weights": 1}, peak_bytes={"decode": 2}))
+    metrics.http_request("/metrics", 200, 0.01)
+    declared = {family.name: {*family.labels, "le"} for family in catalogue()}
+    for series, labels in samples(metrics):
+        name = series if series in declared else series.rpartition("_")[0]
+        assert {key for key, _ in labels} | {"le"} == declared[name]
+
+
+def test_instances_share_nothing() -> None:
+    one, other = Metrics("demo", "bf16"), Metrics("demo", "bf16")
+    one.accepted()
+    one.first_token(0.1)
+    assert value(one, "halftone_requests_accepted_total") == 1
+    assert value(other, "halftone_requests_accepted_total") == 0
+    assert value(other, "halftone_time_to_first_token_seconds_count") == 0
+
+
+def test_a_step_adds_deltas_and_replaces_gauges() -> None:
+    metrics = Metrics("demo", "bf16")
+    stats = StepStats(
+        step_seconds=0.004, num_prefill_tokens=10, num_cached_tokens=16, num_running=3, num_waiting=2,
+        kv_used_tokens=100, memory_bytes={"weights.codes": 7, "kv_cache": 9},
+    )  # fmt: skip
+    metrics.step(stats)
+    metrics.step(stats)
+    metrics.step(StepStats(num_running=1))  # a heartbeat
+    assert value(metrics, "halftone_tokens_total", kind="prompt") == 20
+    assert value(metrics, "halftone_tokens_total", kind="cached") == 32
+    assert value(metrics, "halftone_requests_running") == 1
+    assert value(metrics, "halftone_requests_waiting") == 0
+    assert value(metrics, "halftone_memory_bytes", part="kv_cache") == 9
+    assert value(metrics, "halftone_step_seconds_count") == 2
+    assert value(metrics, "halftone_batch_size_sum") == 6
+
+
+def test_a_label_cannot_break_out() -> None:
+    metrics = Metrics('de"mo\n', "bf16")
+    assert value(metrics, "halftone_engine_up", model='de"mo\n') == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_counters_never_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 requests, one kill among them, 20 scrapes; in the end accepted = ended, and latencies were seen."""
+    monkeypatch.setenv("FAKE_STEP_MS", "1")
+    async with running() as rig:
+        metrics = rig.metrics
+        before: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        for scrape in range(20):
+            streams = [rig.open([scrape, number], max_tokens=3 + number)[1] for number in range(5)]
+            if scrape == 10:
+                await streams[0].started.wait()
+                os.kill(rig.process_id, signal.SIGKILL)
+            await asyncio.gather(*(stream.ended.wait() for stream in streams))
+            now = samples(metrics)
+            for series, number in before.items():
+                if series[0].endswith(("_total", "_bucket", "_count", "_sum")):
+                    assert now[series] >= number, series
+            before = now
+            await rig.client.wait_ready()
+        assert value(metrics, "halftone_requests_accepted_total") == 100
+        ended = {
+            reason: value(metrics, "halftone_requests_total", finish_reason=reason)
+            for reason in ("stop", "length", "abort", "error")
+        }
+        assert sum(ended.values()) == 100
+        assert 0 < ended["error"] <= 5
+        assert value(metrics, "halftone_engine_restarts_total") == 1
+        generated = value(metrics, "halftone_tokens_total", kind="generated")
+        first = value(metrics, "halftone_time_to_first_token_seconds_count")
+        assert value(metrics, "halftone_inter_token_latency_seconds_count") == generated - first
