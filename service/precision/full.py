@@ -9,7 +9,7 @@ from torch import Tensor
 
 from service.errors import PrecisionError
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
-from service.precision.source import part_rows, read_bias, read_weight, tensor_bytes
+from service.precision.source import merged_weight, part_rows, read_bias, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,13 +65,4 @@ class Full:
                 f"precision `{self.name}` computes in {self.dtype}, got dtype {group.dtype}",
                 hint="leave `--dtype auto`: it chooses activations of the quantized modes only",
             )
-        weight = torch.empty(group.out_features, group.in_features, dtype=self.dtype, device=group.device)
-        for number, part in enumerate(group.parts):
-            source = read_weight(part, read)
-            weight[part_rows(group, number)] = source
-            if self.dtype == torch.float16 and source.abs().max() > torch.finfo(torch.float16).max:
-                raise PrecisionError(
-                    f"`{part.path}.weight` holds values beyond fp16's 65504",
-                    hint="serve this checkpoint with `--precision bf16`",
-                )
-        return FullLinear(group, weight, read_bias(group, read))
+        return FullLinear(group, merged_weight(group, read, self.dtype), read_bias(group, read))

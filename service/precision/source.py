@@ -6,7 +6,7 @@ checkpoint --read_weight, read_bias--> full, int8, nf4
 import torch
 from torch import Tensor
 
-from service.errors import CheckpointError
+from service.errors import CheckpointError, PrecisionError
 from service.precision.base import LinearGroup, LinearSpec, Read
 
 
@@ -21,8 +21,11 @@ def read_shaped(name: str, shape: tuple[int, ...], read: Read) -> Tensor:
     return tensor
 
 
-def read_weight(part: LinearSpec, read: Read) -> Tensor:
-    """[out_features, in_features] of one part; CheckpointError when it is no 16- or 32-bit float."""
+def read_weight(part: LinearSpec, read: Read, dtype: torch.dtype | None = None) -> Tensor:
+    """[out_features, in_features] of one part in `dtype` (None: as stored); CheckpointError if no float.
+
+    PrecisionError when a value does not fit into float16 and float16 was asked for.
+    """
     name = f"{part.path}.weight"
     weight = read_shaped(name, (part.out_features, part.in_features), read)
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -30,21 +33,31 @@ def read_weight(part: LinearSpec, read: Read) -> Tensor:
             f"tensor `{name}` has type {weight.dtype}; accepted are float32, bfloat16, float16",
             hint="serve a checkpoint with 16-bit weights",
         )
-    return weight
+    if dtype == torch.float16 and weight.abs().max() > torch.finfo(torch.float16).max:
+        raise PrecisionError(
+            f"tensor `{name}` holds values beyond float16's 65504, which this precision computes with",
+            hint="serve this checkpoint with `--precision bf16`",
+        )
+    return weight.to(dtype)
 
 
 def read_bias(group: LinearGroup, read: Read) -> Tensor | None:
-    """[out_features of all parts] in the activations' dtype: zeros for a part without; None if none has one."""
+    """[out_features of all parts] in the activations' dtype: zeros for a part without, None if all are."""
     if not any(part.bias for part in group.parts):
         return None
     bias = torch.zeros(group.out_features, dtype=group.dtype)
-    start = 0
-    for part in group.parts:
+    for number, part in enumerate(group.parts):
         if part.bias:
-            stored = read_shaped(f"{part.path}.bias", (part.out_features,), read)
-            bias[start : start + part.out_features] = stored
-        start += part.out_features
+            bias[part_rows(group, number)] = read_shaped(f"{part.path}.bias", (part.out_features,), read)
     return bias.to(group.device)
+
+
+def merged_weight(group: LinearGroup, read: Read, dtype: torch.dtype) -> Tensor:
+    """[out_features of all parts, in_features] on the group's device."""
+    weight = torch.empty(group.out_features, group.in_features, dtype=dtype, device=group.device)
+    for number, part in enumerate(group.parts):
+        weight[part_rows(group, number)] = read_weight(part, read, dtype)
+    return weight
 
 
 def part_rows(group: LinearGroup, part: int) -> slice:

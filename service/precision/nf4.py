@@ -1,0 +1,208 @@
+"""NF4: four bits a weight from a table of normal quantiles, one absmax for each 64 of them.
+
+16-bit weights --build: bitsandbytes' quantize_4bit--> codes, absmax --forward: bitsandbytes' ops--> y
+
+Under double quantization (on by default) the absmax values are themselves 8-bit codes in blocks of 256,
+minus their mean: they stay so in memory and are decoded on the way into each product. Source: arXiv
+2305.14314. Codes equal bitsandbytes' bit for bit; on a CPU with AVX512-BF16 they lie in the order
+that its fused product reads.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import create_dynamic_map, get_4bit_type, has_avx512bf16
+from pydantic import Field
+from torch import Tensor
+
+from service.errors import PrecisionError
+from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.source import (
+    part_rows,
+    quantized_activation_dtype,
+    read_bias,
+    read_weight,
+    tensor_bytes,
+)
+from service.precision.spec import Options, PrecisionSpec, canonical, check_options
+
+BLOCK = 64  # weights under one absmax
+NESTED_BLOCK = 256  # absmax values under one nested scale
+INTERLEAVED_ROWS = 32  # rows that the fused CPU product reads side by side
+
+
+class NF4Options(Options):
+    double_quant: bool = Field(True, description="on, off: absmax as 8-bit codes")
+
+
+@cache
+def codebook(device: torch.device) -> Tensor:
+    """float32 [16]: the NF4 levels."""
+    return get_4bit_type("nf4", device=device)
+
+
+@cache
+def nested_codebook(device: torch.device) -> Tensor:
+    """float32 [256]: bitsandbytes' dynamic 8-bit map, one constant of 1 KiB for the whole process."""
+    return create_dynamic_map().to(device)
+
+
+def interleave(codes: Tensor, rows: int) -> Tensor:
+    """uint8 [rows * in / 2] of bitsandbytes (earlier weight in the high nibble) -> uint8 [rows, in / 2].
+
+    For 32 rows at a time and each pair of features, 32 bytes: low nibbles hold rows 0..15, high nibbles
+    rows 16..31, both features of a row side by side.
+    """
+    pairs = torch.stack((codes >> 4, codes & 0xF), dim=-1).view(rows // INTERLEAVED_ROWS, 2, 16, -1, 2)
+    low, high = pairs.unbind(1)  # [row block, 16 rows, in / 2, 2]
+    packed = (high << 4 | low).transpose(1, 2)  # [row block, in / 2, 16 rows, 2]
+    return packed.reshape(rows, -1)
+
+
+def deinterleave(packed: Tensor) -> Tensor:
+    """Inverse of `interleave`: uint8 [rows, in / 2] -> uint8 [rows * in / 2]."""
+    rows, half = packed.shape
+    blocks = packed.view(rows // INTERLEAVED_ROWS, half, 16, 2).transpose(1, 2)  # [.., 16 rows, in / 2, 2]
+    pairs = torch.stack((blocks & 0xF, blocks >> 4), dim=1)  # [.., 2, 16 rows, in / 2, 2]
+    return (pairs[..., 0] << 4 | pairs[..., 1]).reshape(-1)
+
+
+class NF4Linear(QuantLinear):
+    codes: Tensor  # uint8, bitsandbytes' [out * in / 2] or interleaved [out, in / 2]
+    absmax: Tensor  # float32 [blocks]; under double quantization uint8, each part padded to NESTED_BLOCK
+    nested_absmax: Tensor | None  # float32 [nested blocks of all parts]
+    offsets: Tensor | None  # float32 [parts], mean of each part's absmax
+    bias: Tensor | None  # [out_features of all parts]
+
+    def __init__(
+        self,
+        group: LinearGroup,
+        codes: Tensor,
+        absmax: list[Tensor],
+        nested_absmax: list[Tensor],
+        offsets: list[Tensor],
+        bias: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.interleaved = (
+            group.device.type == "cpu"
+            and group.dtype == torch.bfloat16
+            and has_avx512bf16()
+            and all(part.out_features % INTERLEAVED_ROWS == 0 for part in group.parts)
+        )
+        self.kernel = "bitsandbytes.gemv_4bit" if self.interleaved else "bitsandbytes.gemm_4bit"
+        nested = bool(nested_absmax)
+        self.register_buffer("codes", interleave(codes, group.out_features) if self.interleaved else codes)
+        self.register_buffer("absmax", torch.cat(absmax))
+        self.register_buffer("nested_absmax", torch.cat(nested_absmax) if nested else None)
+        self.register_buffer("offsets", torch.stack(offsets) if nested else None)
+        self.register_buffer("bias", bias)
+        self.blocks_per_row = group.in_features // BLOCK
+
+    def part_absmax(self) -> list[Tensor]:
+        """float32 [out_features of the part, blocks of a row] for each part, decoded."""
+        absmax = self.absmax
+        if self.nested_absmax is not None:
+            absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+                absmax, self.nested_absmax, nested_codebook(absmax.device), NESTED_BLOCK, torch.float32
+            )
+        decoded = []
+        start = 0
+        for number, part in enumerate(self.group.parts):
+            blocks = part.out_features * self.blocks_per_row
+            mine = absmax[start : start + blocks].view(part.out_features, self.blocks_per_row)
+            start += blocks
+            if self.offsets is not None:
+                mine = mine + self.offsets[number]
+                start = padded(start)
+            decoded.append(mine)
+        return decoded
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (self.group.out_features, self.group.in_features)
+        absmax = self.part_absmax()
+        y: Tensor
+        if self.interleaved:
+            # one column of scales for each row of weights, the order in which the fused product walks
+            columns = torch.cat(absmax).to(torch.bfloat16).t().contiguous()
+            y = torch.ops.bitsandbytes.gemv_4bit.default(
+                x, self.codes, shape, columns, codebook(x.device), BLOCK
+            )
+            return y if self.bias is None else y.add_(self.bias)
+        if x.device.type == "cpu":
+            weight = torch.ops.bitsandbytes.dequantize_4bit.default(
+                self.codes, torch.cat(absmax).view(-1), BLOCK, "nf4", shape, x.dtype
+            )
+            y = F.linear(x, weight, self.bias)
+        else:
+            y = torch.ops.bitsandbytes.gemm_4bit.default(
+                x, self.codes, shape, torch.cat(absmax).view(-1), BLOCK, "nf4", self.bias
+            )
+        return y
+
+    def dense(self, part: int) -> Tensor:
+        codes = deinterleave(self.codes) if self.interleaved else self.codes
+        levels = codebook(codes.device)[torch.stack((codes >> 4, codes & 0xF), dim=-1).long()]
+        rows = levels.view(self.group.out_features, -1)[part_rows(self.group, part)]
+        scales = self.part_absmax()[part].repeat_interleave(BLOCK, dim=1)
+        return (rows * scales).cpu()
+
+    def bytes(self) -> dict[str, int]:
+        return {
+            "codes": tensor_bytes(self.codes),
+            "scales": tensor_bytes(self.absmax, self.nested_absmax, self.offsets),
+            "weights16": tensor_bytes(self.bias),
+        }
+
+
+def padded(blocks: int) -> int:
+    """Number of absmax codes rounded up to whole nested blocks, so that parts share one decoding call."""
+    return -(-blocks // NESTED_BLOCK) * NESTED_BLOCK
+
+
+class NF4:
+    """`--precision nf4`: quantized from a 16-bit checkpoint while it loads."""
+
+    name = "nf4"
+    activation: Activation = "16bit"
+    capturable = True
+    quantizer: str | None = None
+
+    def __init__(self, spec: PrecisionSpec) -> None:
+        self.options: NF4Options = check_options(spec, NF4Options)
+        self.canonical = canonical(self.name, self.options)
+
+    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
+        return quantization is None
+
+    def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+        return quantized_activation_dtype(device, checkpoint)
+
+    def build(self, group: LinearGroup, read: Read) -> NF4Linear:
+        if group.in_features % BLOCK:
+            raise PrecisionError(
+                f"precision `nf4` needs in_features divisible by {BLOCK}; `{group.parts[0].path}` has "
+                f"{group.in_features}",
+                hint="serve this checkpoint with `--precision int8` or `bf16`",
+            )
+        codes, absmax, nested_absmax, offsets = [], [], [], []
+        for part in group.parts:
+            source = read_weight(part, read).to(group.device)
+            part_codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(
+                source, BLOCK, "nf4", torch.uint8
+            )
+            codes.append(part_codes.view(-1))
+            if self.options.double_quant:
+                offset = scales.mean()
+                scales = F.pad(scales - offset, (0, padded(scales.numel()) - scales.numel()))
+                scales, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
+                    scales, nested_codebook(group.device), NESTED_BLOCK
+                )
+                nested_absmax.append(nested)
+                offsets.append(offset)
+            absmax.append(scales)
+        return NF4Linear(group, torch.cat(codes), absmax, nested_absmax, offsets, read_bias(group, read))
