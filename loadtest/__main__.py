@@ -162,7 +162,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """-> exit status: 0, 1 where a request failed, 2 where none could be made."""
+    """-> exit status: 0, 2 where no request could be made, 3 where some failed (1 is a crash)."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         result = asyncio.run(measure(options))
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.write_bytes(orjson.dumps(result))
     print("\n".join(lines(result)))
-    return 1 if result["summary"]["num_errors"] else 0
+    return 3 if result["summary"]["num_errors"] else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""One model, one machine, one workload: each precision in a fresh engine, and one report."""

@@ -179,7 +179,7 @@ def test_errors_are_counted_shown_and_fail_the_command(
 
     flags = ["--concurrency", "1", "--requests", "5", "--warmup", "1", "--output-tokens", "5"]
     status, result = run_against(sometimes, tmp_path / "out.json", *flags)
-    assert status == 1
+    assert status == 3
     assert result["summary"]["num_errors"] == 3
     assert result["summary"]["errors"]["HTTP 503: the engine is gone"] == 2
     assert any("middle of the answer" in error for error in result["summary"]["errors"])

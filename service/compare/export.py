@@ -1,0 +1,203 @@
+"""A Report in every form: terminal table, JSON, Markdown, CSV, and the page.
+
+job --Report--> write_report(), print_report()
+"""
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from service.compare.files import write_whole
+from service.compare.page import render_page
+from service.compare.plan import REPORT_FILE
+from service.compare.report import Latency, Report, Row
+
+NOTHING = "-"
+Cell = Callable[[Report, Row], str]
+
+
+def write_report(report: Report, out: Path) -> None:
+    """report.json, report.html, report.md and report.csv in `out`."""
+    write_whole(out / REPORT_FILE, msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    write_whole(out / "report.html", render_page(report).encode())
+    write_whole(out / "report.md", markdown(report).encode())
+    write_whole(out / "report.csv", comma_separated(report).encode())
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+def milliseconds(latency: Latency | None) -> str:
+    return f"{1e3 * latency.p50:.1f} / {1e3 * latency.p95:.1f}" if latency else NOTHING
+
+
+def change(value: float, base: float) -> str:
+    """`+3.1 %` against the reference."""
+    return f"{100 * (value / base - 1):+.1f} %"
+
+
+def memory_cell(report: Report, row: Row) -> str:
+    assert row.memory is not None
+    return megabytes(row.memory.weight_bytes)
+
+
+def peak_cell(report: Report, row: Row) -> str:
+    assert row.memory is not None
+    return f"{megabytes(row.memory.peak_bytes)} / {megabytes(row.memory.peak_without_kv_bytes)}"
+
+
+def perplexity_cell(report: Report, row: Row) -> str:
+    assert row.perplexity is not None
+    base = report.reference_row
+    if base is None or base.perplexity is None or base is row:
+        return f"{row.perplexity:.3f}"
+    return f"{row.perplexity:.3f} ({change(row.perplexity, base.perplexity)})"
+
+
+def top1_cell(report: Report, row: Row) -> str:
+    assert row.quality is not None
+    return f"{100 * row.quality.top1_agreement:.1f} %"
+
+
+def purchase_cell(report: Report, row: Row) -> str:
+    return f"{row.purchase.more_kv_tokens:+,d}" if row.purchase else NOTHING
+
+
+def decode_cell(report: Report, row: Row) -> str:
+    assert row.quality is not None
+    agreement = row.quality.agreement
+    return f"{100 * agreement.disagreement:.2f} %{'' if agreement.agrees else ' (!)'}"
+
+
+COLUMNS: dict[str, Cell] = {
+    "weights MB": memory_cell,
+    "peak MB, with / without KV": peak_cell,
+    "load s": lambda report, row: f"{row.seconds_to_load:.1f}",
+    "TTFT ms p50 / p95": lambda report, row: milliseconds(row.ttft),
+    "ITL ms p50 / p95": lambda report, row: milliseconds(row.itl),
+    "TPOT ms p50 / p95": lambda report, row: milliseconds(row.tpot),
+    "tokens/s": lambda report, row: f"{row.tokens_per_s or 0:.1f}",
+    "perplexity": perplexity_cell,
+    "KL": lambda report, row: f"{row.kl or 0:.4f}",
+    "top-1": top1_cell,
+    "prefill vs decode": decode_cell,
+    "KV tokens gained": purchase_cell,
+}
+
+
+def cells(report: Report, row: Row) -> list[str]:
+    """One row as text; a failed one has its reason in place of figures."""
+    if not row.ok:
+        return [row.precision, f"failed: {row.error.splitlines()[0]}"]
+    return [row.precision, *(cell(report, row) for cell in COLUMNS.values())]
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must know to use the table."""
+    widest = max((load.concurrency for row in report.rows for load in row.loads), default=0)
+    said = [
+        f"TTFT, ITL, TPOT: open loop, Poisson at {report.workload.rate_per_s:g} requests/s "
+        f"({report.workload.rate_rule}), timed from when each request was due.",
+        f"tokens/s: closed loop with {widest} streams. Perplexity and KL (nats per token, against "
+        f"{report.reference}): {report.text.name}, {report.text.protocol}.",
+        "KV tokens gained: what the weight bytes saved against the reference would hold in the KV cache.",
+    ]
+    for row in report.rows:
+        if row.quality and not row.quality.agreement.agrees:
+            agreement = row.quality.agreement
+            said.append(
+                f"(!) {row.precision}: perplexity of the same {agreement.tokens} tokens is "
+                f"{agreement.prefill:.4f} by prefill, {agreement.decode1:.4f} by decode at M=1 and "
+                f"{agreement.decode8:.4f} at M=8: more than 0.2 % apart."
+            )
+        for load in row.loads:
+            if load.num_errors or load.num_short:
+                said.append(
+                    f"(!) {row.precision}, {load.id}: {load.num_errors} requests failed, "
+                    f"{load.num_short} answers were short."
+                )
+    return said
+
+
+def print_report(report: Report, out: Path, console: Console) -> None:
+    """The table, modes as columns: it fits a terminal of 80 characters with four of them."""
+    console.print(f"\n[bold]{escape(report.first_line)}[/bold]\n{escape(report.supports)}\n", highlight=False)
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("")
+    good = [row for row in report.rows if row.ok]
+    for row in good:
+        table.add_column(escape(row.precision), justify="right")
+    for name, cell in COLUMNS.items():
+        table.add_row(name, *(cell(report, row) for row in good))
+    if good:
+        console.print(table)
+    for row in report.rows:
+        if not row.ok:
+            console.print(f"{escape(row.precision)}: failed: {escape(row.error)}", highlight=False)
+    for note in notes(report) if good else ():
+        console.print(escape(note), style="dim", highlight=False)
+    console.print(f"\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def markdown(report: Report) -> str:
+    """The same table with modes as rows, for an issue or a README."""
+    names = ["precision", *COLUMNS]
+    lines = [
+        f"# {report.first_line}",
+        "",
+        report.supports,
+        "",
+        f"| {' | '.join(names)} |",
+        f"|{'---|' * len(names)}",
+    ]
+    for row in report.rows:
+        written = [cell.replace("|", "\\|") for cell in cells(report, row)]
+        lines.append(f"| {' | '.join(written + [''] * (len(names) - len(written)))} |")
+    lines += ["", *(f"- {note}" for note in notes(report)), ""]
+    lines.append(", ".join(f"{name} {value}" for name, value in report.environment.items() if value))
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(report: Report) -> str:
+    """Plain numbers in base units, a mode a line."""
+    fields: dict[str, Callable[[Row], object]] = {
+        "precision": lambda row: row.precision,
+        "status": lambda row: row.status,
+        "error": lambda row: row.error,
+        "weight_bytes": lambda row: row.memory and row.memory.weight_bytes,
+        "kv_bytes": lambda row: row.memory and row.memory.kv_bytes,
+        "peak_load_bytes": lambda row: row.memory and row.memory.peak_load_bytes,
+        "peak_bytes": lambda row: row.memory and row.memory.peak_bytes,
+        "peak_without_kv_bytes": lambda row: row.memory and row.memory.peak_without_kv_bytes,
+        "load_s": lambda row: row.seconds_to_load if row.ok else None,
+        "tokens_per_s": lambda row: row.tokens_per_s,
+        "perplexity": lambda row: row.perplexity,
+        "kl": lambda row: row.kl,
+        "top1_agreement": lambda row: row.quality and row.quality.top1_agreement,
+        "disagreement": lambda row: row.quality and row.quality.agreement.disagreement,
+        "more_kv_tokens": lambda row: row.purchase and row.purchase.more_kv_tokens,
+    }
+    for name in ("ttft", "itl", "tpot"):
+        for percent in ("p50", "p95", "p99"):
+            fields[f"{name}_{percent}_s"] = latency_field(name, percent)
+    written = io.StringIO()
+    table = csv.writer(written)
+    table.writerow(fields)
+    for row in report.rows:
+        table.writerow([field(row) for field in fields.values()])
+    return written.getvalue()
+
+
+def latency_field(name: str, percent: str) -> Callable[[Row], object]:
+    def field(row: Row) -> object:
+        latency: Latency | None = getattr(row, name)
+        return getattr(latency, percent) if latency else None
+
+    return field

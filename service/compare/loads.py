@@ -1,0 +1,103 @@
+"""One phase of load, by the load generator in a process of its own: its pauses are not the server's.
+
+mode.measure() --phase--> python -m loadtest --JSON--> Load
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from loadtest.statistics import Record, percentile
+from service.compare.plan import Phase
+from service.compare.report import Latency, Load
+from service.errors import HalftoneError
+
+CURVE_PERCENTS = range(0, 101, 2)
+
+
+def package_folder() -> Path:
+    """Where `loadtest` can be imported from, installed or not."""
+    spec = importlib.util.find_spec("loadtest")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent.parent
+
+
+async def run_load(
+    url: str, model: str, phase: Phase, rate_per_s: float, output_tokens: int, prompts: str, raw: Path
+) -> Load:
+    """Drive `url` through `phase` -> its figures; every request's timestamps go to `raw`.
+
+    Raises HalftoneError with the generator's own line where it got no answer at all.
+    """
+    arrivals = (
+        ["--concurrency", str(phase.concurrency)] if phase.concurrency else ["--rate", repr(rate_per_s)]
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "loadtest", "--url", url, "--model", model, *arrivals),
+        *("--requests", str(phase.num_requests), "--warmup", str(phase.num_warmup)),
+        *("--output-tokens", str(output_tokens), "--seed", str(phase.seed), "--json", str(raw.absolute())),
+        *(("--prompts", str(Path(prompts).absolute())) if prompts else ()),
+        cwd=package_folder(),
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,  # ctrl-C is for compare, which ends this process itself
+    )
+    try:
+        _, complaint = await process.communicate()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode not in (0, 3):  # 3: some requests failed, and the result says which
+        said = complaint.decode("utf-8", "replace").strip().splitlines()
+        raise HalftoneError(f"load phase `{phase.id}` failed: {said[-1] if said else process.returncode}")
+    return load_of(msgspec.json.decode(raw.read_bytes()), phase, f"{raw.parent.name}/{raw.name}")
+
+
+def load_of(result: dict[str, Any], phase: Phase, raw: str) -> Load:
+    """loadtest's JSON -> the report's figures."""
+    summary, client = result["summary"], result["client"]
+
+    def latency(name: str) -> Latency | None:
+        return msgspec.convert(summary[name], Latency) if summary[name] else None
+
+    return Load(
+        id=phase.id,
+        concurrency=phase.concurrency,
+        rate_per_s=result["arrivals"].get("rate_per_s", 0.0),
+        num_requests=phase.num_requests,
+        num_warmup=phase.num_warmup,
+        output_tokens=result["output_tokens"],
+        num_ok=summary["num_ok"],
+        num_errors=summary["num_errors"],
+        num_short=summary["num_short"],
+        errors=summary["errors"],
+        window_s=summary["window_s"],
+        output_tokens_per_s=summary["output_tokens_per_s"],
+        requests_per_s=summary["requests_per_s"],
+        ttft_s=latency("ttft_s"),
+        itl_s=latency("itl_s"),
+        tpot_s=latency("tpot_s"),
+        e2e_s=latency("e2e_s"),
+        itl_curve_s=gap_curve(result["requests"]),
+        client_cpu_share=client["cpu_share"],
+        client_lag_p99_s=(client["lag_s"] or {"p99": 0.0})["p99"],
+        raw=raw,
+    )
+
+
+def gap_curve(requests: list[dict[str, Any]]) -> list[float]:
+    """Quantiles of all measured gaps between tokens; empty where there are none."""
+    records = [Record(**request) for request in requests]
+    gaps = sorted(gap for record in records if record.ok and not record.warmup for gap in record.gaps_s())
+    return [percentile(gaps, percent) for percent in CURVE_PERCENTS] if gaps else []

@@ -1,0 +1,207 @@
+"""One precision from load to quality, in one engine process: a Row, or why there is none.
+
+job --plan, place--> Host (fresh engine) --loads, Evaluate--> Row
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import Literal
+
+from service.compare.loads import run_load
+from service.compare.plan import Plan
+from service.compare.report import (
+    MAX_DISAGREEMENT,
+    Agreement,
+    Load,
+    Memory,
+    Model,
+    Quality,
+    Row,
+)
+from service.compare.windows import EvaluationText
+from service.errors import HalftoneError
+from service.front.host import AppFactory, Host
+from service.front.supervisor import ENGINE_COMMAND
+from service.messages import EngineInfo, Evaluated, Loading
+
+Advance = Callable[[str, float], None]  # stage, share of it that is done
+POLL_S = 0.2
+KV_PART = "kv_cache"
+STAGES = {"load": 8.0, "traffic": 20.0, "quality": 50.0}  # rough seconds each, for the bar only
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one row needs; `rate_per_s` is 0 until a mode has settled it."""
+
+    plan: Plan
+    place: int
+    text: EvaluationText
+    rate_per_s: float
+    out: Path
+    app_factory: AppFactory
+    command: Sequence[str] = ENGINE_COMMAND
+
+    @property
+    def precision(self) -> str:
+        return self.plan.precisions[self.place]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row with what it settles for the report and for the rows after it."""
+
+    row: Row
+    model: Model | None = None
+    device: str = ""
+    device_name: str = ""
+    torch_version: str = ""
+    rate_per_s: float = 0.0
+
+
+async def measure(job: Job, advance: Advance) -> Measured:
+    """One mode in a fresh engine. Raises HalftoneError; the engine is gone when this returns or raises."""
+    started_s = time.monotonic()
+    settings = job.plan.settings.model_copy(update={"precision": job.precision})
+    async with Host(settings, job.plan.model_path, job.app_factory, command=job.command) as host:
+        info = await wait_ready(host, advance)
+        loads, rate_per_s = await drive(job, host, settings.name, advance)
+        memory = memory_of(host, info)
+        quality = await evaluate(job, host, advance)
+    widest = max((load for load in loads if load.concurrency), key=lambda load: load.concurrency)
+    opened = next(load for load in loads if not load.concurrency)
+    row = Row(
+        precision=info.precision,
+        status="ok",
+        ttft=opened.ttft_s,
+        itl=opened.itl_s,
+        tpot=opened.tpot_s,
+        tokens_per_s=widest.output_tokens_per_s,
+        memory=memory,
+        perplexity=quality.perplexity,
+        kl=quality.kl_mean,
+        quality=quality,
+        load_seconds=info.load_seconds,
+        loads=loads,
+        dtype=info.dtype,
+        kernels=info.kernels,
+        calibration=info.calibration,
+        seconds=time.monotonic() - started_s,
+    )
+    model = Model(
+        name=settings.name,
+        path=str(job.plan.model_path),
+        architecture=info.architecture,
+        num_parameters=info.num_parameters,
+    )
+    return Measured(row, model, info.device, info.device_name, info.torch_version, rate_per_s)
+
+
+async def wait_ready(host: Host, advance: Advance) -> EngineInfo:
+    """Shows the stages of loading until the engine is ready."""
+    ready = asyncio.create_task(host.ready())
+    while not ready.done():
+        loading: Loading | None = host.client.loading
+        if loading is not None:
+            advance("load", loading.done / max(loading.total, 1))
+        await asyncio.wait({ready}, timeout=POLL_S)
+    return ready.result()
+
+
+async def drive(job: Job, host: Host, model: str, advance: Advance) -> tuple[list[Load], float]:
+    """Every phase of load in turn -> their figures, and the open loop's rate."""
+    options, phases = job.plan.options, job.plan.phases
+    rate_per_s = options.rate_per_s or job.rate_per_s
+    loads: list[Load] = []
+    for place, phase in enumerate(phases):
+        advance("traffic", place / len(phases))
+        if not phase.concurrency and not rate_per_s:
+            rate_per_s = round(loads[-1].requests_per_s / 2, 3)
+        raw = job.out / job.plan.load_file(job.place, phase)
+        load = await run_load(host.url, model, phase, rate_per_s, options.output_tokens, options.prompts, raw)
+        if not load.num_ok:
+            reasons = "; ".join(load.errors) or "no request was answered"
+            raise HalftoneError(f"load phase `{phase.id}` got no answer: {reasons}")
+        loads.append(load)
+    return loads, rate_per_s
+
+
+def memory_of(host: Host, info: EngineInfo) -> Memory:
+    """Ledger and peaks as the engine last reported them, after load and before quality is computed."""
+    gauges = {
+        (sample.name, sample.labels.get("part") or sample.labels.get("phase")): int(sample.value)
+        for family in host.metrics.collect()
+        if family.name in ("halftone_memory_bytes", "halftone_memory_peak_bytes")
+        for sample in family.samples
+    }
+    parts = {str(key): size for (name, key), size in gauges.items() if name == "halftone_memory_bytes"}
+    peaks = {str(key): size for (name, key), size in gauges.items() if name == "halftone_memory_peak_bytes"}
+    parts = parts or info.memory_bytes
+    kv_bytes = parts.get(KV_PART, 0)
+    peak = max([info.peak_load_bytes, *peaks.values()])
+    return Memory(
+        weight_bytes=sum(size for part, size in parts.items() if part.startswith("weights."))
+        or info.weight_bytes,
+        kv_bytes=kv_bytes,
+        kv_tokens=info.kv_tokens,
+        peak_load_bytes=info.peak_load_bytes,
+        peak_bytes=peak,
+        peak_without_kv_bytes=peak - kv_bytes,
+        parts=parts,
+    )
+
+
+async def evaluate(job: Job, host: Host, advance: Advance) -> Quality:
+    """Perplexity and divergence over the whole text, and the same tokens scored by prefill and by decode."""
+
+    def progress(start: float, share: float) -> Callable[[Evaluated], None]:
+        return lambda message: advance("quality", start + share * message.done / max(message.total, 1))
+
+    options, text = job.plan.options, job.text
+    whole = await host.client.evaluate(
+        text.windows, ["prefill"], reference=job.plan.reference, progress=progress(0.0, 0.25)
+    )
+    modes: list[Literal["prefill", "decode1", "decode8"]] = ["prefill", "decode1", "decode8"]
+    thrice = await host.client.evaluate(
+        text.shortened(options.agreement_tokens),
+        modes,
+        decode_tokens=options.agreement_tokens,
+        progress=progress(0.25, 0.75),
+    )
+    return Quality(
+        perplexity=perplexity(whole, "prefill"),
+        tokens=whole.tokens["prefill"],
+        kl_mean=whole.kl_mean,
+        kl_tokens=whole.kl_tokens,
+        top1_agreement=whole.top1_agreement,
+        agreement=agreement_of(thrice),
+    )
+
+
+def perplexity(evaluated: Evaluated, mode: str) -> float:
+    """exp(mean negative log-likelihood)."""
+    return exp(evaluated.nll[mode] / evaluated.tokens[mode])
+
+
+def agreement_of(evaluated: Evaluated) -> Agreement:
+    """Three perplexities of the same tokens -> how far decode is from prefill.
+
+    Raises HalftoneError where the modes scored different numbers of tokens: that compares nothing.
+    """
+    counts = set(evaluated.tokens.values())
+    if len(counts) != 1:
+        raise HalftoneError(f"prefill and decode scored different tokens: {evaluated.tokens}")
+    prefill, decode1, decode8 = (perplexity(evaluated, mode) for mode in ("prefill", "decode1", "decode8"))
+    disagreement = max(abs(decode1 / prefill - 1), abs(decode8 / prefill - 1))
+    return Agreement(
+        tokens=counts.pop(),
+        prefill=prefill,
+        decode1=decode1,
+        decode8=decode8,
+        disagreement=disagreement,
+        agrees=disagreement <= MAX_DISAGREEMENT,
+    )

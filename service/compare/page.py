@@ -1,0 +1,134 @@
+"""Report -> one HTML file that needs nothing beside it: styles, plots and figures are inside.
+
+export.write_report --Report--> render_page() --HTML--> report.html
+"""
+
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from service.compare.loads import CURVE_PERCENTS
+from service.compare.plots import Series, bars, distribution, scatter, stacks
+from service.compare.report import Report, Row
+
+
+@cache
+def template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("service.compare", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["mb"] = lambda size: f"{size / 1e6:,.1f}"
+    environment.filters["ms"] = lambda seconds: f"{1e3 * seconds:,.1f}"
+    return environment.get_template("page.html")
+
+
+def render_page(report: Report) -> str:
+    """The whole page, as text."""
+    places = {row.precision: place for place, row in enumerate(report.rows)}
+    good = [row for row in report.rows if row.ok]
+    return template().render(
+        report=report,
+        base=report.reference_row,
+        good=good,
+        places=places,
+        plots={name: Markup(svg) for name, svg in plots(good, places).items()},
+        sentences=[sentence(report, row) for row in good],
+        load_ids=list(dict.fromkeys(load.id for row in good for load in row.loads)),
+    )
+
+
+def plots(rows: list[Row], places: dict[str, int]) -> dict[str, str]:
+    """Name -> SVG; a plot without values is left out."""
+    if not rows:
+        return {}
+    drawn = {
+        "tokens": bars(
+            [
+                (
+                    f"{load.concurrency} stream{'s' if load.concurrency > 1 else ''}",
+                    [
+                        (row.precision, places[row.precision], row.loads[n].output_tokens_per_s)
+                        for row in rows
+                    ],
+                )
+                for n, load in enumerate(rows[0].loads)
+                if load.concurrency
+            ],
+            "output tokens/s",
+        ),
+        "memory": stacks([(row.precision, memory_parts(row)) for row in rows], "MB"),
+        "quality": scatter(
+            [
+                (row.precision, places[row.precision], row.memory.weight_bytes / 1e6, row.perplexity)
+                for row in rows
+                if row.memory and row.perplexity
+            ],
+            "weights, MB",
+            "perplexity",
+        ),
+    }
+    curves = [
+        Series(
+            row.precision,
+            places[row.precision],
+            [
+                (1e3 * seconds, percent / 100)
+                for seconds, percent in zip(load.itl_curve_s, CURVE_PERCENTS, strict=True)
+            ],
+        )
+        for row in rows
+        for load in row.loads
+        if not load.concurrency and load.itl_curve_s
+    ]
+    if curves:
+        drawn["gaps"] = distribution(curves, "ms between two tokens (logarithmic)")
+    return drawn
+
+
+def memory_parts(row: Row) -> list[tuple[str, float]]:
+    """Weights by kind, the KV pool, and what else the process held at its peak; in MB."""
+    assert row.memory is not None
+    parts = row.memory.parts
+    weights = {
+        part.removeprefix("weights."): size for part, size in parts.items() if part.startswith("weights.")
+    }
+    named = {
+        "codes and 16-bit linears": weights.pop("codes", 0) + weights.pop("linear16", 0),
+        "scales, zeros, codebooks": sum(weights.pop(name, 0) for name in ("scales", "zeros", "codebooks")),
+        "embedding, head, norms": sum(weights.values()),
+        "KV pool": row.memory.kv_bytes,
+    }
+    rest = row.memory.peak_bytes - row.memory.weight_bytes - row.memory.kv_bytes
+    named["everything else at the peak"] = max(rest, 0)
+    return [(name, size / 1e6) for name, size in named.items()]
+
+
+def sentence(report: Report, row: Row) -> str:
+    """One mode in words, against the reference."""
+    base = report.reference_row
+    assert row.memory is not None
+    if base is None or base.memory is None or not (base.perplexity and base.tokens_per_s and base.tpot):
+        return f"{row.precision} is measured, and there is no reference to tell it against."
+    if row is base:
+        return (
+            f"{row.precision} is the reference: {row.memory.weight_bytes / 1e6:,.0f} MB of weights, "
+            f"{row.tokens_per_s:,.0f} tokens/s, perplexity {row.perplexity:.2f}."
+        )
+    bytes_ratio = row.memory.weight_bytes / base.memory.weight_bytes
+    speed = (row.tokens_per_s or 0.0) / base.tokens_per_s
+    loss = 100 * ((row.perplexity or 0.0) / base.perplexity - 1)
+    said = (
+        f"{row.precision} holds its weights in {100 * bytes_ratio:.0f} % of the bytes of {base.precision}, "
+        f"writes {speed:.2f} times as many tokens/s, and its perplexity is {abs(loss):.1f} % "
+        f"{'higher' if loss >= 0 else 'lower'}."
+    )
+    if row.purchase and row.purchase.more_kv_tokens:
+        gained = row.purchase.more_kv_tokens
+        verb = "frees" if gained > 0 else "adds"
+        said += f" The bytes it {verb} are worth {abs(gained):,d} tokens of KV cache."
+    return said

@@ -1,0 +1,79 @@
+"""A model folder that the fake engine and the real front can serve, and runs of compare over it."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from service.api.app import create_app
+from service.compare.job import run_compare
+from service.compare.plan import CompareOptions
+from service.compare.report import Report
+from service.config import load_settings
+
+FAKE_ENGINE = (sys.executable, str(Path(__file__).resolve().parent.parent / "fake_engine.py"))
+
+Compare = Callable[..., Report]
+
+
+@pytest.fixture
+def model_path(tmp_path: Path) -> Path:
+    """A byte-level tokenizer without merges, and as much of a config as the fake engine reads."""
+    folder = tmp_path / "tiny-model"
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: id for id, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 256, "eos_token_id": 0}))
+    return folder
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> CompareOptions:
+    """Next to nothing of everything."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    return CompareOptions(
+        concurrencies=(1, 2),
+        rate_per_s=50.0,
+        requests_per_stream=2,
+        num_open_requests=4,
+        output_tokens=4,
+        window_tokens=33,
+        agreement_tokens=128,
+        kv_tokens=1024,
+        text=str(text),
+    )
+
+
+@pytest.fixture
+def compare(
+    model_path: Path, options: CompareOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Compare:
+    """`run_compare` against the fake engine into `tmp_path / "report"`; arguments as of run_compare."""
+    monkeypatch.setenv("FAKE_STEP_MS", "1")
+
+    terminal = tmp_path / "terminal.txt"
+
+    def run(precisions: list[str], **changes: object) -> Report:
+        arguments: dict[str, object] = {
+            "out": tmp_path / "report",
+            "options": options,
+            "app_factory": create_app,
+            "console": Console(file=io.StringIO(), width=100, record=True),
+            "command": FAKE_ENGINE,
+        }
+        settings = load_settings(model=str(model_path), cache_dir=tmp_path / "cache")
+        try:
+            return run_compare(settings, model_path, precisions, **(arguments | changes))  # type: ignore[arg-type]
+        finally:
+            terminal.write_text(arguments["console"].export_text())  # type: ignore[attr-defined]
+
+    return run

@@ -1,0 +1,190 @@
+"""The whole job over the real front and a fake engine: rows, files, failures, resuming."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from service.compare.mode import Advance, Job, Measured, measure
+from service.compare.plan import CompareOptions
+from service.compare.report import Report, shipped_schema
+from service.errors import HalftoneError, PrecisionError, SettingError, SystemProblem
+
+Compare = Callable[..., Report]
+
+
+class Counting:
+    """`measure`, with the modes it was asked for, and faults where a test wants them."""
+
+    def __init__(self, **faults: BaseException) -> None:
+        self.asked: list[str] = []
+        self.rates: list[float] = []
+        self.faults = faults
+
+    async def __call__(self, job: Job, advance: Advance) -> Measured:
+        self.asked.append(job.precision)
+        self.rates.append(job.rate_per_s)
+        if job.precision in self.faults:
+            raise self.faults[job.precision]
+        return await measure(job, advance)
+
+
+def test_two_modes_end_to_end(compare: Compare, tmp_path: Path) -> None:
+    report = compare(["bf16", "int8"])
+    out = tmp_path / "report"
+    assert [row.precision for row in report.rows] == ["bf16", "int8"]
+    assert report.complete
+    assert report.reference == "bf16"
+    for row in report.rows:
+        assert row.ok
+        assert [load.id for load in row.loads] == ["closed-1", "closed-2", "open"]
+        assert all(load.num_errors == load.num_short == 0 for load in row.loads)
+        assert row.loads[1].num_ok == 4
+        assert row.tokens_per_s == row.loads[1].output_tokens_per_s > 0
+        assert row.ttft == row.loads[2].ttft_s
+        assert row.perplexity == pytest.approx(20, abs=1e-3)
+        assert row.kl == pytest.approx(0.0123)
+        assert row.quality is not None
+        assert row.quality.agreement.tokens == 128
+        assert row.quality.agreement.agrees
+        assert row.memory is not None
+        assert row.memory.kv_tokens == 1024
+        assert row.memory.peak_bytes - row.memory.peak_without_kv_bytes == row.memory.kv_bytes > 0
+    written = json.loads((out / "report.json").read_bytes())
+    jsonschema.validate(written, shipped_schema())
+    for name in ("precision", "ttft", "tpot", "tokens_per_s", "memory", "perplexity", "kl"):
+        assert all(row[name] is not None for row in written["rows"])
+    raw = json.loads((out / written["rows"][1]["loads"][2]["raw"]).read_bytes())
+    assert raw["model"] == "tiny-model"
+    assert (out / "report.html").stat().st_size > 10_000
+    lines = list(csv.DictReader(io.StringIO((out / "report.csv").read_text())))
+    assert [line["precision"] for line in lines] == ["bf16", "int8"]
+    assert float(lines[0]["perplexity"]) == pytest.approx(20, abs=1e-3)
+    terminal = (tmp_path / "terminal.txt").read_text()
+    assert "tiny-model" in terminal
+    assert "int8" in terminal
+
+
+def test_every_row_gets_the_same_requests_at_the_same_times(compare: Compare, tmp_path: Path) -> None:
+    """Also where nobody names a rate: the first mode settles it, and the others take it over."""
+    report = compare(["bf16", "nf4"], options=replace(base_options(tmp_path), rate_per_s=0.0))
+    folder = tmp_path / "report"
+    first, second = (
+        [json.loads((folder / load.raw).read_bytes()) for load in row.loads] for row in report.rows
+    )
+    assert first[2]["arrivals"] == second[2]["arrivals"]
+    assert first[2]["arrivals"]["rate_per_s"] == report.workload.rate_per_s > 0
+    for one, other in zip(first, second, strict=True):
+        assert one["seed"] == other["seed"]
+        assert one["prompts"] == other["prompts"]
+        assert [r["prompt_tokens"] for r in by_index(one)] == [r["prompt_tokens"] for r in by_index(other)]
+    due = [[r["scheduled_s"] for r in by_index(result[2])] for result in (first, second)]
+    assert due[0] == pytest.approx(due[1])
+    assert len({result["seed"] for result in first}) == 3  # no phase repeats another's prompts
+
+
+def base_options(tmp_path: Path) -> CompareOptions:
+    return CompareOptions(
+        concurrencies=(1, 2),
+        requests_per_stream=2,
+        num_open_requests=3,
+        output_tokens=4,
+        window_tokens=33,
+        agreement_tokens=128,
+        text=str(tmp_path / "text.txt"),
+    )
+
+
+def by_index(result: dict[str, list[dict[str, float]]]) -> list[dict[str, float]]:
+    return sorted(result["requests"], key=lambda record: record["index"])
+
+
+def test_a_failed_mode_is_a_row_that_says_why_and_is_tried_again(compare: Compare, tmp_path: Path) -> None:
+    failing = Counting(int8=HalftoneError("`int8` has no kernel here", hint="use nf4"))
+    report = compare(["bf16", "int8", "nf4"], measure_mode=failing)
+    assert failing.asked == ["bf16", "int8", "nf4"]
+    assert [row.status for row in report.rows] == ["ok", "failed", "ok"]
+    assert "no kernel here" in report.rows[1].error
+    assert not report.complete
+    jsonschema.validate(json.loads((tmp_path / "report/report.json").read_bytes()), shipped_schema())
+    for name in ("report.html", "report.md", "report.csv"):
+        assert "no kernel here" in (tmp_path / "report" / name).read_text()
+
+    again = Counting()
+    report = compare(["bf16", "int8", "nf4"], measure_mode=again)
+    assert again.asked == ["int8"]
+    assert report.complete
+    assert [row.status for row in report.rows] == ["ok", "ok", "ok"]
+
+
+def test_an_engine_that_cannot_load_is_a_row(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FAKE_FATAL", "invalid_precision:no such layer")
+    report = compare(["bf16", "int8"])
+    assert [row.status for row in report.rows] == ["failed", "failed"]
+    assert "no such layer" in report.rows[0].error
+    assert "no such layer" in (tmp_path / "report/report.html").read_text()
+
+
+def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(compare: Compare, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compare(["bf16", "int8"], measure_mode=Counting(int8=KeyboardInterrupt()))
+    partial = json.loads((tmp_path / "report/report.json").read_bytes())
+    assert [row["precision"] for row in partial["rows"]] == ["bf16"]
+    assert not partial["complete"]
+
+    rest = Counting()
+    report = compare(["bf16", "int8"], measure_mode=rest)
+    assert rest.asked == ["int8"]
+    assert report.complete
+    assert report.rows[0].seconds == partial["rows"][0]["seconds"]  # not measured anew
+
+
+def test_a_folder_with_another_run_is_refused(
+    compare: Compare, options: CompareOptions, tmp_path: Path
+) -> None:
+    compare(["bf16"])
+    with pytest.raises(SystemProblem, match="finished run"):
+        compare(["bf16"])
+    with pytest.raises(SystemProblem, match="another run: its precisions differ"):
+        compare(["bf16", "int8"])
+    with pytest.raises(SystemProblem, match="another run: its options differ"):
+        compare(["bf16"], options=replace(options, seed=1))
+    strange = tmp_path / "mine"
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("precious")
+    with pytest.raises(SystemProblem, match="not empty"):
+        compare(["bf16"], out=strange)
+    assert [path.name for path in strange.iterdir()] == ["thesis.tex"]
+    with pytest.raises(SystemProblem, match="is a file"):
+        compare(["bf16"], out=strange / "thesis.tex")
+
+
+@pytest.mark.parametrize(
+    ("precisions", "match"),
+    [(["int8", "nf4"], "no mode to compare against"), (["bf16", "bf16"], "twice"), (["bf16", "q9"], "q9")],
+)
+def test_modes_are_checked_before_anything_starts(
+    compare: Compare, precisions: list[str], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PrecisionError, match=match):
+        compare(precisions)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"concurrencies": ()}, {"output_tokens": 1}, {"num_windows": 900}, {"agreement_tokens": 100_000}],
+)
+def test_amounts_are_checked_before_anything_starts(
+    compare: Compare, options: CompareOptions, changes: dict[str, object], tmp_path: Path
+) -> None:
+    with pytest.raises(SettingError):
+        compare(["bf16"], options=replace(options, **changes))  # type: ignore[arg-type]
+    assert not (tmp_path / "report").exists()

@@ -1,0 +1,259 @@
+"""Report -> schema, page, table, exports, from rows made by hand."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jsonschema
+import msgspec
+import pytest
+
+from service.compare.export import comma_separated, markdown, notes
+from service.compare.mode import agreement_of
+from service.compare.page import render_page
+from service.compare.report import (
+    Agreement,
+    Device,
+    Latency,
+    Load,
+    Memory,
+    Model,
+    Quality,
+    Report,
+    Row,
+    Text,
+    Workload,
+    purchase,
+    schema,
+    shipped_schema,
+)
+from service.errors import HalftoneError
+from service.messages import Evaluated
+
+
+def latency(p50: float) -> Latency:
+    return Latency(n=10, mean=p50, p50=p50, p95=2 * p50, p99=3 * p50, max=3 * p50)
+
+
+def load(id: str, concurrency: int) -> Load:
+    return Load(
+        id=id,
+        concurrency=concurrency,
+        rate_per_s=0.0 if concurrency else 1.5,
+        num_requests=8,
+        num_warmup=2,
+        output_tokens=16,
+        num_ok=8,
+        num_errors=0,
+        num_short=0,
+        errors={},
+        window_s=2.0,
+        output_tokens_per_s=64.0 + concurrency,
+        requests_per_s=4.0,
+        ttft_s=latency(0.05),
+        itl_s=latency(0.01),
+        tpot_s=latency(0.011),
+        e2e_s=latency(0.2),
+        itl_curve_s=[0.005 + 0.0005 * n for n in range(51)],
+        client_cpu_share=0.02,
+        client_lag_p99_s=0.0003,
+        raw=f"modes/1-x-{id}.json",
+    )
+
+
+def row(precision: str, weight_bytes: int, perplexity: float, disagreement: float = 0.0005) -> Row:
+    loads = [load("closed-1", 1), load("closed-4", 4), load("open", 0)]
+    agreement = Agreement(
+        tokens=2048,
+        prefill=perplexity,
+        decode1=perplexity * (1 + disagreement),
+        decode8=perplexity,
+        disagreement=disagreement,
+        agrees=disagreement <= 0.002,
+    )
+    return Row(
+        precision=precision,
+        status="ok",
+        ttft=loads[2].ttft_s,
+        itl=loads[2].itl_s,
+        tpot=loads[2].tpot_s,
+        tokens_per_s=loads[1].output_tokens_per_s,
+        memory=Memory(
+            weight_bytes=weight_bytes,
+            kv_bytes=20_000_000,
+            kv_tokens=1000,
+            peak_load_bytes=2 * weight_bytes,
+            peak_bytes=weight_bytes + 50_000_000,
+            peak_without_kv_bytes=weight_bytes + 30_000_000,
+            parts={"weights.codes": weight_bytes - 1000, "weights.norms": 1000, "kv_cache": 20_000_000},
+        ),
+        perplexity=perplexity,
+        kl=0.01,
+        quality=Quality(
+            perplexity=perplexity,
+            tokens=4096,
+            kl_mean=0.01,
+            kl_tokens=4096,
+            top1_agreement=0.95,
+            agreement=agreement,
+        ),
+        loads=loads,
+        load_seconds={"import": 1.0, "load": 2.5},
+        dtype="bf16",
+        kernels={"qkv_proj": "torch"},
+        seconds=10.0,
+    )
+
+
+def report(*rows: Row) -> Report:
+    reference = next((one for one in rows if one.ok), None)
+    return Report(
+        format="halftone-report/1",
+        first_line="tiny on a <b>machine</b>",
+        supports="nothing but this test",
+        complete=all(one.ok for one in rows),
+        reference="bf16",
+        model=Model(name="tiny & small", path="/m", architecture="A", num_parameters=1),
+        device=Device(kind="cpu", name="x", threads=2),
+        workload=Workload(
+            prompts="64 texts",
+            prompts_sha256="0" * 64,
+            seed=0,
+            rate_per_s=1.5,
+            rate_rule="as asked",
+            output_tokens=16,
+            kv_tokens=1000,
+        ),
+        text=Text(
+            name="t",
+            sha256="1" * 64,
+            python="3.11.7",
+            calibration_name="c",
+            calibration_sha256="2" * 64,
+            num_windows=8,
+            window_tokens=513,
+            protocol="p",
+        ),
+        rows=[msgspec.structs.replace(one, purchase=purchase(one, reference)) for one in rows],
+        environment={"python": "3.11", "commit": ""},
+        started_at="2026-01-01T00:00:00+00:00",
+        seconds=20.0,
+    )
+
+
+@pytest.fixture
+def three() -> Report:
+    return report(
+        row("bf16", 269_000_000, 20.0),
+        row("nf4", 115_000_000, 23.9, disagreement=0.004),
+        Row(precision="awq:bits=3", status="failed", error="`<script>` has no kernel\n  hint: none"),
+    )
+
+
+def test_the_shipped_schema_is_the_types(three: Report) -> None:
+    assert shipped_schema() == schema(), "write it anew: python -m service.compare.report"
+    jsonschema.Draft202012Validator.check_schema(shipped_schema())
+    good = msgspec.to_builtins(three)
+    jsonschema.validate(good, shipped_schema())
+    for broken in ({**good, "rows": [{"precision": "x"}]}, {**good, "complete": "yes"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, shipped_schema())
+
+
+def test_what_freed_bytes_buy(three: Report) -> None:
+    bought = three.rows[1].purchase
+    assert bought is not None
+    assert bought.freed_bytes == 154_000_000
+    assert bought.kv_bytes_per_token == 20_000
+    assert bought.more_kv_tokens == 7700
+    assert three.rows[0].purchase is None
+    larger = purchase(row("fp32", 538_000_000, 20.0), row("bf16", 269_000_000, 20.0))
+    assert larger is not None
+    assert larger.more_kv_tokens == -13_450
+
+
+class Reader(HTMLParser):
+    """Tags in balance, text, and everything a browser would fetch."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.fetched += [
+            value or "" for name, value in attributes if name in ("src", "href", "srcset", "action")
+        ]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_has_every_row_and_fetches_nothing(three: Report) -> None:
+    page = render_page(three)
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    assert reader.fetched == []
+    assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe", page)
+    for one in three.rows:
+        assert reader.text.count(one.precision) >= 2
+    assert "`<script>` has no kernel" in reader.text
+    assert "tiny on a <b>machine</b>" in reader.text  # escaped, or the parser would have eaten the tags
+    assert page.count("<svg") == 4
+    assert "43 % of the bytes of bf16" in reader.text
+    assert "19.5 % higher" in reader.text
+    assert "+7,700" in reader.text
+    assert "0.400 % – apart" in reader.text
+
+
+def test_a_page_of_failures_is_still_a_page() -> None:
+    failed = report(Row(precision="bf16", status="failed", error="no memory"))
+    reader = Reader()
+    reader.feed(render_page(failed))
+    assert "no memory" in reader.text
+    assert "not complete" in reader.text
+
+
+def test_a_disagreement_is_flagged_everywhere(three: Report) -> None:
+    assert any(note.startswith("(!) nf4: perplexity of the same 2048 tokens") for note in notes(three))
+    assert "0.40 % (!)" in markdown(three)
+    assert not any(note.startswith("(!) bf16") for note in notes(three))
+
+
+def test_tables_have_a_cell_for_every_column(three: Report) -> None:
+    lines = [line for line in markdown(three).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + 3
+    assert len(comma_separated(three).splitlines()) == 1 + 3 + 1  # the error's hint is a line of its own
+
+
+def test_agreement_by_hand() -> None:
+    evaluated = Evaluated(
+        1, 1, 1, {"prefill": 6.0, "decode1": 6.003, "decode8": 5.991}, dict.fromkeys(MODES, 3)
+    )
+    agreement = agreement_of(evaluated)
+    assert agreement.prefill == pytest.approx(7.389056)
+    assert agreement.disagreement == pytest.approx(0.0029955, rel=1e-4)  # exp(-0.003) - 1
+    assert not agreement.agrees
+    with pytest.raises(HalftoneError, match="different tokens"):
+        agreement_of(
+            Evaluated(1, 1, 1, dict.fromkeys(MODES, 6.0), {"prefill": 3, "decode1": 3, "decode8": 2})
+        )
+
+
+MODES = ("prefill", "decode1", "decode8")
+
+
+def test_readme_of_the_load_generator_is_what_the_page_says() -> None:
+    """One definition of TPOT, in both places."""
+    readme = (Path(__file__).resolve().parents[2] / "loadtest/README.md").read_text()
+    assert "(E2E - TTFT) / (n - 1)" in readme
