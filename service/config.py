@@ -4,7 +4,9 @@ The command line's flags are made from these fields (cli/), and the documentatio
 them. No torch here.
 """
 
+import difflib
 import os
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,9 @@ from pydantic_settings import (
 from service.errors import SettingError
 from service.messages import EngineConfig
 
+ENV_PREFIX = "HALFTONE_"
+CONFIG_VARIABLE = "HALFTONE_CONFIG"
+
 
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/halftone, or ~/.cache/halftone."""
@@ -29,7 +34,7 @@ class Settings(BaseSettings):
     """What a server is started with."""
 
     model_config = SettingsConfigDict(
-        env_prefix="HALFTONE_", extra="forbid", frozen=True, protected_namespaces=()
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, protected_namespaces=()
     )
 
     # what is served
@@ -100,8 +105,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        toml = os.environ.get("HALFTONE_CONFIG", "halftone.toml")
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=toml)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_file())
 
     @property
     def name(self) -> str:
@@ -119,14 +123,51 @@ class Settings(BaseSettings):
 
 
 def load_settings(**flags: Any) -> Settings:
-    """Flags (None: not given) over environment over TOML; a bad value is one line that names its setting."""
+    """Flags (None: not given) over environment over TOML; a bad value is one line that names its source."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    file = config_file()
+    refuse_unknown_variables()
     try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
+        return Settings(**given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else "?"
-        field = Settings.model_fields.get(name)
-        raise SettingError(
-            f"setting `{name}` = `{first['input']}`: {first['msg'].lower()}",
-            hint=f"{name}: {field.description}" if field else "see `halftone serve --help` for the settings",
-        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingError(f"settings file `{file}` is not TOML: {error}") from None
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        raise SettingError(f"setting `{name}` (from {file}) does not exist", hint=nearest(name)) from None
+    variable = f"{ENV_PREFIX}{name.upper()}"
+    if name in given:
+        source = "--" + name.replace("_", "-")
+    else:
+        source = variable if variable in os.environ else str(file)
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    raise SettingError(
+        f"setting `{name}` = `{first['input']}` (from {source}): {reason}",
+        hint=f"{name}: {Settings.model_fields[name].description}",
+    )
+
+
+def config_file() -> Path:
+    """The TOML file: HALFTONE_CONFIG, which must exist, or `halftone.toml` in the working directory."""
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named and not Path(named).exists():
+        raise SettingError(f"settings file `{named}` (from {CONFIG_VARIABLE}) does not exist")
+    return Path(named or "halftone.toml")
+
+
+def refuse_unknown_variables() -> None:
+    """A misspelt variable would be ignored in silence."""
+    for variable in os.environ:
+        name = variable.removeprefix(ENV_PREFIX)
+        if name != variable and name.lower() not in Settings.model_fields and variable != CONFIG_VARIABLE:
+            hint = nearest(name.lower(), prefix=ENV_PREFIX)
+            raise SettingError(f"variable `{variable}` is no setting", hint=hint)
+
+
+def nearest(name: str, prefix: str = "") -> str:
+    """The setting that was probably meant, spelled as its source spells it."""
+    similar = difflib.get_close_matches(name, Settings.model_fields, n=1)
+    if not similar:
+        return "see `halftone serve --help` for the settings"
+    return f"did you mean `{prefix + similar[0].upper() if prefix else similar[0]}`?"

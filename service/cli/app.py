@@ -1,0 +1,142 @@
+"""The command line: what each command takes. What it does is imported when it runs.
+
+halftone COMMAND --typer--> settings, options --> cli/<command>, compare/, quantize/
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from service import __version__
+from service.cli.flags import with_settings
+from service.config import load_settings
+
+app = typer.Typer(
+    name="halftone",
+    help="One server, one checkpoint, every precision, measured the same way.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="`demo`, a local folder, or a hub id such as ORG/NAME. (default demo)", show_default=False
+    ),
+]
+HTTP_SETTINGS = (
+    *("host", "port", "metrics_port", "api_key", "served_model_name", "chat_template"),
+    *("max_queue_requests", "max_body_bytes", "max_n", "drain_timeout_s"),
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"halftone {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@with_settings(without=["model"])
+def serve(model: Model = None, **settings: Any) -> None:
+    """Serve a model until Ctrl-C. Flags are also variables (HALFTONE_PORT) and lines of halftone.toml (port)."""
+    checked = load_settings(model=model, **settings)
+    from service.cli.serve import serve
+
+    serve(checked)
+
+
+@app.command()
+@with_settings(without=["model", "precision", *HTTP_SETTINGS])
+def compare(
+    model: Model = None,
+    *,
+    precisions: Annotated[
+        str, typer.Option(help="Modes to compare, the reference among them, each as for `serve --precision`.")
+    ] = "bf16,int8,nf4,awq",
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.json and report.html: new, or of a stopped run.")
+    ] = Path("report"),
+    text: Annotated[
+        str, typer.Option(help="Text for perplexity; empty: the half of Python's documentation kept for it.")
+    ] = "",
+    prompts: Annotated[
+        str, typer.Option(help="Prompts, one JSON object a line; empty: those of loadtest.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
+    **settings: Any,
+) -> None:
+    """Run the precisions in turn under the same load and write one report."""
+    checked = load_settings(model=model, **settings)
+    from service.cli.compare import compare
+
+    compare(checked, precisions, out, text=text, prompts=prompts, seed=seed)
+
+
+@app.command()
+@with_settings(without=["model", "precision", *HTTP_SETTINGS])
+def quantize(
+    model: Model = None,
+    *,
+    precision: Annotated[
+        str, typer.Option(help="Calibrated mode to make, as for `serve --precision`.")
+    ] = "awq",
+    out: Annotated[Path, typer.Option(help="New folder for the quantized checkpoint.")],
+    **settings: Any,
+) -> None:
+    """Write a quantized checkpoint that this server and others load."""
+    checked = load_settings(model=model, **settings)
+    from service.cli.quantize import quantize
+
+    quantize(checked, precision, out)
+
+
+@app.command("eval")
+@with_settings(without=["model", *HTTP_SETTINGS])
+def evaluate(
+    model: Model = None,
+    *,
+    reference: Annotated[
+        str,
+        typer.Option(help="16- or 32-bit mode that divergence is measured against; empty: no divergence."),
+    ] = "",
+    text: Annotated[
+        str, typer.Option(help="UTF-8 file; empty: the half of Python's documentation kept for evaluation.")
+    ] = "",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to score.")] = 8,
+    window_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens in one window; all but the first are scored.")
+    ] = 513,
+    out: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
+    **settings: Any,
+) -> None:
+    """Perplexity of one precision, and its divergence from a reference."""
+    checked = load_settings(model=model, **settings)
+    from service.cli.evaluate import evaluate
+
+    evaluate(checked, reference, text, windows, window_tokens, out)
+
+
+@app.command()
+@with_settings(without=["model"])
+def doctor(**settings: Any) -> None:
+    """Check this machine; exit code 1 and a fix for whatever would stop `serve`."""
+    checked = load_settings(**settings)
+    from service.cli.doctor import doctor
+
+    raise typer.Exit(doctor(checked))
+
+
+@app.command(hidden=True)
+def reference(table: Annotated[Literal["settings", "metrics"], typer.Argument()]) -> None:
+    """Print docs/settings.md or docs/metrics.md, which tests compare with the code."""
+    from service.cli.reference import PAGES
+
+    typer.echo(PAGES[table](), nl=False)

@@ -1,0 +1,26 @@
+"""`halftone compare`: names resolved and the list of modes split, then the comparison itself."""
+
+from pathlib import Path
+
+from service import logs
+from service.cli.display import Display
+from service.cli.serve import check_precision
+from service.compare.job import run_compare
+from service.compare.plan import CompareOptions
+from service.config import Settings
+from service.disk import told_disk_errors
+from service.model.hub import resolve
+from service.precision.spec import split_list
+
+
+def compare(settings: Settings, precisions: str, out: Path, *, text: str, prompts: str, seed: int) -> None:
+    """Raises HalftoneError before anything is measured; a mode that fails is a row of the report."""
+    logs.configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
+    modes = split_list(precisions)
+    for mode in modes:
+        check_precision(mode)
+    with Display() as display:
+        model_path = resolve(settings.model, settings.revision, settings.cache_dir, display)
+    options = CompareOptions(text=text, prompts=prompts, seed=seed)
+    with told_disk_errors(out):
+        run_compare(settings, model_path, modes, out, options)

@@ -1,0 +1,91 @@
+"""`halftone serve`: settings -> a running server, and the lines that say how to use it."""
+
+import asyncio
+import contextlib
+import json
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from service import __version__, logs
+from service.api.app import create_app
+from service.cli.display import Display, show_loading
+from service.config import Settings
+from service.disk import megabytes
+from service.errors import PrecisionError
+from service.front.chat_template import ChatTemplate
+from service.front.host import Host, bind, run_loop
+from service.messages import EngineInfo
+from service.model.hub import resolve
+from service.precision import TABLE
+from service.precision.spec import PrecisionSpec
+
+QUESTION = "Why is the sky blue?"
+
+
+def serve(settings: Settings) -> None:
+    """Runs until a signal. Raises HalftoneError before the engine is ready; later ones are the clients'."""
+    logs.configure(settings.log_level, settings.log_format)
+    check_precision(settings.precision)
+    # a taken port is told before minutes of download, not after
+    with bind(settings.host, settings.port, "port"):
+        pass
+    with Display() as display:
+        model_path = resolve(settings.model, settings.revision, settings.cache_dir, display)
+        run_loop(run(settings, model_path, display))
+
+
+def check_precision(text: str) -> None:
+    """PrecisionError for a name that is in no table. Options are the backend's, in the engine."""
+    name = PrecisionSpec.parse(text).name
+    if name != "auto" and name not in TABLE:
+        raise PrecisionError(
+            f"precision `{name}` does not exist; accepted are auto, {', '.join(TABLE)}",
+            hint="write `name[:option=value,...]`, for example `nf4:double_quant=off`",
+        )
+
+
+async def run(settings: Settings, model_path: Path, display: Display) -> None:
+    async with Host(settings, model_path, create_app) as host:
+        loading = asyncio.create_task(show_loading(host.client, display))
+
+        def on_ready(info: EngineInfo) -> None:
+            loading.cancel()
+            display.close()
+            Console(highlight=False, soft_wrap=True).print(ready_lines(host, info), markup=False)
+
+        try:
+            await host.run(on_ready)
+        finally:
+            loading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await loading
+
+
+def ready_lines(host: Host, info: EngineInfo) -> str:
+    """URL, model, precision, bytes, room, and one command that works as pasted."""
+    settings = host.settings
+    size = f"{info.architecture}, {info.num_parameters / 1e6:,.1f} M parameters"
+    has_chat = ChatTemplate.load(host.model_path, settings.chat_template) is not None
+    return "\n".join(
+        [
+            f"Halftone {__version__} is ready at {host.url}",
+            f"  model      {settings.name} ({size})",
+            f"  precision  {info.precision} on {info.device} ({info.device_name}), activations {info.dtype}",
+            f"  weights    {megabytes(info.weight_bytes)}",
+            f"  KV cache   {info.kv_tokens:,} tokens; up to {info.max_context_tokens:,} in one request",
+            *([f"  metrics    {host.metrics_url}/metrics"] if settings.metrics_port else []),
+            "",
+            curl_line(host.url, settings.name, has_chat, bool(settings.api_key)),
+        ]
+    )
+
+
+def curl_line(url: str, model: str, has_chat: bool, has_key: bool) -> str:
+    """A streamed answer: a chat where the checkpoint has a template, else a completion."""
+    question = {"messages": [{"role": "user", "content": QUESTION}]} if has_chat else {"prompt": QUESTION}
+    body = json.dumps({"model": model, **question, "max_tokens": 100, "stream": True}, ensure_ascii=False)
+    key = '-H "Authorization: Bearer $HALFTONE_API_KEY" ' if has_key else ""
+    path = "chat/completions" if has_chat else "completions"
+    return f"curl -N {url}/v1/{path} {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
