@@ -21,6 +21,16 @@ from tokenizers import (
 Kind = Literal["byte_level", "sentencepiece"]
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
 
+# older checkpoints write their special tokens like this
+BOS_AS_OBJECT = {
+    "__type": "AddedToken",
+    "content": "<s>",
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+    "special": True,
+}
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and says hello world to everyone in the street",
     "def answer(question): return 42  # the answer to everything",
@@ -90,7 +100,7 @@ def write_checkpoint(folder: Path, kind: Kind, template: str | None = None) -> P
         config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
     else:
         tokenizer, template = sentencepiece(), LLAMA if template is None else template
-        config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "unk_token": "<unk>"}
+        config = {"bos_token": BOS_AS_OBJECT, "eos_token": "</s>", "unk_token": "<unk>"}
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", **config, "chat_template": template}

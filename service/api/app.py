@@ -37,7 +37,7 @@ def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metri
         docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        telemetry={"auto_configure": False},
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
     router = make_router(Server(settings, client, codec, metrics, int(time.time())))
     app.include_router(router)
