@@ -11,6 +11,7 @@ from html import escape
 
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
+ROW, CHARACTER_WIDTH = 20, 7.5
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "1 2")
 
 
@@ -30,9 +31,9 @@ def tag(name: str, text: str = "", **attributes: object) -> str:
     return f"<{name}{written}>{text}</{name}>"
 
 
-def figure(label: str, body: Sequence[str], height: int = HEIGHT) -> str:
+def figure(label: str, body: Sequence[str], height: float = HEIGHT) -> str:
     """SVG with a name for readers who do not see it."""
-    return tag("svg", "".join(body), viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label)
+    return tag("svg", "".join(body), viewBox=f"0 0 {WIDTH} {height:g}", role="img", aria_label=label)
 
 
 def text(x: float, y: float, content: str, anchor: str = "middle", **attributes: object) -> str:
@@ -64,18 +65,25 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def legend(series: Sequence[tuple[str, int]], y: float) -> list[str]:
-    """A row of names, each under its stroke."""
-    width = (WIDTH - LEFT - RIGHT) / max(len(series), 1)
-    drawn = []
-    for n, (name, place) in enumerate(series):
-        x = LEFT + n * width
+def name_width(names: Sequence[str]) -> float:
+    """Pixels that the longest name takes at the page's 13 px."""
+    return CHARACTER_WIDTH * max(map(len, names), default=0)
+
+
+def legend(series: Sequence[tuple[str, int]], top: float) -> tuple[list[str], float]:
+    """Names, each beside its stroke, in as many lines as they need -> (drawn, height)."""
+    drawn, x, y = [], float(LEFT), top + ROW
+    for name, place in series:
+        width = 44 + name_width([name])
+        if x > LEFT and x + width > WIDTH:
+            x, y = float(LEFT), y + ROW
         dash = DASHES[place % len(DASHES)]
         drawn.append(
             tag("line", x1=x, y1=y - 4, x2=x + 22, y2=y - 4, class_=f"curve s{place}", stroke_dasharray=dash)
         )
-        drawn.append(text(x + 27, y, name, "start"))
-    return drawn
+        drawn.append(text(x + 28, y, name, "start"))
+        x += width
+    return drawn, y - top + 8
 
 
 def distribution(series: Sequence[Series], unit: str) -> str:
@@ -83,7 +91,7 @@ def distribution(series: Sequence[Series], unit: str) -> str:
     values = [value for one in series for value, _ in one.points if value > 0]
     low, high = min(values), max(values)
     span = math.log(high / low) or 1.0
-    bottom = HEIGHT - BOTTOM - 22
+    bottom = HEIGHT - BOTTOM
 
     def at(value: float, share: float) -> tuple[float, float]:
         x = LEFT + math.log(max(value, low) / low) / span * (WIDTH - LEFT - RIGHT)
@@ -105,8 +113,8 @@ def distribution(series: Sequence[Series], unit: str) -> str:
         dash = DASHES[one.place % len(DASHES)]
         body.append(tag("polyline", points=path, class_=f"curve s{one.place}", stroke_dasharray=dash))
     body.append(text((LEFT + WIDTH - RIGHT) / 2, bottom + 34, unit, class_="axis"))
-    body += legend([(one.name, one.place) for one in series], HEIGHT - 6)
-    return figure("Share of gaps that are at most so long, by precision", body)
+    names, height = legend([(one.name, one.place) for one in series], HEIGHT)
+    return figure("Share of gaps that are at most so long, by precision", body + names, HEIGHT + height)
 
 
 def bars(groups: Sequence[tuple[str, Sequence[tuple[str, int, float]]]], unit: str) -> str:
@@ -114,8 +122,8 @@ def bars(groups: Sequence[tuple[str, Sequence[tuple[str, int, float]]]], unit: s
     row, gap, head = 22, 16, 20
     height = TOP + sum(head + row * len(items) + gap for _, items in groups) + 22
     high = max((value for _, items in groups for _, _, value in items), default=1.0) or 1.0
-    left = LEFT + 30
-    scale = (WIDTH - left - 70) / high
+    left = 16 + name_width([name for _, items in groups for name, _, _ in items])
+    scale = (WIDTH - left - 60) / high
     body, y = [], float(TOP)
     for title, items in groups:
         body.append(text(6, y + 12, title, "start", class_="group"))
@@ -142,7 +150,7 @@ def bars(groups: Sequence[tuple[str, Sequence[tuple[str, int, float]]]], unit: s
 def stacks(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], unit: str) -> str:
     """Horizontal stacked bars: (name, [(part, value)]); parts in the same order in every row."""
     names = list(dict.fromkeys(part for _, parts in rows for part, _ in parts))
-    row, left = 34, LEFT + 30
+    row, left = 34, 16 + name_width([name for name, _ in rows])
     legend_rows = math.ceil(len(names) / 2)
     height = TOP + row * len(rows) + 26 + 20 * legend_rows + 16
     high = max((sum(value for _, value in parts) for _, parts in rows), default=1.0) or 1.0
@@ -170,7 +178,7 @@ def stacks(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], unit: str) -
         y += row
     body.append(text((left + WIDTH) / 2, y + 14, unit, class_="axis"))
     for n, part in enumerate(names):
-        x, line_y = LEFT - 40 + (n % 2) * (WIDTH / 2), y + 40 + 20 * (n // 2)
+        x, line_y = 16 + (n % 2) * (WIDTH / 2), y + 40 + 20 * (n // 2)
         body.append(tag("rect", x=x, y=line_y - 10, width=12, height=12, class_=f"fill p{n}"))
         body.append(text(x + 18, line_y, part, "start"))
     return figure(f"Memory by part in {unit}, by precision", body, height)
