@@ -46,7 +46,7 @@ def root(
 @app.command()
 @with_settings(without=["model"])
 def serve(model: Model = None, **settings: Any) -> None:
-    """Serve a model until Ctrl-C. Flags are also variables (HALFTONE_PORT) and lines of halftone.toml (port)."""
+    """Serve a model until Ctrl-C. Flags are also variables (HALFTONE_PORT) and lines of halftone.toml."""
     checked = load_settings(model=model, **settings)
     from service.cli.serve import serve
 

@@ -9,7 +9,6 @@ from service.cli.display import Display
 from service.cli.serve import check_precision
 from service.config import Settings
 from service.disk import folder_bytes, megabytes, told_disk_errors
-from service.errors import SystemProblem
 from service.model.hub import resolve
 from service.quantize import quantize_to
 
@@ -18,18 +17,11 @@ def quantize(settings: Settings, precision: str, out: Path) -> None:
     """Raises HalftoneError; `out` then does not exist."""
     logs.configure(settings.log_level, settings.log_format)
     check_precision(precision)
-    require_new(out)
     with Display() as display:
         source = resolve(settings.model, settings.revision, settings.cache_dir, display)
         with told_disk_errors(out):
-            quantize_to(source, precision, out, settings.calibration, display)
+            quantize_to(source, precision, out, settings.calibration, display, settings.device)
     before, after = megabytes(folder_bytes(source)), megabytes(folder_bytes(out))
     Console(highlight=False, soft_wrap=True).print(
         f"{out}: {after}, from {before}\nserve it with: halftone serve {out}", markup=False
     )
-
-
-def require_new(out: Path) -> None:
-    """SystemProblem where something would be mixed with what is already there."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SystemProblem(f"`--out {out}` is not empty", hint="name a folder that is new or empty")
