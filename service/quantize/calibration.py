@@ -36,7 +36,9 @@ class InputStatistics:
 
 def windows_batch(windows: list[list[int]], device: torch.device) -> tuple[StepBatch, int]:
     """Windows of any lengths as one prefill step -> (batch, KV blocks it needs)."""
-    starts, positions, slots, tables = [0], [], [], []
+    starts, tables = [0], []
+    positions: list[int] = []
+    slots: list[int] = []
     next_block = 1  # block 0 is never handed out
     for window in windows:
         num_blocks = -(-len(window) // BLOCK_TOKENS)

@@ -1,0 +1,257 @@
+"""A 16-bit checkpoint -> the same model in AutoAWQ's GEMM layout, in a folder that stands alone.
+
+Checkpoint + text --quantize_checkpoint()--> safetensors shards, config.json, tokenizer, halftone.json
+
+Layout of one linear: `qweight` int32 [in, out/8], `qzeros` int32 [in/group, out/8], `scales` float16
+[in/group, out]; the order of the eight nibbles in a word is kernels/awq_linear's. With `bits: 3` codes
+0..7 sit in the same 4-bit containers. Embedding, head, norms and biases stay as they are, up to the scales
+folded into them.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from service.errors import CheckpointError, PrecisionError
+from service.kernels.awq_linear.reference import pack
+from service.model.checkpoint import Checkpoint
+from service.model.config import ModelConfig, read_json
+from service.model.decoder import layer_groups
+from service.model.demo import MANIFEST
+from service.model.from_gguf import write_json
+from service.model.instance import ModelInstance
+from service.precision import load_backend
+from service.quality.texts import Text, spread, token_windows
+from service.quantize.awq import Grid, Rounded, quantize_layer
+from service.quantize.calibration import InputStatistics, observe_layers
+
+Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit: as messages.Loading
+
+GROUP_SIZES = (128, 64, 32)
+WINDOWS = 16
+WINDOW_TOKENS = 512
+SHARD_BYTES = 5_000_000_000
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+
+
+def choose_grid(config: ModelConfig, bits: int, group_size: int) -> Grid:
+    """`group_size` 0: the largest that divides every linear's in_features. PrecisionError if none does."""
+    parts = [part for group in layer_groups(config, 0).values() for part in group]
+    features = sorted({part.in_features for part in parts})
+    fitting = [size for size in GROUP_SIZES if all(count % size == 0 for count in features)]
+    if not fitting or (group_size and group_size not in fitting):
+        asked = f"group size {group_size}" if group_size else "no group size"
+        raise PrecisionError(
+            f"precision `awq`: {asked} divides the input features of the linears, "
+            f"{', '.join(map(str, features))}",
+            hint=f"leave `group` out, or take {' or '.join(map(str, fitting))}"
+            if fitting
+            else "serve this model with `--precision nf4`",
+        )
+    narrow = next((part for part in parts if part.out_features % 8), None)
+    if narrow:
+        raise PrecisionError(
+            f"precision `awq`: `{narrow.path}` has {narrow.out_features} output features; "
+            "the layout packs them by eight",
+            hint="serve this model with `--precision nf4`",
+        )
+    return Grid(bits, group_size or fitting[0])
+
+
+def checkpoint_bytes(checkpoint: Checkpoint, grid: Grid) -> int:
+    """Bytes that the quantized folder will take: 4-bit containers, a scale and a zero a group, the rest."""
+    linear = {
+        part.path: part.in_features * part.out_features
+        for layer in range(checkpoint.config.num_layers)
+        for group in layer_groups(checkpoint.config, layer).values()
+        for part in group
+    }
+    packed = sum(linear.values()) // 2 + sum(linear.values()) * 20 // (8 * grid.group_size)
+    infos = (checkpoint.info(name) for name in checkpoint.names if name.removesuffix(".weight") not in linear)
+    rest = sum(torch.Size(info.shape).numel() * 4 for info in infos)
+    return packed + rest + 32_000_000  # tokenizer and headers
+
+
+class ShardWriter:
+    """Tensors in the order they come -> safetensors files of at most SHARD_BYTES, and their index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = 0
+        self.shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        tensor = tensor.cpu().contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > SHARD_BYTES:
+            self._flush()
+        self.pending[name] = tensor
+        self.pending_bytes += size
+        self.total_bytes += size
+
+    def finish(self) -> None:
+        """Name the shards by their number, as hub folders have them."""
+        self._flush()
+        count = len(self.shards)
+        if count == 1:
+            (self.folder / "part-1").rename(self.folder / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self.shards, 1):
+            file = f"model-{number:05}-of-{count:05}.safetensors"
+            (self.folder / f"part-{number}").rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        write_json(self.folder / "model.safetensors.index.json", index)
+
+    def _flush(self) -> None:
+        self.shards.append(list(self.pending))
+        file = self.folder / f"part-{len(self.shards)}"
+        try:
+            save_file(self.pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # it wraps the system's errors in text
+            if f"os error {errno.ENOSPC})" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
+            raise
+        self.pending = {}
+        self.pending_bytes = 0
+
+
+def gemm_layout(rounded: Rounded) -> dict[str, Tensor]:
+    """One linear -> AutoAWQ's three tensors."""
+    return {
+        "qweight": pack(rounded.codes.t()),
+        "qzeros": pack(rounded.zeros.t()),
+        "scales": rounded.scales.t(),
+    }
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    folder: Path,
+    grid: Grid,
+    text: Text,
+    device: torch.device,
+    origin: dict[str, str],
+    progress: Progress,
+) -> None:
+    """Fill the empty `folder`; the caller makes it appear at its place when this has returned.
+
+    `origin` goes into the manifest beside the calibration text: what was quantized, and how.
+    Raises CheckpointError when activations overflow the model's type, SettingError for a text too short.
+    """
+    num_layers = checkpoint.config.num_layers
+    progress("calibrate", 0, num_layers, "layers")
+    tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
+    windows = spread(token_windows(text, tokenizer, WINDOW_TOKENS), WINDOWS)
+    instance = load_16bit(checkpoint, device)
+    writer = ShardWriter(folder)
+    layer_names: dict[int, list[str]] = {}
+    for name in checkpoint.names:
+        if name.startswith("model.layers."):
+            layer_names.setdefault(int(name.split(".")[2]), []).append(name)
+        else:
+            writer.add(name, checkpoint.read(name))
+    for layer, inputs in observe_layers(instance, windows):
+        for name, tensor in quantized_tensors(checkpoint, layer, layer_names[layer], inputs, grid, device):
+            writer.add(name, tensor)
+        progress("quantize", layer + 1, num_layers, "layers")
+    writer.finish()
+    for name in COPIED:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, folder / name)
+    config = read_json(checkpoint.path / "config.json")
+    write_json(folder / "config.json", config | {"quantization_config": quantization_config(grid)})
+    amount = {"tokens": str(sum(map(len, windows))), "windows": str(len(windows))}
+    write_manifest(folder, {**origin, "calibration": text.provenance | amount})
+
+
+def load_16bit(checkpoint: Checkpoint, device: torch.device) -> ModelInstance:
+    """The unquantized model in the checkpoint's own type; a CPU, slow in float16, has that as bfloat16."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    precision = names[checkpoint.dtype]
+    if device.type == "cpu" and precision == "fp16":
+        precision = "bf16"
+    return ModelInstance.load(
+        checkpoint.path, load_backend(precision), device, max_context_tokens=WINDOW_TOKENS
+    )
+
+
+@torch.inference_mode()
+def quantized_tensors(
+    checkpoint: Checkpoint,
+    layer: int,
+    names: list[str],
+    inputs: dict[str, InputStatistics],
+    grid: Grid,
+    device: torch.device,
+) -> list[tuple[str, Tensor]]:
+    """What the new checkpoint has for one layer, by full tensor name."""
+    prefix = f"model.layers.{layer}."
+    for group, moments in inputs.items():
+        if not moments.gram.isfinite().all():
+            raise CheckpointError(
+                f"activations at `{group}` of layer {layer} overflow {checkpoint.dtype}",
+                hint="calibrate on a CPU (`--device cpu`), which computes in bfloat16",
+            )
+    groups = {
+        group: tuple(part.path.removeprefix(prefix) for part in parts)
+        for group, parts in layer_groups(checkpoint.config, layer).items()
+    }
+    tensors = {name.removeprefix(prefix): checkpoint.read(name).to(device) for name in names}
+    quantized = quantize_layer(tensors, groups, inputs, grid)
+    made = [
+        (f"{prefix}{name}", quantized.folded.get(name, tensor))
+        for name, tensor in tensors.items()
+        if name.removesuffix(".weight") not in quantized.linears
+    ]
+    for path, rounded in quantized.linears.items():
+        made += [(f"{prefix}{path}.{kind}", tensor) for kind, tensor in gemm_layout(rounded).items()]
+    return made
+
+
+def quantization_config(grid: Grid) -> dict[str, Any]:
+    """What transformers' AwqConfig and AutoAWQ read."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "zero_point": True,
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """halftone.json, the last file: the others' sizes beside what is said of them; all reach the disk."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+    write_json(folder / MANIFEST, manifest | {"files": sizes})
+    for file in (*sizes, MANIFEST, "."):
+        handle = os.open(folder / file, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

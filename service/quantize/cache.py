@@ -1,0 +1,101 @@
+"""Quantized checkpoints by what they were made from: each is made once, by one process, whole or not at all.
+
+prepare, quantize_to --make_whole(folder)--> awq_checkpoint
+
+A folder is made under a name that nothing looks for and appears by one rename, with a manifest of its
+files' sizes; a lock that the system drops with its process keeps a second process waiting, not working.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from service.disk import require_free, told_disk_errors
+from service.model.checkpoint import weight_files
+from service.model.demo import PARTIAL_PREFIX, place, remove_stale
+
+CODE = ("awq.py", "awq_checkpoint.py", "calibration.py", "../quality/texts.py")
+DESCRIPTIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+HASHES = "hashes.json"
+
+
+def code_version() -> str:
+    """SHA-256 of the sources that decide what a quantizer writes, so that no change to them is forgotten."""
+    digest = hashlib.sha256()
+    for name in CODE:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
+
+
+def source_sha256(checkpoint: Path, cache: Path | None = None) -> str:
+    """One hash over weights, config and tokenizer; with `cache`, a file is read again only when changed."""
+    digest = hashlib.sha256()
+    names = [*weight_files(checkpoint), *(name for name in DESCRIPTIONS if (checkpoint / name).is_file())]
+    known = _read_hashes(cache / HASHES) if cache else {}
+    fresh: dict[str, str] = {}
+    for name in names:
+        file = checkpoint / name
+        stat = file.stat()
+        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if key not in known:
+            with file.open("rb") as stream:
+                fresh[key] = known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{name}:{known[key]}\n".encode())
+    if fresh and cache:
+        _write_hashes(cache / HASHES, fresh)
+    return digest.hexdigest()
+
+
+def _read_hashes(file: Path) -> dict[str, str]:
+    """What is known of files; a damaged list is as good as none, for all of it can be computed again."""
+    try:
+        hashes = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {str(key): str(value) for key, value in hashes.items()} if isinstance(hashes, dict) else {}
+
+
+def _write_hashes(file: Path, fresh: dict[str, str]) -> None:
+    with told_disk_errors(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=file.parent, prefix=PARTIAL_PREFIX, delete=False
+        ) as partial:
+            json.dump(_read_hashes(file) | fresh, partial, indent=2)
+        os.replace(partial.name, file)
+
+
+def cache_key(source: str, calibration: str, precision: str, code: str) -> str:
+    """Everything that decides the content of a quantized checkpoint -> 16 hexadecimal digits."""
+    ingredients = json.dumps([source, calibration, precision, code])
+    return hashlib.sha256(ingredients.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Exclusive among processes; freed by the system when its holder dies."""
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def make_whole(folder: Path, needed_bytes: int, what: str, fill: Callable[[Path], None]) -> None:
+    """`fill` an empty folder beside `folder`, then rename it there.
+
+    Raises SystemProblem when the disk has no room, before and while filling; whatever stops `fill`, no
+    `folder` exists.
+    """
+    require_free(folder.parent, needed_bytes, what)
+    with told_disk_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(folder.parent)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=folder.parent) as name:
+            partial = Path(name) / folder.name
+            partial.mkdir()
+            fill(partial)
+            place(partial, folder)
