@@ -31,6 +31,7 @@ import socket
 import sys
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -132,7 +133,7 @@ class Request:
 class FakeEngine:
     """One life of the fake: load, then step until the front is gone."""
 
-    def __init__(self, connection: socket.socket, config: EngineConfig, env: dict[str, str]) -> None:
+    def __init__(self, connection: socket.socket, config: EngineConfig, env: Mapping[str, str]) -> None:
         self.connection = connection
         self.config = config
         self.env = env

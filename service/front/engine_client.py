@@ -44,6 +44,7 @@ EvaluationMode = Literal["prefill", "decode1", "decode8"]
 Sink = Callable[[Output, float], None]
 
 ENGINE_DIED = "engine died"
+INTERNAL_ERROR = "internal error"
 SHUTTING_DOWN = "server is shutting down"
 
 
@@ -77,7 +78,7 @@ class EngineClient:
         self._evaluations: dict[
             int, tuple[asyncio.Future[Evaluated], Callable[[Evaluated], None] | None]
         ] = {}
-        self._transport: asyncio.Transport | None = None
+        self._connection: EngineConnection | None = None
         self._outbox: list[bytes] = []
         self._waiters: list[tuple[tuple[State, ...], asyncio.Future[None]]] = []
         self._idle_waiters: list[asyncio.Future[None]] = []
@@ -216,20 +217,18 @@ class EngineClient:
         self.loading = None
         self.fatal = None
         self._outbox.clear()
-        loop = asyncio.get_running_loop()
-        _, protocol = await loop.create_unix_connection(
-            lambda: EngineConnection(self.receive), sock=connection
-        )
-        self._transport = protocol.transport
+        # both before the await: a quick engine is ready by the time it returns
         self._enter("starting")
-        return protocol.closed
+        connected = self._connection = EngineConnection(self.receive)
+        await asyncio.get_running_loop().create_unix_connection(lambda: connected, sock=connection)
+        return connected.closed
 
     def disconnect(self) -> None:
         """The engine is gone or is about to be killed: ends what it had promised. May be called twice."""
-        transport, self._transport = self._transport, None
+        connection, self._connection = self._connection, None
         self.is_serving = False
-        if transport is not None:
-            transport.abort()
+        if connection is not None:
+            connection.transport.abort()
         self._outbox.clear()
         if self.state != "failed":
             self._enter("down")
@@ -303,6 +302,7 @@ class EngineClient:
             except Exception:  # one stream's fault must not reach the others of this step
                 logger.exception("request %d ends: its sink failed", output.id)
                 self.abort(output.id, "error")
+                self._end(request, output.id, INTERNAL_ERROR, now)
         if num_shared:
             metrics.inter_token(now - shared_last, num_shared)
         if num_generated:
@@ -329,8 +329,15 @@ class EngineClient:
         now = time.monotonic()
         for id, request in ended.items():
             self._ended(request, "error")
-            request.sink(Output(id, [], "error", error=error), now)
+            self._end(request, id, error, now)
         self._wake_if_idle()
+
+    def _end(self, request: OpenRequest, id: int, error: str, now: float) -> None:
+        """The one Output that says how a request failed."""
+        try:
+            request.sink(Output(id, [], "error", error=error), now)
+        except Exception:
+            logger.exception("request %d could not be told of its end", id)
 
     def _wake_if_idle(self) -> None:
         if self._idle_waiters and not self._open:
@@ -366,7 +373,7 @@ class EngineClient:
         )
 
     def _send(self, message: FrontMessage) -> None:
-        if self._transport is None:
+        if self._connection is None:
             return  # the engine is gone, and with it whatever this message is about
         if not self._outbox:
             # what one turn of the event loop sends leaves in one write
@@ -374,6 +381,6 @@ class EngineClient:
         self._outbox.append(frame(message))
 
     def _flush(self) -> None:
-        if self._outbox and self._transport is not None:
-            self._transport.write(b"".join(self._outbox))
+        if self._outbox and self._connection is not None:
+            self._connection.transport.write(b"".join(self._outbox))
         self._outbox.clear()

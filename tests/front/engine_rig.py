@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import itertools
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from service.front.engine_client import EngineClient
 from service.front.supervisor import Supervisor
@@ -54,6 +57,22 @@ class Rig:
     def process_id(self) -> int:
         assert self.supervisor.process is not None
         return self.supervisor.process.pid
+
+
+def write_tokenizer(folder: Path, vocab_size: int = 1000) -> None:
+    """A byte-level tokenizer.json for the fake engine's ids: 3 special tokens, the bytes, longer pieces."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: id for id, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    merges = []
+    for first, second in itertools.product("etaoinshrdlucm" + "ĠETAOINSHRDLUCM", repeat=2):
+        if len(vocabulary) < vocab_size:
+            merges.append((first, second))
+            vocabulary[first + second] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @contextlib.asynccontextmanager

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 from engine_rig import ENDLESS, Stream, running
-from fake_engine import reply
+from fake_engine import FakeEngine, reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from service.front.engine_client import EngineClient
 from service.messages import (
     HEADER,
     MAX_FRAME_BYTES,
+    EngineConfig,
     EngineMessage,
     Evaluated,
     Loading,
@@ -107,6 +108,19 @@ async def test_one_more_than_the_queue_holds_is_refused() -> None:
         )
 
 
+async def test_an_engine_may_be_ready_before_connect_returns() -> None:
+    """Its messages lie in the socket already: a later `starting` must not hide them."""
+    client = EngineClient(1, Metrics("demo", "auto"))
+    front, engine = socket.socketpair()
+    with engine:
+        FakeEngine(engine, EngineConfig(model_path="/nowhere", precision="bf16"), {}).load()
+        await client.connect(front)
+        async with asyncio.timeout(10):
+            await client.wait_ready()
+        client.open([1], Sampling(1), b"", Stream())
+        client.disconnect()
+
+
 async def test_no_engine_no_request() -> None:
     client = EngineClient(1, Metrics("demo", "auto"))
     with pytest.raises(EngineUnavailableError, match="is loading"):
@@ -127,7 +141,10 @@ async def test_only_the_guilty_request_fails(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_a_sink_that_raises_ends_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
+    outputs: list[Output] = []
+
     def broken(output: Output, received_at: float) -> None:
+        outputs.append(output)
         raise RuntimeError("planted")
 
     async with running() as rig:
@@ -136,6 +153,7 @@ async def test_a_sink_that_raises_ends_its_own_request_only(caplog: pytest.LogCa
         await stream.ended.wait()
         assert rig.client.num_open == 0
         assert "planted" in caplog.text
+        assert [output.error for output in outputs] == ["", "internal error"]
         assert value(rig.metrics, 'requests_total{finish_reason="error"') == 1
 
 
