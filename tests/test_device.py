@@ -1,0 +1,93 @@
+"""Choice of the device, and the CPU's memory figures; CUDA is imitated, to see which error is told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from service import device
+from service.errors import DeviceError
+
+VERSION_FILES = {
+    "closed": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\n",
+    "open": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.129.03  Release Build\n",
+}
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without a driver; writing the file adds one."""
+    path = tmp_path / "version"
+    monkeypatch.setattr(device, "DRIVER_VERSION", path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return path
+
+
+def test_cpu_is_the_cpu() -> None:
+    assert device.resolve("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("build", [None, "13.0"])
+def test_auto_without_a_driver_is_the_cpu(
+    driver: Path, monkeypatch: pytest.MonkeyPatch, build: str | None
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", build)
+    assert device.resolve("auto") == torch.device("cpu")
+    with pytest.raises(DeviceError, match="cuda"):
+        device.resolve("cuda")
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+@pytest.mark.parametrize("kind", VERSION_FILES)
+def test_driver_that_torch_cannot_use(
+    driver: Path, monkeypatch: pytest.MonkeyPatch, asked: str, kind: str
+) -> None:
+    """Never a silent CPU run: the error names the driver found and the one needed."""
+    driver.write_text(VERSION_FILES[kind])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(DeviceError) as caught:
+        device.resolve(asked)  # type: ignore[arg-type]
+    assert "535.129.03" in caught.value.message
+    assert "580.65" in caught.value.message
+    assert "--device cpu" in caught.value.hint
+
+
+def test_cpu_build_beside_a_driver(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU-only torch was installed on purpose, so `auto` takes it; `cuda` cannot."""
+    driver.write_text(VERSION_FILES["closed"])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert device.resolve("auto") == torch.device("cpu")
+    with pytest.raises(DeviceError, match=r"535\.129\.03") as caught:
+        device.resolve("cuda")
+    assert "TORCH=cpu" in caught.value.hint
+
+
+def test_cpu_memory_follows_an_allocation() -> None:
+    cpu = torch.device("cpu")
+    before = device.memory_used_bytes(cpu)
+    size = 64 << 20
+    block = torch.ones(size, dtype=torch.uint8)
+    assert device.memory_used_bytes(cpu) - before > 0.9 * size
+    del block
+    assert device.memory_peak_bytes(cpu) - before > 0.9 * size
+    assert device.memory_used_bytes(cpu) - before < 0.5 * size
+    if device.reset_memory_peak(cpu):
+        assert device.memory_peak_bytes(cpu) - before < 0.5 * size
+    assert 0 < device.memory_free_bytes(cpu) <= device.memory_total_bytes(cpu)
+
+
+def test_threads() -> None:
+    assert 1 <= device.physical_cores() <= 4096
+    before = torch.get_num_threads()
+    try:
+        assert device.set_threads(1) == 1 == torch.get_num_threads()
+        assert device.set_threads(0) == device.physical_cores()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cpu_has_a_name_and_defaults() -> None:
+    cpu = torch.device("cpu")
+    assert device.device_name(cpu)
+    assert device.batch_defaults(cpu).max_batch_tokens >= device.batch_defaults(cpu).max_batch_requests
+    device.synchronize(cpu)
