@@ -9,6 +9,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -128,7 +129,12 @@ class Host:
         try:
             await asyncio.wait({ready, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
             if not stop_asked.done():
-                on_ready(await ready)
+                info = await ready
+                # what was imported lives as long as the process; a full collection that walks it again and
+                # again would stop every stream for tens of milliseconds
+                gc.collect()
+                gc.freeze()
+                on_ready(info)
                 await stop_asked
             await self.drain()
         finally:
