@@ -199,13 +199,15 @@ class CompletionFormat(AnswerFormat):
         return {
             "tokens": [self.token(id) for id, _ in rows],
             "token_logprobs": [row and max(row.logprob, LOWEST_LOGPROB) for _, row in rows],
-            "top_logprobs": [self.likeliest(row) for _, row in rows],
+            "top_logprobs": [self.likeliest(row) for _, row in rows]
+            if self.wanted.num_top_logprobs
+            else None,
             "text_offset": offsets,
         }
 
     def likeliest(self, row: TokenLogprobs | None) -> dict[str, float] | None:
         """The wanted number of likeliest tokens, and the sampled one; None for a first token."""
-        if row is None or not self.wanted.num_top_logprobs:
+        if row is None:
             return None
         top: dict[str, float] = {}
         for id, logprob in zip(row.top_ids, row.top_logprobs, strict=True):

@@ -1,0 +1,101 @@
+"""A whole front on a loopback port: real uvicorn, real sockets, the fake engine as its child."""
+
+import asyncio
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+from tiny_tokenizers import Kind, write_checkpoint
+
+from service.api.app import create_app
+from service.config import Settings
+from service.front.host import Host, run_loop
+from service.front.text import TextCodec
+
+T = TypeVar("T")
+FAKE_ENGINE = (sys.executable, str(Path(__file__).resolve().parent.parent / "fake_engine.py"))
+TIMEOUT_S = 30
+
+
+class Server:
+    """A running front in a thread of its own."""
+
+    host: Host
+    loop: asyncio.AbstractEventLoop
+    stop: asyncio.Event
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.codec = TextCodec.load(folder)
+
+    @property
+    def url(self) -> str:
+        return self.host.url
+
+    def http(self, **options: Any) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, timeout=TIMEOUT_S, **options)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """`function()` on the server's event loop."""
+
+        async def inside() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(inside(), self.loop).result(TIMEOUT_S)
+
+    def wait(self, make: Callable[[], Any]) -> None:
+        """Awaits `make()` on the server's event loop."""
+
+        async def inside() -> None:
+            await make()
+
+        asyncio.run_coroutine_threadsafe(inside(), self.loop).result(TIMEOUT_S)
+
+    def metric(self, name: str, **labels: str) -> float:
+        common = {"model": self.settings.name, "precision": "bf16"}
+        return self.host.metrics.registry.get_sample_value(name, common | labels) or 0.0
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, env: dict[str, str], kind: Kind = "byte_level", **settings: Any
+) -> Iterator[Server]:
+    """A front over a tiny checkpoint in `folder`; `env` is the fake engine's."""
+    write_checkpoint(folder, kind)
+    server = Server(Settings(model=str(folder), served_model_name="tiny", port=0, **settings), folder)
+    # not in this process's environment: several fronts run at once
+    command = ("env", *(f"{name}={value}" for name, value in env.items()), *FAKE_ENGINE)
+    up = threading.Event()
+    failures: list[BaseException] = []
+
+    async def run() -> None:
+        server.loop = asyncio.get_running_loop()
+        server.stop = asyncio.Event()
+        try:
+            async with Host(server.settings, folder, create_app, command=command) as server.host:
+                await server.host.ready()
+                up.set()
+                await server.stop.wait()
+        except BaseException as error:
+            failures.append(error)
+            raise
+        finally:
+            up.set()
+
+    thread = threading.Thread(target=lambda: run_loop(run()), name="front")
+    thread.start()
+    try:
+        assert up.wait(TIMEOUT_S)
+        if failures:
+            raise failures[0]
+        yield server
+    finally:
+        if not failures:
+            server.loop.call_soon_threadsafe(server.stop.set)
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
