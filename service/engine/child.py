@@ -1,0 +1,115 @@
+"""The engine process: `python -m service.engine.child --fd N --config JSON`.
+
+front <--socket--> Link <--messages--> this loop --> Engine, evaluation
+
+On the way to ready it says how far it is; what stops it there is one Fatal with the fix. Idle, it waits for
+the front and gives a sign of life each second.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections import deque
+from typing import TYPE_CHECKING, NoReturn
+
+import msgspec
+
+from service.engine.link import Link
+from service.errors import HalftoneError
+from service.messages import Abort, EngineConfig, Evaluate, Fatal, Loading, Ready, Submit
+
+if TYPE_CHECKING:  # torch is imported once the front knows that we are on the way
+    from service.engine.startup import Serving
+
+HEARTBEAT_S = 1.0
+EXIT_UNUSABLE = 3
+EXIT_INTERNAL = 1
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> NoReturn:
+    started_at = time.monotonic()
+    parser = argparse.ArgumentParser(prog="service.engine.child", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="connected socket, inherited from the front")
+    parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    arguments = parser.parse_args()
+    die_with_parent()
+    link = Link(socket.socket(fileno=arguments.fd))
+    is_ready = False
+    try:
+        config = msgspec.json.decode(arguments.config, type=EngineConfig)
+        link.send(Loading("import", 0, 1, "modules"))
+        set_threads(config.threads)
+        from service.engine.startup import start
+
+        link.send(Loading("import", 1, 1, "modules"))
+        serving = start(config, link.send, started_at)
+        link.send(Ready(serving.info))
+        is_ready = True
+        serve(serving, config, link)
+    except HalftoneError as error:
+        end(link, Fatal(error.code, error.message, error.hint), EXIT_UNUSABLE)
+    except Exception as error:  # the edge of the process: a trace for the operator, no text for the client
+        traceback.print_exc()
+        end(link, Fatal("internal_error", type(error).__name__, retryable=is_ready), EXIT_INTERNAL)
+
+
+def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:
+    """Until the front is gone: take what has come, then one step, or one evaluation when nobody waits."""
+    from service.engine.peaks import PeakWatch
+
+    engine = serving.engine
+    peaks = PeakWatch(serving.model.device, serving.info.peak_load_bytes)
+    evaluations: deque[Evaluate] = deque()
+    while True:
+        is_idle = not engine.has_work and not evaluations
+        messages = link.receive(HEARTBEAT_S if is_idle else 0)
+        for message in messages:
+            if isinstance(message, Submit):
+                engine.add(message)
+            elif isinstance(message, Abort):
+                engine.abort(message.ids)
+            elif isinstance(message, Evaluate):
+                evaluations.append(message)
+        if engine.has_work:
+            step = engine.step()
+            step.stats.peak_bytes = peaks.after(step.stats)
+            link.send(step)
+        elif evaluations:
+            from service.engine.evaluate import Evaluation
+
+            Evaluation(evaluations.popleft(), serving, config, link.send).run()
+        elif not messages:
+            link.send(engine.heartbeat())
+
+
+def set_threads(num_threads: int) -> None:
+    """Before torch is imported, since OpenMP reads its environment then; what is set there already stands."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from service import device as devices
+
+    if num_threads or "OMP_NUM_THREADS" not in os.environ:
+        devices.set_threads(num_threads)
+
+
+def die_with_parent() -> None:
+    """Linux kills us when the front dies, even where the socket's other end outlives it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end(link: Link, fatal: Fatal, exit_code: int) -> NoReturn:
+    link.send(fatal)
+    link.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

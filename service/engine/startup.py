@@ -1,0 +1,238 @@
+"""From an EngineConfig to an engine that can serve: device, precision, weights, KV cache, first steps.
+
+child --EngineConfig--> start --Loading ...--> Serving (engine, model, EngineInfo)
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from service import device as devices
+from service.engine.engine import Engine, Limits
+from service.engine.link import Throttle
+from service.errors import DeviceError, PrecisionError, SettingError
+from service.messages import EngineConfig, EngineInfo, Loading, Sampling, Submit
+from service.model.batch import BLOCK_TOKENS, PagedKV
+from service.model.checkpoint import Checkpoint
+from service.model.instance import ModelInstance, Progress
+from service.precision import TABLE, load_backend
+from service.precision.base import Backend
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CPU_KV_TOKENS = 16384  # where the user did not say; memory is the users' own there
+MIB = 1 << 20
+PROGRESS_INTERVAL_S = 0.1
+
+
+@dataclass
+class Serving:
+    engine: Engine
+    model: ModelInstance
+    kv: PagedKV
+    info: EngineInfo
+
+
+class Stages:
+    """Progress on the way to ready: passes it on, seldom enough, and adds up the time of each stage."""
+
+    def __init__(self, send: Callable[[Loading], None], started_at: float) -> None:
+        self.seconds: dict[str, float] = {}
+        self._send = send
+        self._stage = "import"
+        self._since = started_at
+        self._throttle = Throttle(PROGRESS_INTERVAL_S)
+
+    def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
+        self.close()
+        if stage != self._stage or done == total or self._throttle.ready():
+            self._send(Loading(stage, done, total, unit))
+        self._stage = stage
+
+    def close(self) -> None:
+        """Gives the time that has passed to the stage it passed in."""
+        now = time.monotonic()
+        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        self._since = now
+
+
+def start(config: EngineConfig, send: Callable[[Loading], None], started_at: float) -> Serving:
+    """Loads what `config` names; `started_at` is the process's beginning on the monotonic clock.
+
+    Raises HalftoneError for whatever the user can mend.
+    """
+    stages = Stages(send, started_at)
+    device = devices.resolve(config.device)
+    try:
+        model = load_model(config, config.precision, device, stages, DTYPES.get(config.dtype))
+        max_batch_tokens, max_batch_requests = batch_limits(config, device)
+        stages("warm", 0, 1, "steps")
+        warm_up(model, max_batch_tokens if device.type == "cuda" else 2 * BLOCK_TOKENS)
+        kv = model.new_kv(num_kv_blocks(config, model) + 1)
+        for tensor in (*kv.keys, *kv.values):
+            tensor.zero_()  # makes a CPU's pages resident now, so that memory is what the ledger says
+    except torch.OutOfMemoryError:
+        raise out_of_memory(device) from None
+    limits = Limits(
+        context_tokens(config, model, kv), max_batch_tokens, max_batch_requests, model.config.vocab_size
+    )
+    eos_token_ids = frozenset((*model.config.eos_token_ids, *config.stop_token_ids))
+    engine = Engine(model, kv, limits, device, eos_token_ids, config.prefix_cache)
+    stages("warm", 1, 1, "steps")
+    stages.close()
+    return Serving(engine, model, kv, engine_info(config, model, kv, engine, stages.seconds))
+
+
+def load_model(
+    config: EngineConfig,
+    precision: str,
+    device: torch.device,
+    progress: Progress,
+    dtype: torch.dtype | None = None,
+) -> ModelInstance:
+    """The configured checkpoint in this precision; a calibrated mode is quantized into the cache first."""
+    checkpoint = Checkpoint(config.model_path)
+    backend = choose_backend(precision, checkpoint, device)
+    path = checkpoint.path
+    if backend.quantizer and checkpoint.quantization is None:
+        from service.quantize import prepare  # calibration is heavy and most starts do without
+
+        path = prepare(path, backend, config, progress)
+    return ModelInstance.load(
+        path,
+        backend,
+        device,
+        dtype,
+        head=config.head,
+        max_context_tokens=config.max_context_tokens,
+        progress=progress,
+    )
+
+
+def choose_backend(precision: str, checkpoint: Checkpoint, device: torch.device) -> Backend:
+    """`auto` is what the checkpoint is: its quantization, else its 16-bit type, which a CPU has as bf16."""
+    if precision != "auto":
+        return load_backend(precision)
+    if checkpoint.quantization is not None:
+        for name in TABLE:
+            backend = load_backend(name)
+            if backend.accepts(checkpoint.quantization):
+                return backend
+        method = checkpoint.quantization.get("quant_method", "unknown")
+        raise PrecisionError(
+            f"checkpoint `{checkpoint.path}` is quantized by `{method}`, which no precision reads; "
+            f"there are {', '.join(TABLE)}",
+            hint="serve the 16-bit checkpoint it was made from",
+        )
+    is_half = device.type == "cuda" and checkpoint.dtype == torch.float16
+    return load_backend("fp16" if is_half else "bf16")
+
+
+def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int]:
+    """-> tokens and requests of one step; each request that decodes needs a token of the budget."""
+    defaults = devices.batch_defaults(device)
+    tokens = config.max_batch_tokens or max(defaults.max_batch_tokens, config.max_batch_requests)
+    requests = config.max_batch_requests or min(defaults.max_batch_requests, tokens)
+    if requests > tokens:
+        raise SettingError(
+            f"setting `max_batch_requests` = `{requests}` is more than `max_batch_tokens` = `{tokens}`",
+            hint="each request that decodes takes one token of a step: raise `max_batch_tokens`",
+        )
+    return tokens, requests
+
+
+@torch.inference_mode()
+def warm_up(model: ModelInstance, num_tokens: int) -> None:
+    """A largest step of one prompt, and one decode step: what layers and allocators do once is done."""
+    num_tokens = max(2, min(num_tokens, model.decoder.cos.shape[0] - 1))
+    kv = model.new_kv(num_tokens // BLOCK_TOKENS + 2)
+    limits = Limits(num_tokens + 1, num_tokens, 1, model.config.vocab_size)
+    engine = Engine(model, kv, limits, model.device)
+    engine.add(Submit(0, [0] * (num_tokens - 1), Sampling(2, top_p=0.5, ignore_eos=True)))
+    while engine.has_work:
+        for output in engine.step().outputs:
+            if output.error:
+                raise PrecisionError(
+                    f"precision `{model.backend.canonical}` fails on its first tokens: {output.error}",
+                    hint="try another `--precision` or `--dtype`, and look at the log above",
+                )
+    devices.synchronize(model.device)
+
+
+def num_kv_blocks(config: EngineConfig, model: ModelInstance) -> int:
+    """Blocks that requests can hold, by `kv_tokens` or by the memory that is free now."""
+    free = devices.memory_free_bytes(model.device)
+    block_bytes = model.kv_block_bytes
+    if config.kv_tokens:
+        wanted = -(-config.kv_tokens // BLOCK_TOKENS)
+        if wanted * block_bytes > free:
+            raise DeviceError(
+                f"setting `kv_tokens` = `{config.kv_tokens}` needs {wanted * block_bytes // MIB} MiB on "
+                f"`{model.device}`, {free // MIB} MiB are free",
+                hint=f"at most {free // block_bytes * BLOCK_TOKENS} tokens fit now",
+            )
+        return wanted
+    blocks = int(free * config.kv_memory_fraction) // block_bytes
+    if model.device.type != "cuda":
+        blocks = min(blocks, CPU_KV_TOKENS // BLOCK_TOKENS)
+    if blocks < 2:
+        raise DeviceError(
+            f"no memory is left for the KV cache on `{model.device}`: {free // MIB} MiB are free, "
+            f"{BLOCK_TOKENS} tokens need {block_bytes / MIB:.1f} MiB",
+            hint="free memory, or choose a smaller model or precision",
+        )
+    return blocks
+
+
+def context_tokens(config: EngineConfig, model: ModelInstance, kv: PagedKV) -> int:
+    """Longest prompt and answer: what was asked, what the model allows, what the cache can hold."""
+    room = (kv.num_blocks - 1) * BLOCK_TOKENS
+    if not config.max_context_tokens:
+        return min(model.config.max_context_tokens, room)
+    limit, reason = min((model.config.max_context_tokens, "the model allows"), (room, "the KV cache holds"))
+    if config.max_context_tokens > limit:
+        raise SettingError(
+            f"setting `max_context_tokens` = `{config.max_context_tokens}`: {reason} {limit}",
+            hint=f"at most {limit}" + (", or raise `kv_tokens`" if limit == room else ""),
+        )
+    return config.max_context_tokens
+
+
+def out_of_memory(device: torch.device) -> DeviceError:
+    free, total = devices.memory_free_bytes(device), devices.memory_total_bytes(device)
+    held = devices.memory_used_bytes(device)
+    return DeviceError(
+        f"device `{device}` ran out of memory while loading: {free // MIB} MiB free of {total // MIB} MiB, "
+        f"{held // MIB} MiB held by this process",
+        hint="end other processes on the device, or choose a smaller model, precision or `kv_tokens`",
+    )
+
+
+def engine_info(
+    config: EngineConfig, model: ModelInstance, kv: PagedKV, engine: Engine, load_seconds: dict[str, float]
+) -> EngineInfo:
+    limits = engine.limits
+    return EngineInfo(
+        model_path=str(model.path),
+        architecture=model.config.architecture,
+        precision=model.backend.canonical,
+        dtype=DTYPE_NAMES[model.dtype],
+        device=str(model.device),
+        device_name=devices.device_name(model.device),
+        torch_version=str(torch.__version__),
+        num_parameters=model.num_parameters,
+        vocab_size=model.config.vocab_size,
+        max_context_tokens=limits.max_context_tokens,
+        kv_tokens=(kv.num_blocks - 1) * BLOCK_TOKENS,
+        kv_block_tokens=BLOCK_TOKENS,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_batch_requests=limits.max_batch_requests,
+        eos_token_ids=sorted(engine.eos_token_ids),
+        kernels=model.kernels(),
+        memory_bytes=model.memory_bytes() | {"kv_cache": kv.bytes},
+        weight_bytes=model.weight_bytes,
+        load_seconds=load_seconds,
+        peak_load_bytes=devices.memory_peak_bytes(model.device),
+    )
