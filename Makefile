@@ -52,11 +52,15 @@ clean:
 		echo "\`$(PYTHON)\` cannot make virtual environments: its venv package is missing"; \
 		echo "  hint: Debian, Ubuntu: apt install python3-venv"; exit 4; }
 	"$(PYTHON)" -m venv .venv
+	@# since 24.1 pip tells its progress in numbers, which the bar of the demo model needs
+	@$(PIP) install -q pip==26.3
 
 $(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
 ifeq ($(TORCH),cpu)
 	@echo "Installing into .venv: about 0.35 GB to download the first time"
 	$(PIP) install -c constraints.txt torch --extra-index-url https://download.pytorch.org/whl/cpu
+	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || { \
+		echo ".venv has a torch with CUDA already"; echo "  hint: make clean install TORCH=cpu"; exit 4; }
 else
 	@echo "Installing into .venv: about 2.9 GB to download the first time (torch with CUDA; TORCH=cpu: 0.35 GB)"
 	$(PIP) install -c constraints.txt torch
