@@ -1,0 +1,83 @@
+"""Linears with 4-bit codes and a scale and zero a group: op schemas, shape checks, registration.
+
+precision/awq --prepare (once, at load)--> PackedWeight --apply--> y
+
+`halftone::awq_linear` takes AutoAWQ's tensors as they lie in a checkpoint: the Triton kernel on CUDA, the
+reference elsewhere. `halftone::awq_linear_int4pack` takes what cpu.py packs them into. No caller asks which
+device it is on: `prepare` has answered that by the tensors it returns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.kernels.awq_linear import cpu, reference
+
+__all__ = ["PackedWeight", "apply", "check", "dense", "prepare"]
+
+library = torch.library.Library("halftone", "FRAGMENT")
+library.define("awq_linear(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales) -> Tensor")
+library.define("awq_linear_int4pack(Tensor x, Tensor codes, Tensor zeros, Tensor scales) -> Tensor")
+library.impl("awq_linear", reference.awq_linear, "CompositeExplicitAutograd")
+library.impl("awq_linear_int4pack", cpu.linear, "CPU")
+
+
+def _fake(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], scales.shape[1])
+
+
+for _name in ("awq_linear", "awq_linear_int4pack"):
+    torch.library.register_fake(f"halftone::{_name}", _fake, lib=library)
+
+if torch.cuda.is_available():
+    from service.kernels.awq_linear.triton import awq_linear as _triton_awq_linear
+
+    library.impl("awq_linear", _triton_awq_linear, "CUDA")
+
+_gemm = torch.ops.halftone.awq_linear.default
+_int4pack = torch.ops.halftone.awq_linear_int4pack.default
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Resident form of one linear; which of the two, `kernel` tells."""
+
+    kernel: str
+    codes: Tensor  # int32 [in, out / 8], or uint8 [out, in / 2] in int4pack order
+    zeros: Tensor  # int32 [in / group, out / 8], or int8 [in / group, out], which is 8 - zero
+    scales: Tensor  # float16 [in / group, out]
+
+
+def check(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> None:
+    """Our own invariants of the GEMM layout; what comes from a file was checked by its reader."""
+    groups, out_features = scales.shape
+    assert qweight.dtype == qzeros.dtype == torch.int32
+    assert scales.dtype == torch.float16
+    assert qweight.shape[1] * 8 == out_features, (qweight.shape, scales.shape)
+    assert qzeros.shape == (groups, out_features // 8), (qzeros.shape, scales.shape)
+    assert qweight.shape[0] % groups == 0, (qweight.shape, scales.shape)
+
+
+def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> PackedWeight:
+    """AutoAWQ's tensors on their device -> the form that is fastest there; bits are only moved."""
+    check(qweight, qzeros, scales)
+    in_features = qweight.shape[0]
+    if qweight.is_cuda:
+        return PackedWeight("triton.awq_linear", qweight, qzeros, scales)
+    if cpu.fits(in_features, scales.shape[1], in_features // scales.shape[0]):
+        return PackedWeight("torch.int4pack", *cpu.pack_int4(qweight, qzeros, scales))
+    return PackedWeight("reference.awq_linear", qweight, qzeros, scales)
+
+
+def apply(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+    """[tokens, in] -> [tokens, out]; the resident form is told by its dtype."""
+    y: Tensor = (_int4pack if codes.dtype == torch.uint8 else _gemm)(x, codes, zeros, scales)
+    return y
+
+
+def dense(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+    """float32 [out, in] on the CPU: what the resident form means."""
+    if codes.dtype == torch.uint8:
+        return cpu.dequantize(codes, zeros, scales, torch.float32).t()
+    return reference.dequantize(codes, zeros, scales).t().cpu()

@@ -1,0 +1,108 @@
+"""AWQ linears on CUDA: dequantized in registers on the way into the tensor cores.
+
+One program makes a [BLOCK_M, BLOCK_N] tile of y for one share of the input features. Words are loaded once,
+16 bytes a thread, and their eight nibbles become eight columns without leaving the thread. Few rows leave
+most of the machine idle, so the input features are split: each share writes its own float32 tile and torch
+adds the shares in their order. There are no atomics, so one input has one result.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_SPLITS = 8
+PROGRAMS = 264  # two for each multiprocessor of an H100: enough to hide the latency of the loads
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def awq_linear_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [M, K]
+    qweight_ptr,  # int32 [K, N / 8]
+    qzeros_ptr,  # int32 [K / GROUP, N / 8]
+    scales_ptr,  # float16 [K / GROUP, N]
+    y_ptr,  # float32 [splits, M, N], or x's dtype [1, M, N]
+    M,
+    num_words,  # N / 8, an argument of its own so that the compiler sees when it divides by 16
+    K,
+    GROUP: tl.constexpr,
+    GROUPS_PER_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    N = num_words * 8
+    split = tl.program_id(2)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    words = tl.program_id(0) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+    # column c of a word's eight lies in nibble 0, 4, 1, 5, 2, 6, 3, 7: the inverse of NIBBLE_TO_COLUMN
+    eight = tl.arange(0, 8)
+    shifts = ((eight // 2) + (eight % 2) * 4) * 4
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+    for step in range(GROUPS_PER_SPLIT):
+        group = split * GROUPS_PER_SPLIT + step
+        # the last share may be shorter: masked groups have zeros and scales of 0, so they add nothing
+        within = group * GROUP < K
+        word_mask = (words[None, :] < num_words) & within
+        column_mask = (columns[None, :] < N) & within
+        packed_zeros = tl.load(qzeros_ptr + group * num_words + words[None, :], mask=word_mask, other=0)
+        zeros = tl.reshape((packed_zeros[:, :, None] >> shifts[None, None, :]) & 0xF, (1, BLOCK_N))
+        scales = tl.load(scales_ptr + group * N + columns[None, :], mask=column_mask, other=0.0)
+        partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for inner in tl.static_range(GROUP // BLOCK_K):
+            k = group * GROUP + inner * BLOCK_K + tl.arange(0, BLOCK_K)
+            x_mask = (rows[:, None] < M) & within
+            x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=x_mask, other=0.0)
+            packed = tl.load(qweight_ptr + k[:, None] * num_words + words[None, :], mask=word_mask, other=0)
+            codes = tl.reshape((packed[:, :, None] >> shifts[None, None, :]) & 0xF, (BLOCK_K, BLOCK_N))
+            # -15..15 is exact in both 16-bit types, and the scale is applied once a group in float32
+            partial = tl.dot(x, (codes - zeros).to(x.dtype), partial)
+        total += partial * scales.to(tl.float32)
+
+    target = y_ptr + split * M * N + rows[:, None] * N + columns[None, :]
+    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    tl.store(target, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def tile(num_rows: int, group: int) -> dict[str, Any]:
+    """Tile sizes and warps for a number of rows."""
+    block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+    return {
+        "GROUP": group,
+        "BLOCK_M": block_m,
+        "BLOCK_N": 128,
+        "BLOCK_K": min(group, 64),
+        "num_warps": 4,
+        "num_stages": 4,
+    }
+
+
+def awq_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+    """[tokens, in] float16 or bfloat16 -> [tokens, out] in the same type."""
+    x = x.contiguous()
+    num_rows, in_features = x.shape
+    num_groups, out_features = scales.shape
+    options = tile(num_rows, in_features // num_groups)
+    tiles = triton.cdiv(out_features, options["BLOCK_N"]) * triton.cdiv(num_rows, options["BLOCK_M"])
+    splits = max(1, min(MAX_SPLITS, num_groups, PROGRAMS // max(tiles, 1)))
+    groups_per_split = triton.cdiv(num_groups, splits)
+    splits = triton.cdiv(num_groups, groups_per_split)
+    y = x.new_empty(splits, num_rows, out_features, dtype=torch.float32 if splits > 1 else x.dtype)
+    grid = (triton.cdiv(out_features, options["BLOCK_N"]), triton.cdiv(num_rows, options["BLOCK_M"]), splits)
+    awq_linear_kernel[grid](
+        x,
+        qweight,
+        qzeros,
+        scales,
+        y,
+        num_rows,
+        out_features // 8,
+        in_features,
+        GROUPS_PER_SPLIT=groups_per_split,
+        **options,
+    )
+    return y[0] if splits == 1 else y.sum(0).to(x.dtype)

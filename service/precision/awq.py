@@ -1,0 +1,150 @@
+"""AWQ: four (or three) bits a weight, one scale and one integer zero for each group of input features.
+
+checkpoint in AutoAWQ's GEMM layout --build--> AWQLinear --forward--> kernels/awq_linear
+
+The scales that AWQ searches are folded into the checkpoint by quantize/awq; here weights are only read.
+Three bits use codes 0..7 in the same 4-bit containers: they cost what four cost, in bytes and in time.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from service.errors import CheckpointError, PrecisionError
+from service.kernels import awq_linear
+from service.precision.base import Activation, LinearGroup, LinearSpec, QuantLinear, Read
+from service.precision.source import part_rows, quantized_activation_dtype, read_bias, tensor_bytes
+from service.precision.spec import Options, PrecisionSpec, canonical, check_options
+
+
+class AWQOptions(Options):
+    bits: Literal[4, 3] = Field(4, description="4, 3: of a code")
+    group: int = Field(0, description="128, 64, 32: weights under one scale; 0: the largest that divides")
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def read_bits(cls, bits: object) -> object:
+        return int(bits) if isinstance(bits, str) and bits.isdecimal() else bits
+
+    @field_validator("group")
+    @classmethod
+    def check_group(cls, group: int) -> int:
+        if group not in (0, 32, 64, 128):
+            raise ValueError("accepted are 0, 32, 64, 128")
+        return group
+
+
+class AWQLinear(QuantLinear):
+    codes: Tensor  # these three: kernels.awq_linear.PackedWeight
+    zeros: Tensor
+    scales: Tensor
+    bias: Tensor | None  # [out_features of all parts]
+
+    def __init__(
+        self, group: LinearGroup, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.group = group
+        weight = awq_linear.prepare(qweight, qzeros, scales)
+        self.kernel = weight.kernel
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("zeros", weight.zeros)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = awq_linear.apply(x, self.codes, self.zeros, self.scales)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def dense(self, part: int) -> Tensor:
+        return awq_linear.dense(self.codes, self.zeros, self.scales)[part_rows(self.group, part)]
+
+    def bytes(self) -> dict[str, int]:
+        return {
+            "codes": tensor_bytes(self.codes),
+            "scales": tensor_bytes(self.scales),
+            "zeros": tensor_bytes(self.zeros),
+            "weights16": tensor_bytes(self.bias),
+        }
+
+
+class AWQ:
+    """`--precision awq`: a 16-bit checkpoint is quantized into the cache first (quantize/awq)."""
+
+    name = "awq"
+    activation: Activation = "16bit"
+    capturable = True
+    quantizer: str | None = "awq"
+
+    def __init__(self, spec: PrecisionSpec) -> None:
+        self.options: AWQOptions = check_options(spec, AWQOptions)
+        self.canonical = canonical(self.name, self.options)
+
+    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
+        """PrecisionError for AWQ in another container, and where an option contradicts the checkpoint."""
+        if quantization is None:
+            return True
+        if quantization.get("quant_method") != "awq":
+            return False
+        version = str(quantization.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise PrecisionError(
+                f"the checkpoint's AWQ container is version `{version}`; `awq` reads `gemm`",
+                hint="take the same model in the GEMM layout, or quantize the 16-bit checkpoint",
+            )
+        bits, group = quantization.get("bits"), quantization.get("group_size")
+        if bits != self.options.bits:
+            raise PrecisionError(
+                f"precision `{self.canonical}` means {self.options.bits} bits, the checkpoint has {bits}",
+                hint=f"serve it as `awq:bits={bits}`" if bits == 3 else "`awq` reads 4 and 3 bits",
+            )
+        if self.options.group not in (0, group):
+            raise PrecisionError(
+                f"precision `{self.canonical}` means groups of {self.options.group}, "
+                f"the checkpoint has {group}",
+                hint="leave `group` out for a checkpoint that is already quantized",
+            )
+        return True
+
+    def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+        return quantized_activation_dtype(device, checkpoint)
+
+    def build(self, group: LinearGroup, read: Read) -> AWQLinear:
+        parts = [read_part(part, read) for part in group.parts]
+        if len({scales.shape[0] for _, _, scales in parts}) > 1:
+            raise CheckpointError(
+                f"the parts of `{group.name}` have different group sizes, which one layer cannot hold",
+                hint="quantize the checkpoint with one group size",
+            )
+        qweight, qzeros, scales = (
+            torch.cat(kind, dim=1).to(group.device) for kind in zip(*parts, strict=True)
+        )
+        return AWQLinear(group, qweight, qzeros, scales, read_bias(group, read))
+
+
+def read_part(part: LinearSpec, read: Read) -> tuple[Tensor, Tensor, Tensor]:
+    """qweight int32 [in, out / 8], qzeros int32 [in / group, out / 8], scales float16 [in / group, out]."""
+    qweight, qzeros, scales = (read(f"{part.path}.{name}") for name in ("qweight", "qzeros", "scales"))
+    if qweight.dtype != torch.int32 or qweight.shape != (part.in_features, part.out_features // 8):
+        raise CheckpointError(
+            f"`{part.path}.qweight` is {qweight.dtype} {list(qweight.shape)}; AWQ's GEMM layout needs "
+            f"int32 {[part.in_features, part.out_features // 8]}",
+            hint="a checkpoint in another AWQ layout must be converted, or quantized anew, first",
+        )
+    groups = scales.shape[0]
+    if (
+        qzeros.dtype != torch.int32
+        or scales.shape != (groups, part.out_features)
+        or qzeros.shape != (groups, part.out_features // 8)
+        or part.in_features % groups
+    ):
+        raise CheckpointError(
+            f"`{part.path}`: scales {list(scales.shape)} and qzeros {qzeros.dtype} {list(qzeros.shape)} "
+            f"do not share groups of the {part.in_features} input features",
+            hint="the checkpoint is damaged or of another AWQ layout; fetch or quantize it again",
+        )
+    # float16 even under bfloat16 activations, which would drop three bits of every scale
+    return qweight, qzeros, scales.to(torch.float16)
