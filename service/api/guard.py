@@ -33,6 +33,8 @@ MAX_URL_BYTES = 8 << 10
 MAX_BODY_CHUNKS = 10_000
 BODY_TIMEOUT_S = 30.0
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+# the client's fault; a full queue (429) is counted where it is found
+REJECTED = frozenset(range(400, 500)) - {429, 499}
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -103,7 +105,6 @@ class Guard:
                 if scope["method"] == "POST" and scope["path"] in self.json_paths:
                     context.body = parse_json(await self.read_body(headers, receive))
             except HalftoneError as error:
-                self.metrics.rejected("unauthorized" if error.status == 401 else "invalid")
                 close = {"connection": "close"} if error.status in (408, 413, 415) else None
                 await error_response(error, close)(scope, receive, send_with_id)
                 return
@@ -117,6 +118,8 @@ class Guard:
             logger.exception("request %s failed", context.request_id)
             context.status = context.status or 500
         finally:
+            if context.status in REJECTED:
+                self.metrics.rejected("unauthorized" if context.status == 401 else "invalid")
             endpoint = self.endpoint_of(scope["path"])
             self.metrics.http_request(endpoint, context.status or 499, time.monotonic() - context.arrived_at)
 

@@ -18,6 +18,7 @@ MAX_KEYS = 256  # in one object
 # possessive, and only ever run on valid JSON: linear in the body
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+ALL_SQUARE = bytes.maketrans(b"{}", b"[]")
 
 # what orjson says -> (code, what we say); anything else is plain invalid JSON
 REASONS = (
@@ -43,12 +44,11 @@ def parse_json(body: bytes) -> Any:
         raise RequestError(
             f"the body holds more than {MAX_CONTAINERS} objects and arrays", code="too_many_items"
         )
-    skeleton = stripped.translate(None, NOT_BRACKETS)
+    skeleton = stripped.translate(ALL_SQUARE, NOT_BRACKETS)
     for _ in range(MAX_DEPTH):
         if not skeleton:
             break
-        # each pass takes the innermost level away
-        skeleton = skeleton.replace(b"[]", b"").replace(b"{}", b"")
+        skeleton = skeleton.replace(b"[]", b"")  # takes the innermost level away
     if skeleton:
         raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels", code="nesting_too_deep")
     # outside of strings a colon stands behind each key, so lost keys are missing from the count

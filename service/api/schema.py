@@ -308,7 +308,13 @@ def parse(body_type: type[B], body: Any) -> B:
         raise RequestError("the body must be a JSON object", hint="send `{...}`", code="invalid_json")
     body = without_no_ops(body_type, body)
     messages = body.get("messages")
-    if isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
+    if isinstance(messages, list):
+        if len(messages) > MAX_MESSAGES:
+            raise RequestError(
+                f"`messages` holds {len(messages)} messages, at most {MAX_MESSAGES} are accepted",
+                param="messages",
+                code="array_above_max_length",
+            )
         body["messages"] = [
             without_no_ops(ChatMessage, item, f"messages[{number}].") if isinstance(item, dict) else item
             for number, item in enumerate(messages)
