@@ -30,8 +30,8 @@ def run(arguments: list[str]) -> int:
     except USAGE_ERROR as error:
         command = error.ctx.command_path if error.ctx else "halftone"
         return say(error.format_message(), f"see `{command} --help`", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return say("interrupted", "", INTERRUPTED)
+    except typer.Abort:  # older typers raise it for Ctrl-C, newer ones return the same code
+        return INTERRUPTED
     except Exception as error:
         if debugging():
             raise

@@ -85,7 +85,7 @@ def ready_lines(host: Host, info: EngineInfo) -> str:
 def curl_line(url: str, model: str, has_chat: bool, has_key: bool) -> str:
     """A streamed answer: a chat where the checkpoint has a template, else a completion."""
     question = {"messages": [{"role": "user", "content": QUESTION}]} if has_chat else {"prompt": QUESTION}
-    body = json.dumps({"model": model, **question, "max_tokens": 100, "stream": True}, ensure_ascii=False)
+    body = json.dumps({"model": model, **question, "max_tokens": 100, "temperature": 0, "stream": True}, ensure_ascii=False)
     key = '-H "Authorization: Bearer $HALFTONE_API_KEY" ' if has_key else ""
     path = "chat/completions" if has_chat else "completions"
     return f"curl -N {url}/v1/{path} {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"

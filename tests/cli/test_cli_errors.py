@@ -1,0 +1,189 @@
+"""What goes wrong before a server runs is one line, its fix and an exit code, and never a traceback."""
+
+import errno
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from service.__main__ import run
+from service.disk import told_disk_errors
+from service.errors import SystemProblem
+
+Fails = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Commands set up logging for a process of their own."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers, root.level = handlers, level
+    logging.getLogger("service").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def fails(capfd: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a command that must fail -> (exit code, its message, its hint)."""
+
+    def run_failing(*arguments: str) -> tuple[int, str, str]:
+        code = run(list(arguments))
+        printed = capfd.readouterr().err
+        assert "Traceback" not in printed
+        found = re.search(r"^error: (.*)(?:\n  hint: (.*))?\n\Z", printed, re.MULTILINE)
+        assert found, printed
+        return code, found[1], found[2] or ""
+
+    return run_failing
+
+
+def write_folder(folder: Path, *names: str) -> str:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("{}")
+    return str(folder)
+
+
+def test_port_taken(fails: Fails) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        code, message, hint = fails("serve", "/nowhere", "--port", port)
+    assert code == 4
+    assert f"port `{port}`" in message
+    assert "--port" in hint
+
+
+def test_host_of_another_machine(fails: Fails) -> None:
+    code, message, hint = fails("serve", "/nowhere", "--host", "192.0.2.1")
+    assert code == 2
+    assert "`192.0.2.1`" in message
+    assert hint
+
+
+@pytest.mark.parametrize("command", ["serve", "eval"])
+def test_unknown_precision(fails: Fails, command: str) -> None:
+    code, message, hint = fails(
+        command, "--precision", "int5", "--port" if command == "serve" else "--threads", "0"
+    )
+    assert code == 3
+    assert "`int5`" in message
+    assert "awq" in message
+    assert hint
+
+
+def test_unreadable_precision(fails: Fails) -> None:
+    code, message, _ = fails("serve", "--port", "0", "--precision", "nf4:double_quant")
+    assert code == 3
+    assert "`double_quant`" in message
+
+
+def test_no_such_folder(fails: Fails) -> None:
+    code, message, hint = fails("serve", "./no/such/folder", "--port", "0")
+    assert (code, "does not exist" in message) == (3, True)
+    assert "hub id" in hint
+
+
+def test_only_pickled_weights(fails: Fails, tmp_path: Path) -> None:
+    model = write_folder(tmp_path / "model", "config.json", "pytorch_model.bin")
+    code, message, hint = fails("serve", model, "--port", "0")
+    assert code == 3
+    assert ".bin" in message
+    assert "save_pretrained" in hint
+
+
+def test_only_gguf_weights(fails: Fails, tmp_path: Path) -> None:
+    code, message, _ = fails("serve", write_folder(tmp_path / "model", "model.gguf"), "--port", "0")
+    assert (code, "GGUF" in message) == (3, True)
+
+
+def test_full_disk(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5_000_000})())
+    code, message, hint = fails("serve", "demo", "--port", "0", "--cache-dir", str(tmp_path / "cache"))
+    assert code == 4
+    assert "5 MB free" in message
+    assert "--cache-dir" in hint
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "is full"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot be")],
+)
+def test_a_disk_that_refuses_while_writing(tmp_path: Path, number: int, words: str) -> None:
+    with pytest.raises(SystemProblem, match=words), told_disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+
+
+def test_other_errors_of_the_system_pass(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), told_disk_errors(tmp_path):
+        (tmp_path / "missing").read_bytes()
+
+
+def test_out_that_exists(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    code, message, _ = fails("eval", "--out", str(tmp_path / "result.json"))
+    assert (code, "exists" in message) == (4, True)
+    model = write_folder(tmp_path / "model", "config.json", "model.safetensors")
+    code, message, hint = fails("quantize", model, "--out", str(tmp_path))
+    assert (code, "--out" in hint) == (4, True)
+
+
+def test_a_precision_that_the_checkpoint_is_not(fails: Fails, tmp_path: Path) -> None:
+    """The engine's own refusal, through the socket and the supervisor."""
+    from tiny_models import make_checkpoint
+    from tiny_tokenizers import write_checkpoint
+
+    write_checkpoint(tmp_path, "byte_level")
+    make_checkpoint(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, message, hint = fails("serve", str(tmp_path), "--port", "0", "--precision", "nf4")
+    assert code == 3
+    assert "awq" in message
+    assert hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serv"], "serv"),
+        (["serve", "--prot", "1"], "--prot"),
+        (["serve", "a", "b"], "b"),
+        (["eval", "--windows", "0"], "--windows"),
+        (["serve", "--port", "x"], "from --port"),
+    ],
+)
+def test_a_wrong_command_line(fails: Fails, arguments: list[str], words: str) -> None:
+    code, message, hint = fails(*arguments)
+    assert code == 2
+    assert words in message
+    assert hint
+
+
+def test_a_fault_of_ours_is_one_line_too(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: object) -> None:
+        raise RuntimeError("the impossible")
+
+    monkeypatch.setattr("service.cli.app.load_settings", broken)
+    code, message, hint = fails("serve")
+    assert (code, message) == (1, "RuntimeError: the impossible")
+    assert "HALFTONE_LOG_LEVEL=debug" in hint
+    monkeypatch.setenv("HALFTONE_LOG_LEVEL", "debug")
+    with pytest.raises(RuntimeError):
+        run(["serve"])
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("service.cli.app.load_settings", interrupted)
+    assert run(["serve"]) == 130
