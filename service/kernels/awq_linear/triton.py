@@ -33,7 +33,7 @@ def awq_linear_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    N = num_words * 8
+    num_columns = num_words * 8
     split = tl.program_id(2)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -48,10 +48,10 @@ def awq_linear_kernel(  # type: ignore[no-untyped-def]
         # the last share may be shorter: masked groups have zeros and scales of 0, so they add nothing
         within = group * GROUP < K
         word_mask = (words[None, :] < num_words) & within
-        column_mask = (columns[None, :] < N) & within
+        column_mask = (columns[None, :] < num_columns) & within
         packed_zeros = tl.load(qzeros_ptr + group * num_words + words[None, :], mask=word_mask, other=0)
         zeros = tl.reshape((packed_zeros[:, :, None] >> shifts[None, None, :]) & 0xF, (1, BLOCK_N))
-        scales = tl.load(scales_ptr + group * N + columns[None, :], mask=column_mask, other=0.0)
+        scales = tl.load(scales_ptr + group * num_columns + columns[None, :], mask=column_mask, other=0.0)
         partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for inner in tl.static_range(GROUP // BLOCK_K):
             k = group * GROUP + inner * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -63,8 +63,8 @@ def awq_linear_kernel(  # type: ignore[no-untyped-def]
             partial = tl.dot(x, (codes - zeros).to(x.dtype), partial)
         total += partial * scales.to(tl.float32)
 
-    target = y_ptr + split * M * N + rows[:, None] * N + columns[None, :]
-    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    target = y_ptr + (split * M + rows[:, None]) * num_columns + columns[None, :]
+    inside = (rows[:, None] < M) & (columns[None, :] < num_columns)
     tl.store(target, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
