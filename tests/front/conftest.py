@@ -6,10 +6,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `import fake_engine`
 
 
-@pytest.fixture(params=[True, False], ids=["uvloop", "asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    """Both event loops: they differ in how they read sockets and reap children."""
-    return "asyncio", {"use_uvloop": request.param}
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """The event loop that serves."""
+    return "asyncio", {"use_uvloop": True}
 
 
 @pytest.fixture(autouse=True)

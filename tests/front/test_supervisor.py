@@ -20,7 +20,13 @@ from service.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 
+# they differ in how they read sockets and reap children
+both_loops = pytest.mark.parametrize(
+    "anyio_backend", [("asyncio", {"use_uvloop": True}), "asyncio"], ids=["uvloop", "asyncio"]
+)
 
+
+@both_loops
 async def test_kill_in_mid_stream() -> None:
     """Each open request gets one error, the state goes down, and another engine comes by itself."""
     async with running() as rig:
@@ -48,6 +54,7 @@ async def test_kill_in_mid_stream() -> None:
         assert 'engine_restarts_total{model="demo",precision="bf16"} 1.0' in rig.metrics.render().decode()
 
 
+@both_loops
 async def test_a_fatal_error_is_kept_and_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_FATAL", "invalid_checkpoint:`a.safetensors` ends early")
     async with running(ready=False) as rig:
@@ -95,7 +102,6 @@ async def test_a_silent_engine_is_replaced(
             os.kill(first_process, 0)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # it takes its time: once is enough
 async def test_an_idle_engine_that_beats_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_HEARTBEAT_S", "0.3")
     beats: asyncio.Queue[StepStats] = asyncio.Queue()
@@ -141,6 +147,7 @@ async def test_a_missing_program_is_told() -> None:
             await rig.client.wait_ready()
 
 
+@both_loops
 async def test_stop_ends_process_and_requests() -> None:
     async with running() as rig:
         _, stream = rig.open([1])
@@ -154,6 +161,7 @@ async def test_stop_ends_process_and_requests() -> None:
             await rig.client.wait_ready()
 
 
+@both_loops
 @pytest.mark.parametrize("failpoint", ["FAKE_HANG_AT_LOAD", "FAKE_HANG_AT_STEP"])
 async def test_stop_ends_an_engine_that_does_not_listen(
     monkeypatch: pytest.MonkeyPatch, failpoint: str
