@@ -235,4 +235,14 @@ def engine_info(
         weight_bytes=model.weight_bytes,
         load_seconds=load_seconds,
         peak_load_bytes=devices.memory_peak_bytes(model.device),
+        calibration=calibration_of(model),
     )
+
+
+def calibration_of(model: ModelInstance) -> dict[str, str]:
+    """What a calibrated checkpoint says it was made with; empty for the others."""
+    if not model.backend.quantizer:
+        return {}
+    from service.quantize import calibration_info
+
+    return calibration_info(model.path)

@@ -1,0 +1,248 @@
+"""Answers Evaluate: the quality of the served weights, computed by the kernels and the cache that serve.
+
+child --Evaluate--> Evaluation --Evaluated (progress, then the figures)--> front
+
+`prefill` scores each window in one forward pass. `decode1` and `decode8` feed the true tokens one by one
+through the paged cache, one or eight sequences a step; both score the same positions: of the first eight
+windows equal beginnings, then of the next eight, until there are `decode_tokens`. KL and agreement come with
+the prefill pass, against another precision of the same checkpoint, loaded beside this one for the time.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from service.engine.link import Throttle
+from service.engine.startup import Serving, load_model
+from service.errors import HalftoneError, RequestError
+from service.messages import EngineConfig, Evaluate, Evaluated
+from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
+from service.model.instance import ModelInstance
+from service.model.layers import rms_norm
+from service.quality.divergence import agrees_on_top, kl_divergence, negative_log_likelihood
+
+logger = logging.getLogger(__name__)
+
+SIGN_OF_LIFE_S = 1.0
+LOGIT_ROWS = 128  # rows of logits at once: float64 copies of a large vocabulary are big
+MAX_LANES = 8
+DECODE_LANES = {"decode1": 1, "decode8": MAX_LANES}
+FAILED = "the engine failed on this evaluation"
+
+
+def decode_spans(window_tokens: list[int], decode_tokens: int) -> list[int]:
+    """Lengths of the windows -> scored tokens of each in the decode modes, `decode_tokens` together."""
+    spans: list[int] = []
+    left = decode_tokens
+    for start in range(0, len(window_tokens), MAX_LANES):
+        group = window_tokens[start : start + MAX_LANES]
+        for index, length in enumerate(group):
+            share = -(-left // (len(group) - index))  # what short windows leave is for those after them
+            spans.append(min(share, length - 1))
+            left -= spans[-1]
+    return spans
+
+
+class Evaluation:
+    """One Evaluate from start to end; the engine must be idle, its KV cache lends the blocks."""
+
+    def __init__(
+        self, message: Evaluate, serving: Serving, config: EngineConfig, send: Callable[[Evaluated], None]
+    ) -> None:
+        self.message = message
+        self.serving = serving
+        self.config = config
+        self._send = send
+        self._throttle = Throttle(SIGN_OF_LIFE_S)
+        self._spans = decode_spans([len(window) for window in message.windows], message.decode_tokens)
+        scored = sum(len(window) - 1 for window in message.windows)
+        decoded = sum(self._spans)
+        self._answer = Evaluated(message.id, 0, 1, {}, {})
+        self._scores_prefill = "prefill" in message.modes or bool(message.reference)
+        num_decodes = sum(mode in DECODE_LANES for mode in message.modes)
+        self._answer.total = max(1, self._scores_prefill * scored + num_decodes * decoded)
+
+    def run(self) -> None:
+        """Sends progress, then one Evaluated with `done` = `total`, or with an error."""
+        answer = self._answer
+        try:
+            self._check()
+            self._evaluate()
+        except HalftoneError as error:
+            answer.error = str(error)
+        except torch.AcceleratorError:
+            raise  # the device's context is lost
+        except Exception:
+            logger.exception("evaluation %d failed", self.message.id)
+            answer.error = FAILED
+        answer.done = answer.total
+        self._send(answer)
+
+    def _check(self) -> None:
+        limits, windows = self.serving.engine.limits, self.message.windows
+        if not windows or min(map(len, windows)) < 2:
+            raise RequestError("an evaluation needs windows of two tokens or more")
+        longest = max(map(len, windows))
+        if longest > limits.max_context_tokens:
+            raise RequestError(
+                f"a window has {longest} tokens, the context window {limits.max_context_tokens}",
+                hint="cut shorter windows, or raise `max_context_tokens` or `kv_tokens`",
+            )
+        if min(map(min, windows)) < 0 or max(map(max, windows)) >= limits.vocab_size:
+            raise RequestError(f"a window holds a token id outside 0..{limits.vocab_size - 1}")
+
+    @torch.inference_mode()
+    def _evaluate(self) -> None:
+        message = self.message
+        if self._scores_prefill:
+            reference = self._load_reference() if message.reference else None
+            self._score_prefill(reference)
+            del reference
+            if message.reference and self.serving.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        for mode in message.modes:
+            if mode in DECODE_LANES:
+                self._score_decode(mode, DECODE_LANES[mode])
+
+    def _load_reference(self) -> ModelInstance:
+        def progress(*_: object) -> None:
+            self._tick(0)
+
+        return load_model(self.config, self.message.reference, self.serving.model.device, progress)
+
+    def _score_prefill(self, reference: ModelInstance | None) -> None:
+        """Whole windows, each in one forward pass; the reference sees the same."""
+        model, windows, answer = self.serving.model, self.message.windows, self._answer
+        num_blocks = -(-max(map(len, windows)) // BLOCK_TOKENS)
+        nll = kl = 0.0
+        num_tokens = num_agreeing = 0
+        [blocks] = self._borrow([num_blocks])
+        reference_kv = reference.new_kv(num_blocks + 1) if reference else None
+        try:
+            for window in windows:
+                targets = torch.tensor(window[1:], device=model.device)
+                slices = self._logits(model, window, blocks, self.serving.kv)
+                if reference is None or reference_kv is None:
+                    for start, logits in slices:
+                        nll += float(negative_log_likelihood(logits, targets[start:][: len(logits)]).sum())
+                        self._tick(len(logits))
+                else:
+                    others = self._logits(reference, window, list(range(1, num_blocks + 1)), reference_kv)
+                    for (start, logits), (_, other) in zip(slices, others, strict=True):
+                        nll += float(negative_log_likelihood(logits, targets[start:][: len(logits)]).sum())
+                        kl += float(kl_divergence(other, logits).sum())
+                        num_agreeing += int(agrees_on_top(other, logits).sum())
+                        self._tick(len(logits))
+                num_tokens += len(targets)
+        finally:
+            self.serving.engine.cache.release(blocks)
+        if "prefill" in self.message.modes:
+            answer.nll["prefill"], answer.tokens["prefill"] = nll, num_tokens
+        if reference is not None:
+            answer.kl_mean, answer.kl_tokens = kl / num_tokens, num_tokens
+            answer.top1_agreement = num_agreeing / num_tokens
+
+    def _logits(
+        self, model: ModelInstance, token_ids: list[int], blocks: list[int], kv: PagedKV
+    ) -> Iterator[tuple[int, Tensor]]:
+        """One forward pass over a window -> (first row, float32 logits [rows, vocab]), slice by slice.
+
+        The last token, whose row has nothing to predict, is computed too: where a mode looks at a whole batch
+        of activations, it shall see what an independent computation of this window sees.
+        """
+        decoder = model.decoder
+        batch = sequence_batch(token_ids, blocks, model.device)
+        step = decoder.prepare(batch, kv)
+        hidden = decoder.embed(batch.token_ids)
+        for layer in decoder.layers:
+            hidden = layer(hidden, step)
+            self._tick(0)
+        scored = hidden[: len(token_ids) - 1]
+        for start in range(0, len(scored), LOGIT_ROWS):
+            rows = scored[start : start + LOGIT_ROWS]
+            yield start, decoder.head(rms_norm(rows, decoder.final_norm, model.config.norm_eps))
+
+    def _score_decode(self, mode: str, num_lanes: int) -> None:
+        nll, num_tokens = 0.0, 0
+        lanes = [
+            window[: span + 1] for window, span in zip(self.message.windows, self._spans, strict=True) if span
+        ]
+        for first in range(0, len(lanes), num_lanes):
+            group = sorted(lanes[first : first + num_lanes], key=len, reverse=True)
+            blocks = self._borrow([-(-len(lane) // BLOCK_TOKENS) for lane in group])
+            try:
+                for position in range(len(group[0]) - 1):
+                    group = [lane for lane in group if len(lane) > position + 1]
+                    nll += self._decode_step(group, blocks, position)
+                    num_tokens += len(group)
+            finally:
+                for borrowed in blocks:
+                    self.serving.engine.cache.release(borrowed)
+        self._answer.nll[mode], self._answer.tokens[mode] = nll, num_tokens
+
+    def _decode_step(self, group: list[list[int]], blocks: list[list[int]], position: int) -> float:
+        """Feeds each lane's token at `position` -> summed negative log-likelihood of those after it."""
+        model = self.serving.model
+        batch = position_batch(group, blocks, position, model.device)
+        targets = torch.tensor([lane[position + 1] for lane in group], device=model.device)
+        logits = model.forward(batch, self.serving.kv)
+        self._tick(len(group))
+        return float(negative_log_likelihood(logits, targets).sum())
+
+    def _borrow(self, counts: list[int]) -> list[list[int]]:
+        """Blocks of the idle engine's cache, for sequences that need these many."""
+        cache = self.serving.engine.cache
+        blocks = cache.allocate((), sum(counts))
+        if blocks is None:
+            raise RequestError(
+                f"the KV cache holds {cache.num_free * BLOCK_TOKENS} tokens, "
+                f"{len(counts)} windows at once need {sum(counts) * BLOCK_TOKENS}",
+                hint="raise `kv_tokens`, or cut shorter windows",
+            )
+        parts = iter(blocks)
+        return [[next(parts) for _ in range(count)] for count in counts]
+
+    def _tick(self, num_scored: int) -> None:
+        answer = self._answer
+        answer.done += num_scored
+        if self._throttle.ready():
+            self._send(Evaluated(answer.id, min(answer.done, answer.total - 1), answer.total, {}, {}))
+
+
+def sequence_batch(token_ids: list[int], blocks: list[int], device: torch.device) -> StepBatch:
+    """A prefill step over one whole sequence; no rows of logits."""
+    positions = torch.arange(len(token_ids), device=device)
+    table = torch.tensor([blocks], dtype=torch.int32, device=device)
+    return StepBatch(
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=positions,
+        slots=table[0].long()[positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS,
+        query_starts=[0, len(token_ids)],
+        context_lengths=[len(token_ids)],
+        block_tables=table[:, : -(-len(token_ids) // BLOCK_TOKENS)],
+        num_decode=0,
+        logit_rows=torch.empty(0, dtype=torch.int64, device=device),
+    )
+
+
+def position_batch(
+    lanes: list[list[int]], blocks: list[list[int]], position: int, device: torch.device
+) -> StepBatch:
+    """A decode step of all lanes, each with its token at `position`."""
+    num_lanes = len(lanes)
+    num_blocks = position // BLOCK_TOKENS + 1
+    tables = torch.tensor(
+        [blocks[i][:num_blocks] for i in range(num_lanes)], dtype=torch.int32, device=device
+    )
+    return StepBatch(
+        token_ids=torch.tensor([lane[position] for lane in lanes], device=device),
+        positions=torch.full((num_lanes,), position, device=device),
+        slots=tables[:, -1].long() * BLOCK_TOKENS + position % BLOCK_TOKENS,
+        query_starts=list(range(num_lanes + 1)),
+        context_lengths=[position + 1] * num_lanes,
+        block_tables=tables,
+        num_decode=num_lanes,
+        logit_rows=torch.arange(num_lanes, device=device),
+    )

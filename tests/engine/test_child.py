@@ -1,0 +1,188 @@
+"""The engine's process over a real socket pair, with a tiny random Llama."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from tiny_models import greedy, load_instance, make_checkpoint
+
+from service.messages import (
+    HEADER,
+    Abort,
+    EngineConfig,
+    EngineMessage,
+    Evaluate,
+    Evaluated,
+    Fatal,
+    FrontMessage,
+    Loading,
+    Output,
+    Ready,
+    Sampling,
+    Shutdown,
+    Step,
+    Submit,
+    engine_decoder,
+    frame,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Child:
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+
+    def send(self, *messages: FrontMessage) -> None:
+        self.connection.sendall(b"".join(map(frame, messages)))
+
+    def receive(self) -> EngineMessage:
+        (size,) = HEADER.unpack(self._read(HEADER.size))
+        return engine_decoder.decode(self._read(size))
+
+    def outputs(self, until: int) -> list[Output]:
+        """All outputs up to the one that ends request `until`."""
+        outputs: list[Output] = []
+        while not any(output.id == until and output.finish_reason for output in outputs):
+            message = self.receive()
+            assert isinstance(message, Step)
+            outputs += message.outputs
+        return outputs
+
+    def _read(self, num_bytes: int) -> bytes:
+        data = self.connection.recv(num_bytes, socket.MSG_WAITALL)
+        assert len(data) == num_bytes, "the child hung up"
+        return data
+
+
+@contextmanager
+def spawned(config: EngineConfig) -> Iterator[Child]:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(60)
+    command = [sys.executable, "-m", "service.engine.child", "--fd", str(theirs.fileno())]
+    command += ["--config", msgspec.json.encode(config).decode()]
+    with theirs:
+        process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+    try:
+        with ours:
+            yield Child(process, ours)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    make_checkpoint(path, "llama")
+    return path
+
+
+def test_a_life_from_loading_to_the_front_s_end(folder: Path) -> None:
+    config = EngineConfig(model_path=str(folder), precision="fp32", device="cpu", kv_tokens=512)
+    with spawned(config) as child:
+        stages = []
+        while isinstance(message := child.receive(), Loading):
+            stages.append(message.stage)
+        assert list(dict.fromkeys(stages)) == ["import", "verify", "load", "warm"]
+        assert isinstance(message, Ready)
+        info = message.info
+        assert (info.precision, info.dtype, info.device, info.vocab_size) == ("fp32", "fp32", "cpu", 128)
+        assert (info.kv_tokens, info.max_context_tokens) == (512, 256)
+        weights = sum(size for part, size in info.memory_bytes.items() if part.startswith("weights."))
+        assert info.weight_bytes == weights > 0
+        assert set(stages) == set(info.load_seconds)
+
+        heartbeat = child.receive()
+        assert isinstance(heartbeat, Step)
+        assert heartbeat.outputs == []
+
+        prompt = [5, 6, 7, 8]
+        child.send(
+            Submit(1, prompt, Sampling(12, temperature=0, ignore_eos=True)),
+            Submit(2, prompt[::-1], Sampling(200, ignore_eos=True)),
+            Abort([2]),
+        )
+        outputs = child.outputs(until=1)
+        tokens = [token for output in outputs if output.id == 1 for token in output.token_ids]
+        assert tokens == greedy(load_instance(folder), prompt, 12)
+        [reason] = [output.finish_reason for output in outputs if output.id == 2 and output.finish_reason]
+        assert reason == "abort"
+
+        child.send(Evaluate(9, [[1, 2, 3]], ["prefill"]))
+        evaluated = Evaluated(9, 0, 1, {}, {})
+        while evaluated.done < evaluated.total:
+            message = child.receive()
+            evaluated = message if isinstance(message, Evaluated) else evaluated
+        assert evaluated.tokens == {"prefill": 2}
+
+        child.connection.close()
+        assert child.process.wait(timeout=2) == 0
+
+
+def test_shutdown_ends_a_busy_engine(folder: Path) -> None:
+    config = EngineConfig(model_path=str(folder), precision="auto", device="cpu", kv_tokens=512)
+    with spawned(config) as child:
+        while isinstance(child.receive(), Loading):
+            pass
+        child.send(Submit(1, [1, 2], Sampling(200, ignore_eos=True)), Shutdown())
+        assert child.process.wait(timeout=2) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "words"),
+    [
+        ({"model_path": "/nowhere"}, "invalid_checkpoint", "/nowhere"),
+        ({"precision": "fp9"}, "invalid_precision", "fp9"),
+        ({"kv_tokens": 1 << 50}, "device_unusable", "kv_tokens"),
+    ],
+    ids=["checkpoint", "precision", "memory"],
+)
+def test_what_stops_a_start_is_one_fatal_with_the_fix(
+    folder: Path, settings: dict[str, object], code: str, words: str
+) -> None:
+    config = EngineConfig(**{"model_path": str(folder), "precision": "fp32", "device": "cpu"} | settings)
+    with spawned(config) as child:
+        while isinstance(message := child.receive(), Loading):
+            pass
+        assert isinstance(message, Fatal)
+        assert (message.code, message.retryable) == (code, False)
+        assert words in message.message
+        assert message.hint
+        assert child.process.wait(timeout=5) == 3
+
+
+def test_the_limits_of_a_cache_are_told_as_settings(folder: Path) -> None:
+    """In this process, for speed: contradictions between settings name both."""
+    from service.engine.startup import start
+    from service.errors import SettingError
+
+    for settings, words in [
+        ({"max_batch_tokens": 8, "max_batch_requests": 9}, "max_batch_requests"),
+        ({"kv_tokens": 64, "max_context_tokens": 65}, "KV cache holds 64"),
+        ({"max_context_tokens": 257}, "model allows 256"),
+    ]:
+        config = EngineConfig(**{"model_path": str(folder), "precision": "fp32", "device": "cpu"} | settings)
+        with pytest.raises(SettingError, match=words):
+            start(config, lambda _: None, 0.0)
+
+
+def test_auto_is_what_the_checkpoint_is(folder: Path, tmp_path: Path) -> None:
+    from service.engine.startup import choose_backend
+    from service.model.checkpoint import Checkpoint
+
+    half = tmp_path / "half"
+    make_checkpoint(half, "llama", torch.float16)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend("auto", Checkpoint(folder), cpu).canonical == "bf16"
+    assert choose_backend("auto", Checkpoint(half), cpu).canonical == "bf16"
+    assert choose_backend("auto", Checkpoint(half), cuda).canonical == "fp16"
+    assert choose_backend("fp32", Checkpoint(half), cuda).canonical == "fp32"

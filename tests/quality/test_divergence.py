@@ -1,0 +1,47 @@
+"""Likelihood and divergence against sums written out in Python's own floats."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.quality.divergence import agrees_on_top, kl_divergence, negative_log_likelihood
+
+numbers = st.lists(st.floats(-30, 30, width=32), min_size=5, max_size=5)
+
+
+def softmax(logits: list[float]) -> list[float]:
+    largest = max(logits)
+    weights = [math.exp(x - largest) for x in logits]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+@given(numbers, st.integers(0, 4))
+def test_negative_log_likelihood(logits: list[float], target: int) -> None:
+    got = negative_log_likelihood(torch.tensor([logits, logits]), torch.tensor([target, 0]))
+    assert got.dtype == torch.float64
+    assert got[0].item() == pytest.approx(-math.log(softmax(logits)[target]), rel=1e-9, abs=1e-12)
+
+
+@given(numbers, numbers)
+def test_kl_divergence_has_a_direction(reference: list[float], other: list[float]) -> None:
+    p, q = softmax(reference), softmax(other)
+    wanted = math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    got = kl_divergence(torch.tensor([reference]), torch.tensor([other]))
+    assert got.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+def test_kl_of_small_differences_survives() -> None:
+    """A difference of 1e-4 in one logit gives p(1-p) 1e-8 / 2: float32 would round it away."""
+    reference = torch.zeros(1, 4, dtype=torch.float64)
+    other = reference.clone()
+    other[0, 0] = 1e-4
+    assert kl_divergence(reference, other).item() == pytest.approx(0.25 * 0.75 * 1e-8 / 2, rel=1e-3)
+
+
+def test_agreement_on_the_likeliest_token() -> None:
+    one = torch.tensor([[1.0, 2.0, 0.0], [5.0, 2.0, 0.0]])
+    other = torch.tensor([[0.0, 9.0, 8.0], [5.0, 6.0, 0.0]])
+    assert agrees_on_top(one, other).tolist() == [True, False]
