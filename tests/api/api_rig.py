@@ -63,7 +63,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, env: dict[str, str], kind: Kind = "byte_level", **settings: Any
+    folder: Path, env: dict[str, str], kind: Kind = "byte_level", wait_ready: bool = True, **settings: Any
 ) -> Iterator[Server]:
     """A front over a tiny checkpoint in `folder`; `env` is the fake engine's."""
     write_checkpoint(folder, kind)
@@ -78,7 +78,8 @@ def serving(
         server.stop = asyncio.Event()
         try:
             async with Host(server.settings, folder, create_app, command=command) as server.host:
-                await server.host.ready()
+                if wait_ready:
+                    await server.host.ready()
                 up.set()
                 await server.stop.wait()
         except BaseException as error:
