@@ -105,7 +105,8 @@ class Display(AbstractContextManager["Display"]):
             self._task = None
         seconds = time.monotonic() - self._started_s
         total = megabytes(self._total) if self._unit == "bytes" else f"{self._total} {self._unit}"
-        text = f"{NAMES.get(self._stage, self._stage)}: {total if self._total else 'done'}, {seconds:.1f} s"
+        amount_done = f"{total}, " if self._total > 1 else ""
+        text = f"{NAMES.get(self._stage, self._stage)}: {amount_done}{seconds:.1f} s"
         self.console.print(text, highlight=False, soft_wrap=True)
         self._stage = ""
 

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from service import __version__, logs
-from service.api.app import create_app
 from service.cli.display import Display, show_loading
-from service.cli.serve import check_precision
+from service.cli.serve import check_precision, create_app
 from service.compare.windows import EvaluationText
 from service.config import Settings
 from service.disk import megabytes, told_disk_errors

@@ -9,14 +9,16 @@ from pathlib import Path
 from rich.console import Console
 
 from service import __version__, logs
-from service.api.app import create_app
 from service.cli.display import Display, show_loading
 from service.config import Settings
 from service.disk import megabytes
 from service.errors import PrecisionError
 from service.front.chat_template import ChatTemplate
-from service.front.host import Host, bind, run_loop
+from service.front.engine_client import EngineClient
+from service.front.host import ASGIApp, Host, bind, run_loop
+from service.front.text import TextCodec
 from service.messages import EngineInfo
+from service.metrics import Metrics
 from service.model.hub import resolve
 from service.precision import TABLE
 from service.precision.spec import PrecisionSpec
@@ -44,6 +46,13 @@ def check_precision(text: str) -> None:
             f"precision `{name}` does not exist; accepted are auto, {', '.join(TABLE)}",
             hint="write `name[:option=value,...]`, for example `nf4:double_quant=off`",
         )
+
+
+def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metrics: Metrics) -> ASGIApp:
+    """The API's factory, imported when it is called: by then the engine is on its way in its own process."""
+    from service.api import app
+
+    return app.create_app(settings, client, codec, metrics)
 
 
 async def run(settings: Settings, model_path: Path, display: Display) -> None:
@@ -85,7 +94,9 @@ def ready_lines(host: Host, info: EngineInfo) -> str:
 def curl_line(url: str, model: str, has_chat: bool, has_key: bool) -> str:
     """A streamed answer: a chat where the checkpoint has a template, else a completion."""
     question = {"messages": [{"role": "user", "content": QUESTION}]} if has_chat else {"prompt": QUESTION}
-    body = json.dumps({"model": model, **question, "max_tokens": 100, "temperature": 0, "stream": True}, ensure_ascii=False)
+    body = json.dumps(
+        {"model": model, **question, "max_tokens": 100, "temperature": 0, "stream": True}, ensure_ascii=False
+    )
     key = '-H "Authorization: Bearer $HALFTONE_API_KEY" ' if has_key else ""
     path = "chat/completions" if has_chat else "completions"
     return f"curl -N {url}/v1/{path} {key}-H 'Content-Type: application/json' -d {shlex.quote(body)}"
