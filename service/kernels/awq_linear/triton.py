@@ -41,7 +41,7 @@ def awq_linear_kernel(  # type: ignore[no-untyped-def]
     # column c of a word's eight lies in nibble 0, 4, 1, 5, 2, 6, 3, 7: the inverse of NIBBLE_TO_COLUMN
     eight = tl.arange(0, 8)
     shifts = ((eight // 2) + (eight % 2) * 4) * 4
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
 
     for step in range(GROUPS_PER_SPLIT):
         group = split * GROUPS_PER_SPLIT + step
@@ -52,7 +52,7 @@ def awq_linear_kernel(  # type: ignore[no-untyped-def]
         packed_zeros = tl.load(qzeros_ptr + group * num_words + words[None, :], mask=word_mask, other=0)
         zeros = tl.reshape((packed_zeros[:, :, None] >> shifts[None, None, :]) & 0xF, (1, BLOCK_N))
         scales = tl.load(scales_ptr + group * num_columns + columns[None, :], mask=column_mask, other=0.0)
-        partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        partial = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
         for inner in tl.static_range(GROUP // BLOCK_K):
             k = group * GROUP + inner * BLOCK_K + tl.arange(0, BLOCK_K)
             x_mask = (rows[:, None] < M) & within

@@ -1,0 +1,139 @@
+"""The Triton kernel in its interpreter against the reference, and compiled for a GPU that is not here.
+
+The interpreter shows numbers, not races, alignment or speed.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from service.kernels.awq_linear import reference
+
+pytest.importorskip("triton")
+
+RELATIVE_RMS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[ModuleType]:
+    """A copy of the module made under TRITON_INTERPRET, beside whatever this process compiles."""
+    spec = importlib.util.find_spec("service.kernels.awq_linear.triton")
+    assert spec is not None
+    assert spec.origin is not None
+    copy = importlib.util.spec_from_file_location("interpreted_awq_linear", spec.origin)
+    assert copy is not None
+    assert copy.loader is not None
+    module = importlib.util.module_from_spec(copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        copy.loader.exec_module(module)
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        patch.setattr(InterpreterBuilder, "create_dot", dot_with_bfloat16)
+        patch.setattr(InterpreterBuilder, "create_si_to_fp", int_to_float)
+        yield module
+
+
+def dot_with_bfloat16(
+    builder: object, a: Any, b: Any, total: Any, precision: object, imprecise: object
+) -> Any:
+    """tl.dot of the interpreter, which (3.6) multiplies bfloat16's bits as integers, mended."""
+    from triton.runtime.interpreter import TensorHandle
+
+    product = np.matmul(as_float32(a), as_float32(b))
+    return TensorHandle(product + total.data, total.dtype.scalar)
+
+
+def int_to_float(builder: Any, source: Any, target: Any) -> Any:
+    """The same for an integer that becomes bfloat16: by way of float32, as the hardware does."""
+    from triton.language import bfloat16, float32
+
+    if target.scalar != bfloat16:
+        return builder.cast_impl(source, target)
+    return builder.create_fp_trunc(builder.cast_impl(source, float32), target)
+
+
+def as_float32(handle: Any) -> np.ndarray:
+    if handle.dtype.scalar.name == "bf16":
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+def random_layer(in_features: int, out_features: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(in_features * out_features + group)
+    codes = torch.randint(0, 16, (in_features, out_features), generator=generator)
+    zeros = torch.randint(0, 16, (in_features // group, out_features), generator=generator)
+    scales = torch.rand(in_features // group, out_features, generator=generator) * 0.02 + 1e-3
+    return reference.pack(codes), reference.pack(zeros), scales.half()
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_RMS, ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "out_features", "group"),
+    [
+        (1, 128, 128, 32),
+        (3, 192, 72, 64),  # ragged columns, shares of one group
+        (17, 384, 136, 128),
+        (33, 576, 64, 64),  # nine groups over eight shares: the last ones are empty or short
+        (70, 256, 8, 32),  # two row tiles, one word of columns
+    ],
+)
+def test_triton_agrees_with_the_reference(
+    kernels: ModuleType, tokens: int, in_features: int, out_features: int, group: int, dtype: torch.dtype
+) -> None:
+    layer = random_layer(in_features, out_features, group)
+    x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    got = kernels.awq_linear(x, *layer)
+    want = x.float() @ reference.dequantize(*layer)
+    assert got.dtype == dtype
+    assert got.shape == want.shape
+    assert (got.float() - want).norm() < RELATIVE_RMS[dtype] * want.norm()
+
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from service.kernels.awq_linear.triton import awq_linear_kernel, tile
+
+rows, x_type, y_type = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+options = tile(rows, 128)
+launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+constants = options | {"GROUPS_PER_SPLIT": 4}
+signature = {"x_ptr": f"*{x_type}", "qweight_ptr": "*i32", "qzeros_ptr": "*i32", "scales_ptr": "*fp16"}
+signature |= {"y_ptr": f"*{y_type}", "M": "i32", "num_words": "i32", "K": "i32"}
+divisible = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7)}
+signature |= dict.fromkeys(constants, "constexpr")
+source = ASTSource(awq_linear_kernel, signature, constants, divisible)
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch).asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "x_type", "y_type", "product"),
+    [(1, "fp16", "fp32", "mma.sync"), (64, "bf16", "bf16", "wgmma.mma_async")],
+)
+def test_compiles_for_an_h100(
+    rows: int, x_type: str, y_type: str, product: str, tmp_path: os.PathLike[str]
+) -> None:
+    """Tensor cores of the right kind, and codes that travel 16 bytes at a time."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILE, str(rows), x_type, y_type]
+    ptx = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert product in ptx
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", ptx)
+    assert copies.count("0x10") >= 16
+    # all that is narrower is the one row of zeros of each stage
+    assert set(copies) <= {"0x10", "0x4"}
+    assert copies.count("0x4") <= 4
