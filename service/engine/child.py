@@ -8,6 +8,7 @@ the front and gives a sign of life each second.
 
 import argparse
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -66,6 +67,8 @@ def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:
     engine = serving.engine
     peaks = PeakWatch(serving.model.device, serving.info.peak_load_bytes)
     evaluations: deque[Evaluate] = deque()
+    gc.collect()
+    gc.freeze()  # else every full collection walks all of torch's modules in the middle of a step
     while True:
         is_idle = not engine.has_work and not evaluations
         messages = link.receive(HEARTBEAT_S if is_idle else 0)

@@ -73,7 +73,7 @@ class Engine:
         if error := self._refusal(submit):
             self._ended.append(Output(submit.id, [], "error", error=error))
             return
-        request = Request(submit, self._num_arrived, self.eos_token_ids)
+        request = Request(submit, self._num_arrived, self.eos_token_ids, self.limits.max_context_tokens)
         self._num_arrived += 1
         self._requests[request.id] = request
         self.scheduler.add(request)
@@ -132,7 +132,6 @@ class Engine:
 
     def _emit(self, chunks: list[Chunk], result: StepResult) -> list[Output]:
         self.scheduler.advance(chunks)
-        max_context_tokens = self.limits.max_context_tokens
         outputs: list[Output] = []
         for index, (chunk, token_id) in enumerate(zip(chunks, result.token_ids, strict=True)):
             request = chunk.request
@@ -141,29 +140,27 @@ class Engine:
                 continue
             if scored := result.prompt_logprobs.get(index):
                 request.prompt_logprobs += scored
-            if request.num_uncomputed_tokens:
+            tokens = request.tokens
+            if request.num_computed_tokens < len(tokens):
                 continue  # more of the prompt to come
             output = Output(request.id, [])
+            finish_reason: FinishReason | None = None
+            if token_id is None:  # max_tokens = 0: scoring only
+                finish_reason = "length"
+            else:
+                tokens.append(token_id)
+                output.token_ids.append(token_id)
+                if token_id in request.stop_token_ids:
+                    finish_reason = "stop"
+                elif len(tokens) >= request.max_length:
+                    finish_reason = "length"
+                if result.logprobs and index in result.logprobs:
+                    output.logprobs = [result.logprobs[index]]
             if not request.started:
                 output.cached_tokens = request.num_cached_tokens
                 if request.scores_prompt:
                     output.prompt_logprobs = [None, *request.prompt_logprobs]
                 request.started = True
-            finish_reason: FinishReason | None = None
-            if token_id is None:  # max_tokens = 0: scoring only
-                finish_reason = "length"
-            else:
-                request.tokens.append(token_id)
-                output.token_ids.append(token_id)
-                if index in result.logprobs:
-                    output.logprobs = [result.logprobs[index]]
-                if token_id in request.stop_token_ids:
-                    finish_reason = "stop"
-                elif (
-                    request.num_generated_tokens >= request.sampling.max_tokens
-                    or len(request.tokens) >= max_context_tokens
-                ):
-                    finish_reason = "length"
             outputs.append(self._end(request, output, finish_reason) if finish_reason else output)
         return outputs
 

@@ -156,7 +156,7 @@ class Evaluation:
         batch = sequence_batch(token_ids, blocks, model.device)
         step = decoder.prepare(batch, kv)
         hidden = decoder.embed(batch.token_ids)
-        for layer in decoder.layers:
+        for layer in model.layers():
             hidden = layer(hidden, step)
             self._tick(0)
         scored = hidden[: len(token_ids) - 1]

@@ -16,6 +16,7 @@ class Request:
         "blocks",
         "cache_salt",
         "id",
+        "max_length",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -29,7 +30,9 @@ class Request:
         "tokens",
     )
 
-    def __init__(self, submit: Submit, arrival: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, submit: Submit, arrival: int, eos_token_ids: frozenset[int], max_context_tokens: int
+    ) -> None:
         sampling = submit.sampling
         self.id = submit.id
         self.arrival = arrival  # order of acceptance
@@ -37,6 +40,7 @@ class Request:
         self.cache_salt = submit.cache_salt
         self.tokens = list(submit.prompt)
         self.num_prompt_tokens = len(submit.prompt)
+        self.max_length = min(self.num_prompt_tokens + sampling.max_tokens, max_context_tokens)
         own = frozenset(sampling.stop_token_ids)
         self.stop_token_ids = own if sampling.ignore_eos else own | eos_token_ids
         self.blocks: list[int] = []

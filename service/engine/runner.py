@@ -77,56 +77,51 @@ class Runner:
         wanted = _Wanted()
         token_ids: list[int] = []
         computed: list[int] = []
-        counts: list[int] = []
         query_starts = [0]
         context_lengths: list[int] = []
         logit_rows: list[int] = []
-        num_decode = max_blocks = 0
+        num_decode = end = 0
         for index, chunk in enumerate(chunks):
             request, count = chunk.request, chunk.num_tokens
             if len(request.blocks) != request.num_tabled_blocks:
                 self._table(request)
-            start = request.num_computed_tokens
+            tokens, start = request.tokens, request.num_computed_tokens
             stop = start + count
             if count == 1:
-                token_ids.append(request.tokens[start])
+                token_ids.append(tokens[start])
                 num_decode += 1
             else:
-                token_ids += request.tokens[start:stop]
+                token_ids += tokens[start:stop]
             computed.append(start)
-            counts.append(count)
             context_lengths.append(stop)
-            end = len(token_ids)
+            end += count
             query_starts.append(end)
-            max_blocks = max(max_blocks, -(-stop // BLOCK_TOKENS))
-            draws = stop == len(request.tokens) and request.sampling.max_tokens > 0
+            is_last = stop == len(tokens)
             if request.scores_prompt:
-                num_scored = count - (stop == len(request.tokens))  # the last token's row predicts the answer
+                num_scored = count - is_last  # the last token's row predicts the answer
                 if num_scored:
                     wanted.scored.append((index, len(logit_rows), len(logit_rows) + num_scored))
                     logit_rows += range(end - count, end - count + num_scored)
-            if draws:
+            if is_last and request.sampling.max_tokens:
                 wanted.drawn.append(index)
                 wanted.drawn_rows.append(len(logit_rows))
                 logit_rows.append(end - 1)
         wanted.num_rows = len(logit_rows)
+        max_blocks = -(-max(context_lengths) // BLOCK_TOKENS)
 
         positions = np.array(computed, np.int64)
         row_of_token = rows
         if num_decode < len(chunks):
-            repeats = np.array(counts, np.int64)
-            firsts = np.array(query_starts[:-1], np.int64)
-            positions = np.repeat(positions - firsts, repeats) + np.arange(len(token_ids))
+            starts = np.array(query_starts, np.int64)
+            repeats = np.diff(starts)
+            positions = np.repeat(positions - starts[:-1], repeats) + np.arange(end)
             row_of_token = np.repeat(rows, repeats)
         slots = self._blocks[row_of_token, positions // BLOCK_TOKENS] * np.int64(BLOCK_TOKENS)
         slots += positions % BLOCK_TOKENS
         # one array, so that a device gets one copy
         packed = np.concatenate((np.array(token_ids + logit_rows, np.int64), positions, slots))
-        num_tokens = len(token_ids)
         parts = torch.from_numpy(packed).to(self.device, non_blocking=True)
-        tokens, wanted_rows, places, targets = parts.split(
-            [num_tokens, len(logit_rows), num_tokens, num_tokens]
-        )
+        tokens, wanted_rows, places, targets = parts.split([end, len(logit_rows), end, end])
         batch = StepBatch(
             token_ids=tokens,
             positions=places,
@@ -219,7 +214,8 @@ def suppressed_stops(requests: list[Request]) -> tuple[list[int], list[int]] | N
     rows: list[int] = []
     token_ids: list[int] = []
     for row, request in enumerate(requests):
-        if request.num_generated_tokens < request.sampling.min_tokens:
+        min_tokens = request.sampling.min_tokens
+        if min_tokens and request.num_generated_tokens < min_tokens:
             rows += [row] * len(request.stop_token_ids)
             token_ids += request.stop_token_ids
     return (rows, token_ids) if rows else None

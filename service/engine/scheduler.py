@@ -87,7 +87,7 @@ class Scheduler:
         index = 0
         while index < len(running):  # preemption takes from the end of the list
             request = running[index]
-            if request.num_uncomputed_tokens == 1:
+            if len(request.tokens) - request.num_computed_tokens == 1:
                 if request.num_computed_tokens >= len(request.blocks) * BLOCK_TOKENS and not self._grow(
                     request, plan
                 ):

@@ -66,7 +66,7 @@ def play(engine_events: Sequence[tuple[str, int] | Submit], **limits: int | bool
     return client
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(events(), st.integers(3, 16), st.integers(1, 6), st.integers(0, 40), st.booleans())
 def test_each_request_is_answered_once_and_as_if_alone(
     made: list[tuple[str, int] | Submit], num_blocks: int, requests: int, more_tokens: int, prefix_cache: bool
