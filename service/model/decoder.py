@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from service.kernels.dense_linear import pack_weight
 from service.kernels.paged_attention import paged_attention, plan_decode, write_kv
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 from service.model.config import ModelConfig
-from service.model.head import FullHead, Int8Head
+from service.model.head import Embedding, FullHead, Int8Head
 from service.model.layers import gated_silu, rms_norm
 from service.model.rope import rotate
 from service.precision.base import Backend, LinearGroup, LinearSpec, QuantLinear, Read
@@ -154,7 +154,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Token ids -> logits."""
 
-    embedding: Tensor  # [vocab, hidden]
+    embedding: Embedding
     final_norm: Tensor  # [hidden]
     cos: Tensor  # float32 [max_context_tokens, head_dim]
     sin: Tensor
@@ -175,16 +175,20 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.register_buffer("embedding", read("model.embed_tokens.weight").to(device, dtype, copy=True))
+        weight = read("model.embed_tokens.weight").to(device, dtype, copy=True)
+        self.embedding = Embedding(weight, is_head=config.tied_head and head == "16bit")
         self.layers = nn.ModuleList()
         for index in range(config.num_layers):
             self.layers.append(DecoderLayer(config, index, backend, read, device, dtype))
             if progress:
                 progress(index + 1)
         self.register_buffer("final_norm", read("model.norm.weight").to(device, dtype, copy=True))
-        tied = config.tied_head
-        weight = self.embedding if tied else read("lm_head.weight").to(device, dtype, copy=True)
-        self.head = Int8Head(weight) if head == "int8" else FullHead(weight)
+        if not config.tied_head:
+            weight = read("lm_head.weight").to(device, dtype, copy=True)
+        if head == "int8":
+            self.head = Int8Head(weight)
+        else:
+            self.head = FullHead(self.embedding.weight if config.tied_head else pack_weight(weight))
         positions = max_context_tokens or config.max_context_tokens
         cos, sin = config.rope.table(config.head_dim, positions, device)
         self.register_buffer("cos", cos)
@@ -206,7 +210,8 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [T] -> [T, hidden]."""
-        return F.embedding(token_ids, self.embedding)
+        hidden: Tensor = self.embedding(token_ids)
+        return hidden
 
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
         """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, step)`."""

@@ -1,28 +1,50 @@
-"""lm_head: hidden states -> float32 logits, from 16-bit weights or, as an option, 8-bit ones.
+"""The two ends of the decoder: token ids -> embeddings, hidden states -> float32 logits.
 
-The 16-bit head may be the embedding's own tensor. The 8-bit one is weight-only and symmetric, one scale a
-row, chosen as max |w| / 127.
+Both stay 16-bit, and are one tensor where the checkpoint ties them. As an option lm_head is 8-bit: weight
+only, symmetric, one scale a row, chosen as max |w| / 127.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from service.kernels.dense_linear import dense_linear, linear_kernel, packed_bytes
+from service.kernels.dense_linear.table import pack_table
+
+
+class Embedding(nn.Module):
+    weight: Tensor  # [vocab, hidden], packed for `dense_linear` if it is the head too
+
+    def __init__(self, weight: Tensor, *, is_head: bool) -> None:
+        super().__init__()
+        self.table = pack_table(weight) if is_head else None
+        self.register_buffer("weight", self.table.packed if self.table else weight)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, hidden]."""
+        return self.table.rows(token_ids) if self.table else F.embedding(token_ids, self.weight)
+
+    def bytes(self) -> int:
+        return packed_bytes(self.weight)
+
 
 class FullHead(nn.Module):
-    weight: Tensor  # [vocab, hidden]
-    kernel = "torch.linear"
+    weight: Tensor  # [vocab, hidden], from `pack_weight` or the embedding's own
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
 
+    @property
+    def kernel(self) -> str:
+        return linear_kernel(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """[R, hidden] -> float32 [R, vocab]."""
-        return F.linear(x, self.weight).float()
+        return dense_linear(x, self.weight).float()
 
     def bytes(self) -> int:
-        return self.weight.numel() * self.weight.element_size()
+        return packed_bytes(self.weight)
 
 
 class Int8Head(nn.Module):

@@ -107,8 +107,8 @@ class ModelInstance:
             for norm in (layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm):
                 ledger["weights.norms"] += _bytes(norm)
         ledger["weights.norms"] += _bytes(decoder.final_norm)
-        ledger["weights.embedding"] = _bytes(decoder.embedding)
-        if getattr(decoder.head, "weight", None) is not decoder.embedding:
+        ledger["weights.embedding"] = decoder.embedding.bytes()
+        if getattr(decoder.head, "weight", None) is not decoder.embedding.weight:
             ledger["weights.head"] = decoder.head.bytes()
         ledger["tables.rotary"] = _bytes(decoder.cos) + _bytes(decoder.sin)
         return dict(ledger)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from service.kernels.dense_linear import dense_linear, pack_weight, packed_bytes, unpack_weight
+from service.kernels.dense_linear.table import pack_table
 
 SHAPES = [(96, 64), (130, 100), (576, 1536), (192, 64)]
 
@@ -39,3 +40,21 @@ def test_rows_do_not_depend_on_their_neighbours(out_features: int, in_features: 
 def test_block_sized_weights_take_no_extra_bytes() -> None:
     weight = torch.zeros(192, 576, dtype=torch.bfloat16)
     assert packed_bytes(pack_weight(weight)) == weight.nbytes == packed_bytes(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(128, 64), (1000, 96), (300, 576), (5000, 30)])
+def test_rows_of_a_packed_table(dtype: torch.dtype, num_rows: int, num_columns: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(num_rows, num_columns).to(dtype)
+    table = pack_table(weight)
+    assert table is not None, "the layout of this CPU is not understood"
+    ids = torch.randint(0, num_rows, (50,))
+    assert torch.equal(table.rows(ids), weight[ids])
+    x = torch.randn(3, num_columns).to(dtype)
+    expected = F.linear(x.double(), weight.double())
+    assert (dense_linear(x, table.packed) - expected).norm() / expected.norm() < 4e-3
+
+
+def test_half_precision_keeps_the_plain_table() -> None:
+    assert pack_table(torch.zeros(8, 8, dtype=torch.float16)) is None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dense_linear", "pack_weight", "packed_bytes", "unpack_weight"]
+__all__ = ["dense_linear", "linear_kernel", "pack_weight", "packed_bytes", "unpack_weight"]
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear = torch.ops.mkldnn._linear_pointwise.default
@@ -44,6 +44,11 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def unpack_weight(weight: Tensor) -> Tensor:
     """The plain [out, in] again, bit for bit."""
     return weight.to_dense() if weight.is_mkldnn else weight
+
+
+def linear_kernel(weight: Tensor) -> str:
+    """Name of what `dense_linear` runs for this weight."""
+    return "onednn.packed_linear" if weight.is_mkldnn else "torch.linear"
 
 
 def packed_bytes(weight: Tensor) -> int:
