@@ -58,7 +58,7 @@ async def run(
                 windows.windows,
                 ["prefill"],
                 reference=reference,
-                progress=lambda message: display("evaluate", message.done, message.total, "windows"),
+                progress=lambda message: display("evaluate", message.done, message.total, "tokens"),
             )
         finally:
             loading.cancel()
