@@ -63,6 +63,21 @@ __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
     return d;
 }
 
+// The float16 bits of one NF4 level: bytes picked from eight words of constants.
+__device__ __forceinline__ uint32_t level(uint32_t code) {
+    constexpr auto word = [](int first, int shift) {
+        uint32_t w = 0;
+        for (int j = 0; j < 4; j++) w |= uint32_t((LEVELS[first + j] >> shift) & 255) << (8 * j);
+        return w;
+    };
+    constexpr uint32_t l0 = word(0, 0), l1 = word(4, 0), l2 = word(8, 0), l3 = word(12, 0);
+    constexpr uint32_t h0 = word(0, 8), h1 = word(4, 8), h2 = word(8, 8), h3 = word(12, 8);
+    const uint32_t index = code & 7;
+    const uint32_t low = code & 8 ? __byte_perm(l2, l3, index) : __byte_perm(l0, l1, index);
+    const uint32_t high = code & 8 ? __byte_perm(h2, h3, index) : __byte_perm(h0, h1, index);
+    return (low & 255) | ((high & 255) << 8);
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 w4_persistent(const char* __restrict__ codes, const char* __restrict__ scales, const char* __restrict__ zeros,
               const __half* __restrict__ x, __half* __restrict__ y, int rows, int N) {
@@ -94,16 +109,15 @@ w4_persistent(const char* __restrict__ codes, const char* __restrict__ scales, c
     for (int i = 0; i < STAGES - 1; i++) fetch(i);
 
     if (!AFFINE) {
-        uint32_t* words = reinterpret_cast<uint32_t*>(table);
-        for (int i = threadIdx.x; i < 256 * 32; i += WARPS * 32) {
-            int byte = i >> 5;
-            uint32_t low = 0, high = 0;
+        // every byte's pair is decoded once and stored 32 times, 16 bytes at a time; the rotation by the thread
+        // spreads a warp's stores over the banks
+        for (int i = threadIdx.x; i < 512; i += WARPS * 32) {
+            const int byte = i >> 1;
+            const uint32_t pair = level(byte & 15) | (level(byte >> 4) << 16);
+            const uint4 four = make_uint4(pair, pair, pair, pair);
 #pragma unroll
-            for (int j = 0; j < 16; j++) {
-                low = (byte & 15) == j ? LEVELS[j] : low;
-                high = (byte >> 4) == j ? LEVELS[j] : high;
-            }
-            words[i] = low | (high << 16);
+            for (int j = 0; j < 4; j++)
+                *reinterpret_cast<uint4*>(table + byte * 128 + (i & 1) * 64 + ((j + (i >> 1)) & 3) * 16) = four;
         }
     }
     const uint32_t base = AFFINE ? 0 : shared_address(table) + lane * 4;
