@@ -142,7 +142,8 @@ def memory_of(host: Host, info: EngineInfo) -> Memory:
     peaks = {str(key): size for (name, key), size in gauges.items() if name == "halftone_memory_peak_bytes"}
     parts = parts or info.memory_bytes
     kv_bytes = parts.get(KV_PART, 0)
-    peak = max([info.peak_load_bytes, *peaks.values()])
+    # a system that cannot begin a new peak after loading reports only the one until then
+    peak = max((size for phase, size in peaks.items() if phase != "load"), default=info.peak_load_bytes)
     return Memory(
         weight_bytes=sum(size for part, size in parts.items() if part.startswith("weights."))
         or info.weight_bytes,
