@@ -6,7 +6,8 @@
 
 SHELL := /bin/bash
 PYTHON ?= python3
-TORCH ?= default
+# what .venv was made with is remembered
+TORCH ?= $(if $(wildcard .venv/.installed-cpu),cpu,default)
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(TORCH)
 TESTABLE := .venv/.testable-$(TORCH)
