@@ -67,6 +67,9 @@ def run_compare(
     run = Run(plan, text, out, app_factory, command, measure_mode, console, done, failures)
     try:
         run_loop(run.all_modes())
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise
     finally:
         report = build_report(plan, text, prompts, done, failures)
         if report.rows:

@@ -69,9 +69,12 @@ async def measure(job: Job, advance: Advance) -> Measured:
     settings = job.plan.settings.model_copy(update={"precision": job.precision})
     async with Host(settings, job.plan.model_path, job.app_factory, command=job.command) as host:
         info = await wait_ready(host, advance)
+        process = host.supervisor.process
         loads, rate_per_s = await drive(job, host, settings.name, advance)
         memory = memory_of(host, info)
         quality = await evaluate(job, host, advance)
+        if host.supervisor.process is not process:  # another engine has answered since
+            raise HalftoneError("the engine died while it was measured, and was started again")
     widest = max((load for load in loads if load.concurrency), key=lambda load: load.concurrency)
     opened = next(load for load in loads if not load.concurrency)
     row = Row(

@@ -6,14 +6,18 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import jsonschema
 import pytest
 
+from service.compare import mode
+from service.compare.loads import run_load
 from service.compare.mode import Advance, Job, Measured, measure
-from service.compare.plan import CompareOptions
-from service.compare.report import Report, shipped_schema
+from service.compare.plan import CompareOptions, Phase
+from service.compare.report import Load, Report, shipped_schema
 from service.errors import HalftoneError, PrecisionError, SettingError, SystemProblem
+from service.front.host import Host
 
 Compare = Callable[..., Report]
 
@@ -130,6 +134,34 @@ def test_an_engine_that_cannot_load_is_a_row(
     assert [row.status for row in report.rows] == ["failed", "failed"]
     assert "no such layer" in report.rows[0].error
     assert "no such layer" in (tmp_path / "report/report.html").read_text()
+
+
+def test_an_engine_that_was_started_again_is_no_row(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Speed before and quality after would come from two processes."""
+    hosts: list[Host] = []
+
+    class WatchedHost(Host):
+        async def __aenter__(self) -> Self:
+            hosts.append(self)
+            return await super().__aenter__()
+
+    async def load_then_kill(url: str, model: str, phase: Phase, *rest: object) -> Load:
+        load = await run_load(url, model, phase, *rest)  # type: ignore[arg-type]
+        if phase.id == "open" and len(hosts) == 1:
+            process = hosts[0].supervisor.process
+            assert process is not None
+            process.kill()
+            await hosts[0].client.wait_for("down")
+            await hosts[0].ready()
+        return load
+
+    monkeypatch.setattr(mode, "Host", WatchedHost)
+    monkeypatch.setattr(mode, "run_load", load_then_kill)
+    report = compare(["bf16", "int8"])
+    assert [row.status for row in report.rows] == ["failed", "ok"]
+    assert "died while it was measured" in report.rows[0].error
 
 
 def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(compare: Compare, tmp_path: Path) -> None:
