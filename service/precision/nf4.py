@@ -103,53 +103,58 @@ class NF4Linear(QuantLinear):
         self.register_buffer("bias", bias)
         self.blocks_per_row = group.in_features // BLOCK
 
-    def part_absmax(self) -> list[Tensor]:
-        """float32 [out_features of the part, blocks of a row] for each part, decoded."""
+    def decode_absmax(self, out: Tensor) -> Tensor:
+        """Fill [out_features of all parts, blocks of a row] of any strides and type with absmax; -> `out`."""
         absmax = self.absmax
         if self.nested_absmax is not None:
             absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
                 absmax, self.nested_absmax, nested_codebook(absmax.device), NESTED_BLOCK, torch.float32
             )
-        decoded = []
         start = 0
         for number, part in enumerate(self.group.parts):
             blocks = part.out_features * self.blocks_per_row
             mine = absmax[start : start + blocks].view(part.out_features, self.blocks_per_row)
-            start += blocks
-            if self.offsets is not None:
-                mine = mine + self.offsets[number]
-                start = padded(start)
-            decoded.append(mine)
-        return decoded
+            rows = out[part_rows(self.group, number)]
+            if self.offsets is None:
+                rows.copy_(mine)
+                start += blocks
+            else:
+                torch.add(mine, self.offsets[number], out=rows)
+                start += padded(blocks)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (self.group.out_features, self.group.in_features)
-        absmax = self.part_absmax()
         y: Tensor
         if self.interleaved:
-            # one column of scales for each row of weights, the order in which the fused product walks
-            columns = torch.cat(absmax).to(torch.bfloat16).t().contiguous()
+            # a row of scales for each block, one column a row of weights: the fused product walks so
+            columns = torch.empty(self.blocks_per_row, shape[0], dtype=torch.bfloat16)
+            self.decode_absmax(columns.t())
             y = torch.ops.bitsandbytes.gemv_4bit.default(
                 x, self.codes, shape, columns, codebook(x.device), BLOCK
             )
             return y if self.bias is None else y.add_(self.bias)
+        absmax = self.decode_absmax(x.new_empty(shape[0], self.blocks_per_row, dtype=torch.float32)).view(-1)
         if x.device.type == "cpu":
             weight = torch.ops.bitsandbytes.dequantize_4bit.default(
-                self.codes, torch.cat(absmax).view(-1), BLOCK, "nf4", shape, x.dtype
+                self.codes, absmax, BLOCK, "nf4", shape, x.dtype
             )
             y = F.linear(x, weight, self.bias)
         else:
             y = torch.ops.bitsandbytes.gemm_4bit.default(
-                x, self.codes, shape, torch.cat(absmax).view(-1), BLOCK, "nf4", self.bias
+                x, self.codes, shape, absmax, BLOCK, "nf4", self.bias
             )
         return y
 
     def dense(self, part: int) -> Tensor:
         codes = deinterleave(self.codes) if self.interleaved else self.codes
         levels = codebook(codes.device)[torch.stack((codes >> 4, codes & 0xF), dim=-1).long()]
-        rows = levels.view(self.group.out_features, -1)[part_rows(self.group, part)]
-        scales = self.part_absmax()[part].repeat_interleave(BLOCK, dim=1)
-        return (rows * scales).cpu()
+        rows = part_rows(self.group, part)
+        absmax = self.decode_absmax(
+            torch.empty(self.group.out_features, self.blocks_per_row, device=codes.device)
+        )
+        scales = absmax[rows].repeat_interleave(BLOCK, dim=1)
+        return (levels.view(self.group.out_features, -1)[rows] * scales).cpu()
 
     def bytes(self) -> dict[str, int]:
         return {
