@@ -15,7 +15,7 @@ from service.errors import PrecisionError, SystemProblem
 from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint
 from service.model.demo import MANIFEST, is_whole
-from service.precision import TABLE, load_backend
+from service.precision import load_backend
 from service.precision.base import Backend
 from service.quality.texts import Text, calibration_text
 from service.quantize.awq_checkpoint import Progress, checkpoint_bytes, choose_grid, quantize_checkpoint
@@ -85,11 +85,9 @@ def _make(
 ) -> None:
     """Quantize into `folder`, which appears when all of it is written."""
     if backend.quantizer != QUANTIZER:
-        calibrated = [name for name in TABLE if load_backend(name).quantizer == QUANTIZER]
         raise PrecisionError(
-            f"precision `{backend.name}` has no checkpoint of its own to quantize into; "
-            f"accepted are {', '.join(calibrated)}",
-            hint=f"`--precision {backend.name}` quantizes while it loads",
+            f"precision `{backend.name}` has no checkpoint of its own; accepted is `{QUANTIZER}`",
+            hint=f"serve the 16-bit checkpoint with `--precision {backend.name}`",
         )
     checkpoint = Checkpoint(checkpoint_path)
     if checkpoint.quantization is not None:

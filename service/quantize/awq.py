@@ -17,6 +17,7 @@ from torch import Tensor
 from service.quantize.calibration import InputStatistics
 
 ALPHAS = 20  # resolution of the scale search: alpha is a multiple of 1/20, from 0 (no scaling) on
+STRIDE = 3  # of the first pass over these points; the second tries the neighbours of the best
 CLIP_STEPS = 20  # shrunken ranges tried beside the full one
 SMALLEST_RANGE = 0.4  # of the full range, the last one tried
 SMALLEST_SCALE = 2.0**-24  # float16's, so that no stored scale is zero
@@ -94,7 +95,7 @@ def full_range_error(weight: Tensor, grid: Grid) -> Tensor:
 def search_scale(weight: Tensor, inputs: InputStatistics, grid: Grid) -> tuple[Tensor, float, float]:
     """Linears of one input, stacked [out, in] -> (scale [in], its output error, that without scaling).
 
-    Every other alpha first, then the neighbours of the best one: the matmul is what the search costs.
+    Every third alpha first, then the neighbours of the best one: the matmul is what the search costs.
     """
     magnitude = inputs.mean_abs.clamp(min=1e-4)
     scales: dict[int, Tensor] = {}
@@ -106,7 +107,7 @@ def search_scale(weight: Tensor, inputs: InputStatistics, grid: Grid) -> tuple[T
         change = full_range_error(weight * scale, grid).div_(scale)
         errors[point] = output_error(change, inputs.gram)
 
-    for point in range(0, ALPHAS + 1, 2):
+    for point in range(0, ALPHAS, STRIDE):
         attempt(point)
     coarse = min(errors, key=errors.__getitem__)
     for point in {max(coarse - 1, 0), min(coarse + 1, ALPHAS)} - {coarse}:
@@ -191,10 +192,10 @@ def quantize_layer(
             scales[name] = wanted
     for name, scale in scales.items():
         for path in groups[name]:
-            weights[path] *= scale
+            weights[path] = weights[path] * scale
         if name in makers:
             maker = makers[name]
-            weights[maker] /= scale.unsqueeze(1)
+            weights[maker] = weights[maker] / scale.unsqueeze(1)
             bias = f"{maker}.bias"
             if bias in tensors:
                 folded[bias] = (tensors[bias].float() / scale).to(tensors[bias].dtype)

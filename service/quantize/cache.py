@@ -79,7 +79,10 @@ def cache_key(source: str, calibration: str, precision: str, code: str) -> str:
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Exclusive among processes; freed by the system when its holder dies."""
-    with file.open("w") as handle:
+    with told_disk_errors(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("w")
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
