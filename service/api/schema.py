@@ -52,7 +52,7 @@ def check_prompt(value: Any) -> Prompts:
         return check_token_ids(value)
     if kind is list:
         return [check_token_ids(item) for item in value]
-    if kind is str and all(type(item) is str for item in value):
+    if kind is str and set(map(type, value)) == {str}:
         if not all(value):
             raise PydanticCustomError("empty_prompt", "must not contain an empty prompt")
         return value
@@ -61,12 +61,12 @@ def check_prompt(value: Any) -> Prompts:
 
 def check_token_ids(value: Any) -> list[int]:
     """A non-empty list of integers; `vocab_size` is the engine's business, asked when it is known."""
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
+    if value == []:
+        raise PydanticCustomError("empty_prompt", "must not contain an empty prompt")
+    if not isinstance(value, list) or set(map(type, value)) != {int}:
         raise PydanticCustomError(
             "invalid_type", "must be a string, strings, token ids or lists of token ids"
         )
-    if not value:
-        raise PydanticCustomError("empty_prompt", "must not contain an empty prompt")
     if min(value) < 0 or max(value) > MAX_TOKEN_ID:
         raise PydanticCustomError("invalid_token_id", "must hold token ids from 0 to the vocabulary's last")
     return value
@@ -105,7 +105,7 @@ def check_stop(value: Any) -> list[str] | None:
     if value is None:
         return None
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(type(stop) is str for stop in stops):
+    if not isinstance(stops, list) or not set(map(type, stops)) <= {str}:
         raise PydanticCustomError("invalid_type", "must be a string or a list of strings")
     if len(stops) > MAX_STOP_STRINGS:
         raise PydanticCustomError(
