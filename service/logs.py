@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -29,6 +30,14 @@ class JSONFormatter(logging.Formatter):
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False)
+
+
+def hold_back(name: str) -> Callable[[], None]:
+    """Silence one logger -> what gives it its voice back. At level debug it is left alone."""
+    logger = logging.getLogger(name)
+    if not logger.isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.CRITICAL)
+    return lambda: logger.setLevel(logging.NOTSET)
 
 
 def configure(level: str, style: Literal["text", "json"]) -> None:
