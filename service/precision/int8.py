@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from bitsandbytes.functional import int8_vectorwise_quant
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.full import FullLinear
 from service.precision.source import (
     merged_weight,
@@ -67,7 +67,9 @@ class Int8Linear(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         # bitsandbytes' CUDA kernel reads fp16 only; the CPU follows so that codes agree between the two
-        rows, row_scales, outliers = int8_vectorwise_quant(x.to(torch.float16), threshold=self.threshold)
+        rows, row_scales, outliers = bitsandbytes.int8_vectorwise_quant(
+            x.to(torch.float16), threshold=self.threshold
+        )
         y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm.default(
             x, rows, self.codes, row_scales, self.scales, outliers, self.bias
         )
@@ -112,5 +114,5 @@ class Int8:
         for number, part in enumerate(group.parts):
             weight = read_weight(part, read, torch.float16).to(group.device)
             rows = part_rows(group, number)
-            codes[rows], scales[rows], _ = int8_vectorwise_quant(weight)
+            codes[rows], scales[rows], _ = bitsandbytes.int8_vectorwise_quant(weight)
         return Int8Linear(group, codes, scales, bias, self.options.threshold)

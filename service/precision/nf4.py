@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import create_dynamic_map, get_4bit_type, has_avx512bf16
 from pydantic import Field
 from torch import Tensor
 
 from service.errors import PrecisionError
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.source import (
     part_rows,
     quantized_activation_dtype,
@@ -41,13 +41,13 @@ class NF4Options(Options):
 @cache
 def codebook(device: torch.device) -> Tensor:
     """float32 [16]: the NF4 levels."""
-    return get_4bit_type("nf4", device=device)
+    return bitsandbytes.get_4bit_type("nf4", device=device)
 
 
 @cache
 def nested_codebook(device: torch.device) -> Tensor:
     """float32 [256]: bitsandbytes' dynamic 8-bit map, one constant of 1 KiB for the whole process."""
-    return create_dynamic_map().to(device)
+    return bitsandbytes.create_dynamic_map().to(device)
 
 
 def interleave(codes: Tensor, rows: int) -> Tensor:
@@ -91,7 +91,7 @@ class NF4Linear(QuantLinear):
         self.interleaved = (
             group.device.type == "cpu"
             and group.dtype == torch.bfloat16
-            and has_avx512bf16()
+            and bitsandbytes.has_avx512bf16()
             and all(part.out_features % INTERLEAVED_ROWS == 0 for part in group.parts)
         )
         self.kernel = "bitsandbytes.gemv_4bit" if self.interleaved else "bitsandbytes.gemm_4bit"
