@@ -152,6 +152,8 @@ def memory_of(host: Host, info: EngineInfo) -> Memory:
         or info.weight_bytes,
         kv_bytes=kv_bytes,
         kv_tokens=info.kv_tokens,
+        # one block more than can be filled: padding writes go there
+        kv_bytes_per_token=kv_bytes / (info.kv_tokens + info.kv_block_tokens),
         peak_load_bytes=info.peak_load_bytes,
         peak_bytes=peak,
         peak_without_kv_bytes=peak - kv_bytes,

@@ -62,6 +62,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: Annotated[int, described("Codes, scales, and what stays 16-bit; after the first forward")]
     kv_bytes: Annotated[int, described("The KV pool, of `kv_tokens` tokens in every row")]
     kv_tokens: int
+    kv_bytes_per_token: float
     peak_load_bytes: Annotated[int, described("Highest memory of the engine process until it was ready")]
     peak_bytes: Annotated[int, described("Highest memory of the engine process under load")]
     peak_without_kv_bytes: Annotated[int, described("The same less the KV pool")]
@@ -203,7 +204,7 @@ def purchase(row: Row, reference: Row | None) -> Purchase | None:
     if reference is None or reference.precision == row.precision or not (row.memory and reference.memory):
         return None
     freed = reference.memory.weight_bytes - row.memory.weight_bytes
-    per_token = row.memory.kv_bytes / row.memory.kv_tokens
+    per_token = row.memory.kv_bytes_per_token
     return Purchase(freed_bytes=freed, kv_bytes_per_token=per_token, more_kv_tokens=int(freed / per_token))
 
 

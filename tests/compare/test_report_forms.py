@@ -82,6 +82,7 @@ def row(precision: str, weight_bytes: int, perplexity: float, disagreement: floa
             weight_bytes=weight_bytes,
             kv_bytes=20_000_000,
             kv_tokens=1000,
+            kv_bytes_per_token=20_000,
             peak_load_bytes=2 * weight_bytes,
             peak_bytes=weight_bytes + 50_000_000,
             peak_without_kv_bytes=weight_bytes + 30_000_000,

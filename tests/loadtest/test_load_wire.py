@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.wire import Answer, WireError
@@ -19,6 +19,7 @@ def chunked(body: bytes, size: int) -> bytes:
     return HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + framed + b"0\r\n\r\n"
 
 
+@settings(deadline=None)
 @given(st.integers(1, len(BODY)), st.lists(st.integers(0, 400), max_size=12))
 def test_events_survive_any_tearing(chunk_size: int, cuts: list[int]) -> None:
     raw = chunked(BODY, chunk_size)
