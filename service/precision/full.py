@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from service.errors import PrecisionError
+from service.kernels.dense_linear import dense_linear, linear_kernel, pack_weight, packed_bytes, unpack_weight
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.source import merged_weight, part_rows, read_bias, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
@@ -20,24 +20,24 @@ class FullOptions(Options):
 
 
 class FullLinear(QuantLinear):
-    weight: Tensor  # [out_features of all parts, in_features]
+    weight: Tensor  # [out_features of all parts, in_features], as `pack_weight` leaves it
     bias: Tensor | None  # [out_features of all parts]
-    kernel = "torch.linear"
 
     def __init__(self, group: LinearGroup, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.group = group
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", pack_weight(weight))
         self.register_buffer("bias", bias)
+        self.kernel = linear_kernel(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return dense_linear(x, self.weight, self.bias)
 
     def dense(self, part: int) -> Tensor:
-        return self.weight[part_rows(self.group, part)].float().cpu()
+        return unpack_weight(self.weight)[part_rows(self.group, part)].float().cpu()
 
     def bytes(self) -> dict[str, int]:
-        return {"weights16": tensor_bytes(self.weight, self.bias)}
+        return {"weights16": packed_bytes(self.weight) + tensor_bytes(self.bias)}
 
 
 class Full:
