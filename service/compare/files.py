@@ -1,9 +1,25 @@
-"""Files of a comparison, each written whole or not at all: an interrupted run leaves nothing half-written."""
+"""Files of a comparison, each written whole or not at all: an interrupted run leaves no half of one."""
 
 import os
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from service.errors import SystemProblem
+
+T = TypeVar("T")
+
+
+def read_back(path: Path, kind: type[T]) -> T:
+    """A file that an earlier run wrote. Raises SystemProblem for one that this version does not write."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise SystemProblem(
+            f"`{path}` cannot be read back: {error}",
+            hint="it may be another version's: name a new folder with `--out`",
+        ) from None
 
 
 def make_folder(path: Path) -> None:

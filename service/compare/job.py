@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from loadtest.workload import DEFAULT_PROMPTS, Prompts
 from service.compare.assemble import Finished, build_report
 from service.compare.export import print_report, write_report
-from service.compare.files import write_whole
+from service.compare.files import read_back, write_whole
 from service.compare.mode import STAGES, Advance, Job, Measured, measure
 from service.compare.plan import CompareOptions, Plan, claim
 from service.compare.report import Report, Row
@@ -59,7 +59,7 @@ def run_compare(
     for place in range(len(plan.precisions)):
         path = out / plan.row_file(place)
         if path.is_file():
-            done[place] = msgspec.json.decode(path.read_bytes(), type=Finished)
+            done[place] = read_back(path, Finished)
             console.print(f"{plan.precisions[place]}: measured before, kept")
     if app_factory is None:
         app_factory = import_module("service.api.app").create_app

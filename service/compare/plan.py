@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from service import __version__
-from service.compare.files import make_folder, write_whole
+from service.compare.files import make_folder, read_back, write_whole
+from service.compare.report import Report
 from service.config import Settings
 from service.errors import PrecisionError, SystemProblem
 from service.precision import TABLE
@@ -170,7 +171,7 @@ def claim(out: Path, plan: Plan) -> None:
     if out.is_file():
         raise SystemProblem(f"`--out {out}` is a file", hint="name a folder that is new or empty")
     if run_file.is_file():
-        found = msgspec.json.decode(run_file.read_bytes())
+        found = read_back(run_file, dict[str, Any])
         different = sorted(key for key in identity if found.get(key) != identity[key])
         if different:
             raise SystemProblem(
@@ -182,7 +183,8 @@ def claim(out: Path, plan: Plan) -> None:
             f"`--out {out}` is not empty, and holds no run of compare",
             hint="name a folder that is new or empty",
         )
-    if (out / REPORT_FILE).is_file() and msgspec.json.decode((out / REPORT_FILE).read_bytes())["complete"]:
+    written = out / REPORT_FILE
+    if written.is_file() and read_back(written, Report).complete:
         raise SystemProblem(
             f"`--out {out}` holds a finished run of these settings",
             hint=f"read `{out / 'report.html'}`, or name a new folder to measure again",

@@ -188,6 +188,10 @@ def test_a_folder_with_another_run_is_refused(
         compare(["bf16", "int8"])
     with pytest.raises(SystemProblem, match="another run: its options differ"):
         compare(["bf16"], options=replace(options, seed=1))
+    (tmp_path / "report/report.json").unlink()
+    (tmp_path / "report/modes/1-bf16.json").write_text('{"row": {}}')
+    with pytest.raises(SystemProblem, match="cannot be read back"):
+        compare(["bf16"])
     strange = tmp_path / "mine"
     strange.mkdir()
     (strange / "thesis.tex").write_text("precious")
