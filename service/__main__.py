@@ -1,8 +1,9 @@
 """Program entry: every error that a user can meet ends here as one line, its fix, and an exit code."""
 
 import os
+import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -14,7 +15,13 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> None:
+    # a server drains on SIGTERM by its own handler; everything else leaves by the way that removes partial files
+    signal.signal(signal.SIGTERM, leave)
     sys.exit(run(sys.argv[1:]))
+
+
+def leave(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def run(arguments: list[str]) -> int:

@@ -5,13 +5,14 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from service.__main__ import run
+from service.__main__ import main, run
 from service.disk import told_disk_errors
 from service.errors import SystemProblem
 
@@ -179,6 +180,23 @@ def test_a_fault_of_ours_is_one_line_too(fails: Fails, monkeypatch: pytest.Monke
     monkeypatch.setenv("HALFTONE_LOG_LEVEL", "debug")
     with pytest.raises(RuntimeError):
         run(["serve"])
+
+
+def test_terminated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM unwinds, so that half-written folders are removed."""
+
+    def terminated(**_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("service.cli.app.load_settings", terminated)
+    monkeypatch.setattr("sys.argv", ["halftone", "serve"])
+    try:
+        with pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 143
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
