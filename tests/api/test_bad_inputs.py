@@ -403,6 +403,9 @@ def test_depth_is_exact(opening: str) -> None:
     assert parse_json(nested(MAX_DEPTH)) == orjson.loads(nested(MAX_DEPTH))
     with pytest.raises(RequestError, match="nested"):
         parse_json(nested(MAX_DEPTH + 1))
+    assert parse_json(b"[[], " + nested(MAX_DEPTH - 1) + b"]")
+    with pytest.raises(RequestError, match="nested"):
+        parse_json(b"[[], " + nested(MAX_DEPTH) + b"]")
 
 
 @pytest.mark.parametrize("keys", [("n",), ("stream_options", "include_usage")])

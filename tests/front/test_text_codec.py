@@ -178,6 +178,7 @@ def test_rendered_length_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "source",
     [
+        "{% if true %}\nx\n{% endif %}\ny\n  {% if true %}\n  z{% endif %}\n",
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}",
         "{%- for m in messages -%}\n  {% generation %}{{ m.content }}{% endgeneration %}\n{%- endfor -%}\n",
         "{{ strftime_now('%Y') | length }}{{ tools is none }}{{ messages | tojson(indent=2) }}",
