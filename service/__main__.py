@@ -15,7 +15,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> None:
-    # a server drains on SIGTERM by its own handler; everything else leaves by the way that removes partial files
+    # a server drains on SIGTERM; every other command unwinds and removes its partial files
     signal.signal(signal.SIGTERM, leave)
     sys.exit(run(sys.argv[1:]))
 
