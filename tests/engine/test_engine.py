@@ -207,6 +207,17 @@ def test_a_short_request_after_a_long_one_ends_first() -> None:
     assert client.order == [2, 1]
 
 
+def test_what_the_oldest_leaves_goes_to_the_shortest() -> None:
+    engine = fake_engine(num_blocks=300, max_batch_tokens=32)
+    for request_id, num_tokens in enumerate([1600, 800, 60]):
+        engine.add(Submit(request_id, prompt(num_tokens, request_id), greedy(1)))
+    client = Client()
+    for _ in range(4):
+        client.take(engine.step())
+    assert client.order == [2]
+    assert client.run(engine).order == [2, 1, 0]
+
+
 def test_a_stream_of_short_requests_cannot_starve_a_long_one() -> None:
     """With two new short prompts before each step, 320 tokens still pass in 320 / (budget / 2) steps."""
     engine = fake_engine(num_blocks=200, max_batch_tokens=32, max_batch_requests=4)
