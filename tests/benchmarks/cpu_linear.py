@@ -1,6 +1,6 @@
 """Microseconds of every linear of a model on this CPU, by precision and by rows: docs/cpu-kernels.md.
 
-    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 python -m tests.benchmarks.cpu_linear [--rows 1,8,64,512]
+    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 .venv/bin/python -m tests.benchmarks.cpu_linear [--rows 1,8,64,512]
 
 Each layer class is built as often as the model has layers and the copies are called in turn, so that weights
 come from memory as they do in a server. All modes run in turns inside one process; the least of the rounds
