@@ -70,9 +70,9 @@ def with_settings(without: Collection[str] = ()) -> Callable[[Callable[..., None
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [
-            parameter
-            for parameter in inspect.signature(command).parameters.values()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+            given
+            for given in inspect.signature(command).parameters.values()
+            if given.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         flags = [
             parameter(name, field) for name, field in Settings.model_fields.items() if name not in without
