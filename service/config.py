@@ -81,7 +81,10 @@ class Settings(BaseSettings):
     )
     max_queue_requests: int = Field(512, ge=1, description="Requests open at once; one more is answered 429.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body in bytes.")
-    max_n: int = Field(8, ge=1, le=128, description="Most answers (`n`) and prompts in one request.")
+    max_n: int = Field(8, ge=1, le=128, description="Most answers to one prompt (`n`).")
+    max_prompts: int = Field(
+        128, ge=1, le=1024, description="Most answers in one request: its prompts times `n`."
+    )
     # time
     load_timeout_s: float = Field(3600, gt=0, description="Seconds the engine may take to become ready.")
     step_timeout_s: float = Field(

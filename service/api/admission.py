@@ -5,6 +5,7 @@ schema --CompletionRequest, ChatRequest--> admission --Plan--> front/generation
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.api.answers import Wanted
@@ -38,14 +39,13 @@ async def admit_completion(
     """Raises RequestError for what this model or server cannot do."""
     given = request.prompt
     batch = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    if len(batch) > settings.max_n:
-        raise above(len(batch), settings.max_n, "prompt", "prompts", "array_above_max_length")
-    prompts: list[list[int]] = []
-    for prompt in batch:
-        if isinstance(prompt, str):
-            prompts.append(await encoded(codec, prompt))
-        else:
-            prompts.append(checked_ids(prompt, info))
+    check_counts(request.n, len(batch), settings)
+    texts = [prompt for prompt in batch if isinstance(prompt, str)]
+    prompts = (
+        await encoded(codec, texts)
+        if texts
+        else [checked_ids(prompt, info) for prompt in batch if isinstance(prompt, list)]
+    )
     echo = bool(request.echo)
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if not max_tokens and not echo:
@@ -60,15 +60,14 @@ async def admit_completion(
     echoes = tuple(
         prompt if isinstance(prompt, str) else codec.decode(prompt) for prompt in (batch if echo else ())
     )
-    return Admission(
-        plan_of(request, context, prompts, sampling, info, settings), wanted_of(request, top, echoes)
-    )
+    return Admission(plan_of(request, context, prompts, sampling, info), wanted_of(request, top, echoes))
 
 
 async def admit_chat(
     request: ChatRequest, context: RequestContext, codec: TextCodec, info: EngineInfo, settings: Settings
 ) -> Admission:
     """Raises RequestError for what this model or server cannot do."""
+    check_counts(request.n, 1, settings)
     messages = messages_of(request.messages)
     prompt = await encoded_chat(codec, messages)
     if request.max_tokens is not None and request.max_completion_tokens is not None:
@@ -85,9 +84,7 @@ async def admit_chat(
         )
     top = (request.top_logprobs or 0) if request.logprobs else -1
     sampling = sampling_of(request, max(room, 1) if limit is None else limit, top, -1, info)
-    return Admission(
-        plan_of(request, context, [prompt], sampling, info, settings), wanted_of(request, top, ())
-    )
+    return Admission(plan_of(request, context, [prompt], sampling, info), wanted_of(request, top, ()))
 
 
 def plan_of(
@@ -96,13 +93,8 @@ def plan_of(
     prompts: list[list[int]],
     sampling: Sampling,
     info: EngineInfo,
-    settings: Settings,
 ) -> Plan:
     n = 1 if request.n is None else request.n
-    if n > settings.max_n:
-        raise above(n, settings.max_n, "n", "answers", "integer_above_max_value")
-    if n * len(prompts) > settings.max_queue_requests:
-        raise above(n * len(prompts), settings.max_queue_requests, "n", "answers", "integer_above_max_value")
     for prompt in prompts:
         if not prompt:
             raise RequestError("`prompt` has no tokens", param="prompt", code="empty_prompt")
@@ -169,10 +161,11 @@ def messages_of(messages: list[ChatMessage]) -> list[dict[str, str]]:
     ]
 
 
-async def encoded(codec: TextCodec, text: str, add_special_tokens: bool = True) -> list[int]:
-    if len(text) <= MAX_LOOP_CHARACTERS:
-        return codec.encode(text, add_special_tokens)
-    return await asyncio.to_thread(codec.encode, text, add_special_tokens)
+async def encoded(codec: TextCodec, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    def encode() -> list[list[int]]:
+        return [codec.encode(text, add_special_tokens) for text in texts]
+
+    return encode() if sum(map(len, texts)) <= MAX_LOOP_CHARACTERS else await asyncio.to_thread(encode)
 
 
 async def encoded_chat(codec: TextCodec, messages: list[dict[str, str]]) -> list[int]:
@@ -196,13 +189,24 @@ def check_model(name: str | None, settings: Settings) -> None:
         )
 
 
-def above(got: int, most: int, param: str, what: str, code: str) -> RequestError:
-    return RequestError(
-        f"`{param}` asks for {got} {what}, at most {most} are accepted",
-        hint="split the request, or start the server with a larger `max_n`",
-        param=param,
-        code=code,
-    )
+def check_counts(n: int | None, num_prompts: int, settings: Settings) -> None:
+    """Raises RequestError for more answers than one request may ask for, before anything is tokenized."""
+    n = 1 if n is None else n
+    num_answers = n * num_prompts
+    for setting, got, most in (
+        ("max_n", n, settings.max_n),
+        ("max_prompts", num_answers, settings.max_prompts),
+        ("max_queue_requests", num_answers, settings.max_queue_requests),
+    ):
+        if got > most:
+            many_prompts = got > n
+            param = "prompt" if many_prompts else "n"
+            raise RequestError(
+                f"`{param}` asks for {got} answers, at most {most} are accepted",
+                hint=f"split the request, or start the server with a larger `{setting}`",
+                param=param,
+                code="array_above_max_length" if many_prompts else "integer_above_max_value",
+            )
 
 
 def out_of_vocabulary(param: str, info: EngineInfo) -> RequestError:

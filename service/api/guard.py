@@ -42,6 +42,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class RequestContext:
     """What the guard learnt of a request; `scope["halftone"]`."""
 
+    send: Send  # the server's own, which no middleware has wrapped
     request_id: str
     arrived_at: float  # time.monotonic() seconds
     cache_salt: bytes  # of the key: two keys never share a prefix block
@@ -83,7 +84,7 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return  # a websocket: uvicorn answers 403
-        context = RequestContext("", time.monotonic(), b"")
+        context = RequestContext(send, "", time.monotonic(), b"")
         scope["halftone"] = context
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         context.request_id = request_id(headers)

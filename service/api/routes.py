@@ -80,7 +80,7 @@ def make_router(server: Server) -> APIRouter:
     ) -> Response:
         info = server.info()
         fingerprint = f"halftone-{__version__}-{info.precision}"
-        response = EventStream() if stream else Collector()
+        response = EventStream(context_of(request).send) if stream else Collector()
         generation = Generation(
             admitted.plan, client, codec.pieces, metrics, response.on_delta, response.on_end
         )
@@ -129,7 +129,9 @@ def make_router(server: Server) -> APIRouter:
                 )
             tokens = await admission.encoded_chat(codec, admission.messages_of(typed.messages))
         else:
-            tokens = await admission.encoded(codec, typed.prompt or "", typed.add_special_tokens is not False)
+            (tokens,) = await admission.encoded(
+                codec, [typed.prompt or ""], typed.add_special_tokens is not False
+            )
         window = client.info.max_context_tokens if client.info else None
         return json({"tokens": tokens, "count": len(tokens), "max_model_len": window})
 

@@ -7,7 +7,7 @@ that OpenAI knows and this server does not act on are accepted only with a value
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, LiteralString, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -32,6 +32,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOKEN_ID = 2**31 - 1
 
+PROMPT_KINDS: LiteralString = "must be a string, strings, token ids or lists of token ids"
 Prompts = str | list[str] | list[int] | list[list[int]]
 
 
@@ -42,9 +43,7 @@ def check_prompt(value: Any) -> Prompts:
             raise PydanticCustomError("empty_prompt", "must not be empty")
         return value
     if not isinstance(value, list):
-        raise PydanticCustomError(
-            "invalid_type", "must be a string, strings, token ids or lists of token ids"
-        )
+        raise PydanticCustomError("invalid_type", PROMPT_KINDS)
     if not value:
         raise PydanticCustomError("empty_prompt", "must not be empty")
     kind = type(value[0])
@@ -56,7 +55,7 @@ def check_prompt(value: Any) -> Prompts:
         if not all(value):
             raise PydanticCustomError("empty_prompt", "must not contain an empty prompt")
         return value
-    raise PydanticCustomError("invalid_type", "must be a string, strings, token ids or lists of token ids")
+    raise PydanticCustomError("invalid_type", PROMPT_KINDS)
 
 
 def check_token_ids(value: Any) -> list[int]:
@@ -64,9 +63,7 @@ def check_token_ids(value: Any) -> list[int]:
     if value == []:
         raise PydanticCustomError("empty_prompt", "must not contain an empty prompt")
     if not isinstance(value, list) or set(map(type, value)) != {int}:
-        raise PydanticCustomError(
-            "invalid_type", "must be a string, strings, token ids or lists of token ids"
-        )
+        raise PydanticCustomError("invalid_type", PROMPT_KINDS)
     if min(value) < 0 or max(value) > MAX_TOKEN_ID:
         raise PydanticCustomError("invalid_token_id", "must hold token ids from 0 to the vocabulary's last")
     return value

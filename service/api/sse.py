@@ -4,7 +4,8 @@ front/generation --on_delta, on_end--> EventStream --ASGI send--> client
                                        Collector   --bytes------> routes
 
 Steps append bytes and wake one writer; what has gathered while the writer was busy leaves in one write. A
-hang-up is told by ASGI's `receive` and aborts the generation at once; nothing polls.
+hang-up is told by ASGI's `receive` and aborts the generation at once; nothing polls. A client that has
+stopped reading is hung up on by front/http_protocol, and the same way tells it.
 """
 
 import asyncio
@@ -20,7 +21,6 @@ from service.messages import TokenLogprobs
 
 PING = b": ping\n\n"  # a comment: keeps proxies from closing a stream that waits for its first token
 PING_INTERVAL_S = 15.0
-STALL_TIMEOUT_S = 60.0
 MAX_WAITING_BYTES = 256 << 10  # for a client that reads slower than the engine writes
 
 HEADERS = [
@@ -31,19 +31,23 @@ HEADERS = [
 
 
 class EventStream(Response):
-    """A response that is still being made. `attach` comes before the generation starts."""
+    """A response that is still being made. `attach` comes before the generation starts.
+
+    `send_body` is the server's own `send`. Its events come a hundred times a second and stream, and what the
+    frameworks wrap around it looks at the start of a response only.
+    """
 
     background = None
     status_code = 200
 
-    def __init__(self) -> None:
+    def __init__(self, send_body: Send) -> None:
         # not Response's own: there is no body yet
+        self._send_body = send_body
         self.raw_headers = list(HEADERS)
         self._waiting: list[bytes] = []
         self._num_waiting_bytes = 0
         self._ended = False
         self._wake: asyncio.Future[None] | None = None
-        self._sending_since = 0.0  # loop time; 0: not sending
         self._quiet = True  # nothing was sent since the last tick
 
     def attach(self, generation: Generation, format: AnswerFormat) -> None:
@@ -63,31 +67,33 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
         watch = asyncio.create_task(self._watch(receive))
-        writer = asyncio.current_task()
-        assert writer is not None
-        self._timer = loop.call_later(PING_INTERVAL_S, self._tick, loop, writer)
+        self._timer = loop.call_later(PING_INTERVAL_S, self._tick, loop)
         try:
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
-            while self._waiting or not self._ended:
-                if not self._waiting:
-                    self._wake = loop.create_future()
-                    await self._wake
-                    self._wake = None
-                    continue
-                body = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
-                self._waiting.clear()
-                self._num_waiting_bytes = 0
-                self._sending_since = loop.time()
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-                self._sending_since = 0.0
-                self._quiet = False
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            # a task of its own wakes without passing through a dozen frames of the frameworks
+            await asyncio.create_task(self._write(loop))
         finally:
             self._timer.cancel()
             watch.cancel()
             self.generation.cancel()
+
+    async def _write(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Sends what gathers, to the end of the response."""
+        send = self._send_body
+        while self._waiting or not self._ended:
+            if not self._waiting:
+                self._wake = loop.create_future()
+                await self._wake
+                self._wake = None
+                continue
+            body = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
+            self._waiting.clear()
+            self._num_waiting_bytes = 0
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            self._quiet = False
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _watch(self, receive: Receive) -> None:
         await disconnected(receive)
@@ -96,14 +102,11 @@ class EventStream(Response):
         self._waiting.clear()
         self._wake_writer()
 
-    def _tick(self, loop: asyncio.AbstractEventLoop, writer: "asyncio.Task[None]") -> None:
-        if self._sending_since and loop.time() - self._sending_since > STALL_TIMEOUT_S:
-            writer.cancel()
-            return
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._quiet and self._wake is not None:
             self._push(PING)
         self._quiet = True
-        self._timer = loop.call_later(PING_INTERVAL_S, self._tick, loop, writer)
+        self._timer = loop.call_later(PING_INTERVAL_S, self._tick, loop)
 
     def _push(self, events: bytes) -> None:
         self._waiting.append(events)

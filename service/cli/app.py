@@ -30,7 +30,7 @@ Model = Annotated[
 ]
 HTTP_SETTINGS = (
     *("host", "port", "metrics_port", "api_key", "served_model_name", "chat_template"),
-    *("max_queue_requests", "max_body_bytes", "max_n", "drain_timeout_s"),
+    *("max_queue_requests", "max_body_bytes", "max_n", "max_prompts", "drain_timeout_s"),
 )
 
 

@@ -25,6 +25,7 @@ import uvicorn
 from service.config import Settings
 from service.errors import HalftoneError, SettingError, SystemProblem
 from service.front.engine_client import SHUTTING_DOWN, EngineClient
+from service.front.http_protocol import HTTPProtocol
 from service.front.supervisor import ENGINE_COMMAND, Supervisor
 from service.front.text import TextCodec
 from service.messages import EngineInfo
@@ -176,7 +177,7 @@ class Host:
     async def _serve(self, exits: contextlib.AsyncExitStack, app: ASGIApp, listener: socket.socket) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=HTTPProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

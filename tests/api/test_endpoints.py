@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import httpx2
+import pytest
 from api_rig import Server, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import __version__
+from service.api.admission import check_counts
+from service.config import Settings
+from service.errors import RequestError
 
 
 def test_the_front_never_imports_torch() -> None:
@@ -96,6 +100,38 @@ def test_long_texts_are_tokenized_whole(server: Server, http: httpx2.Client) -> 
     text = "the quick brown fox " * 5000
     got = http.post("/tokenize", json={"prompt": text}).json()
     assert got["tokens"] == server.codec.encode(text)
+
+
+def test_a_long_list_of_prompts_is_scored_in_one_request(server: Server, http: httpx2.Client) -> None:
+    """As scoring clients send it: one answer to each prompt, in their order, none of them generated."""
+    prompts = [[5 + number, 6, 7] for number in range(server.settings.max_prompts)]
+    asked = {"model": "tiny", "prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 0}
+    body = http.post("/v1/completions", json=asked).raise_for_status().json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(len(prompts)))
+    assert [choice["text"] for choice in body["choices"]] == list(map(server.codec.decode, prompts))
+    assert [len(choice["logprobs"]["token_logprobs"]) for choice in body["choices"]] == [3] * len(prompts)
+    assert body["usage"]["total_tokens"] == 3 * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "n", "setting"),
+    [
+        (1, 4, "max_n"),
+        (4, 4, "max_n"),
+        (3, 3, "max_prompts"),
+        (9, None, "max_prompts"),
+        (7, 1, "max_queue_requests"),
+    ],
+)
+def test_too_many_answers_name_the_setting(num_prompts: int, n: int | None, setting: str) -> None:
+    """The last request of each size that fits is (2, 3) and (6, 1)."""
+    limits = Settings(max_n=3, max_prompts=8, max_queue_requests=8 if setting == "max_prompts" else 6)
+    check_counts(3, 2, limits)
+    check_counts(None, 6, limits)
+    with pytest.raises(RequestError, match="at most") as caught:
+        check_counts(n, num_prompts, limits)
+    assert f"`{setting}`" in caught.value.hint
+    assert caught.value.param == ("n" if setting == "max_n" else "prompt")
 
 
 def test_openapi_describes_the_bodies(http: httpx2.Client) -> None:

@@ -47,13 +47,14 @@ class PlainFormat:
 class Connection:
     """A client that reads when it is let."""
 
-    stream: EventStream = field(default_factory=EventStream)
     bodies: list[bytes] = field(default_factory=list)
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    starts: list[Any] = field(default_factory=list)
     complete: bool = False
 
     def __post_init__(self) -> None:
+        self.stream = EventStream(self.send_body)
         self.generation = ScriptedGeneration(self.stream)
         self.stream.attach(self.generation, PlainFormat())  # type: ignore[arg-type]
         self.reading.set()
@@ -62,11 +63,17 @@ class Connection:
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(self, message: Any) -> None:
+    async def send_body(self, message: Any) -> None:
+        """The server's own."""
         await self.reading.wait()
-        if message["type"] == "http.response.body":
-            self.bodies.append(message["body"])
-            self.complete = not message["more_body"]
+        assert message["type"] == "http.response.body"
+        self.bodies.append(message["body"])
+        self.complete = not message["more_body"]
+
+    async def send(self, message: Any) -> None:
+        """What the frameworks have wrapped around it: the start passes through all of them."""
+        assert not self.bodies
+        self.starts.append(message)
 
     def open(self) -> "asyncio.Task[None]":
         return asyncio.create_task(self.stream({"type": "http"}, self.receive, self.send))
@@ -98,6 +105,7 @@ async def test_what_gathers_while_the_writer_is_busy_leaves_in_one_write() -> No
     await writer
     assert connection.bodies == [b"a", b"b", b"cd", b"[DONE]", b""]
     assert connection.complete
+    assert [start["type"] for start in connection.starts] == ["http.response.start"]
 
 
 async def test_an_error_is_the_last_event_and_not_followed_by_done() -> None:
@@ -134,16 +142,36 @@ async def test_a_silent_stream_is_pinged(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(connection.bodies[:3]) == {sse.PING}
 
 
-async def test_a_stalled_reader_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "PING_INTERVAL_S", 0.001)
-    monkeypatch.setattr(sse, "STALL_TIMEOUT_S", 0.002)
+async def test_a_server_that_ends_takes_its_streams_along() -> None:
+    """Uvicorn cancels the request's task, in whichever of the two the stream waits."""
     connection = Connection()
     writer = connection.open()
     await turns()
     connection.reading.clear()
     connection.say("a")
+    await turns()
+    writer.cancel()
     await asyncio.wait({writer})
     assert writer.cancelled()
+    assert connection.generation.cancelled
+    connection.reading.set()
+    await turns()
+    assert not connection.bodies
+
+
+async def test_what_the_writer_meets_reaches_the_server() -> None:
+    connection = Connection()
+
+    async def broken(message: Any) -> None:
+        raise RuntimeError("planted")
+
+    connection.stream = EventStream(broken)
+    connection.generation = ScriptedGeneration(connection.stream)
+    connection.stream.attach(connection.generation, PlainFormat())  # type: ignore[arg-type]
+    writer = connection.open()
+    connection.say("a")
+    with pytest.raises(RuntimeError, match="planted"):
+        await writer
     assert connection.generation.cancelled
 
 

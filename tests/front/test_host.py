@@ -192,6 +192,16 @@ async def test_run_raises_what_the_engine_died_of(model_path: Path, monkeypatch:
             await host.run(lambda info: None)
 
 
+async def test_a_client_that_asks_nothing_is_hung_up_on(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.front.http_protocol.HEADER_TIMEOUT_S", 0.01)
+    async with hosted(model_path) as host:
+        reader, writer = await asyncio.open_connection(*url_of_parts(host.url))
+        assert await reader.read() == b""
+        writer.close()
+
+
 async def test_a_stalled_reader_does_not_keep_the_server(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
