@@ -38,7 +38,8 @@ class Server:
         return self.host.url
 
     def http(self, **options: Any) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=TIMEOUT_S, **options)
+        # the server speaks plain HTTP, and reading the certificates takes longer than most tests
+        return httpx2.Client(base_url=self.url, timeout=TIMEOUT_S, verify=False, **options)
 
     def call(self, function: Callable[[], T]) -> T:
         """`function()` on the server's event loop."""

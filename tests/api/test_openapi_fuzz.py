@@ -24,6 +24,7 @@ def document(server: Server) -> Any:
 def test_generated_requests(server: Server, document: Any, path: str, mode: Any) -> None:
     @settings(
         max_examples=12,
+        derandomize=True,
         deadline=None,
         database=None,
         phases=[Phase.generate],
