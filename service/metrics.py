@@ -32,7 +32,7 @@ def geometric(first: float, last: float, merged: Iterable[float] = ()) -> tuple[
     (the share below a level is exact only at a bound)."""
     bounds = set(merged)
     bound = first
-    while bound < last * 1.0001:
+    while bound < last:
         bounds.add(float(f"{bound:.4g}"))
         bound *= 1.25
     return tuple(sorted(bounds))

@@ -4,15 +4,17 @@ import asyncio
 import itertools
 import os
 import signal
+import socket
 
 import prometheus_client
 import pytest
 from engine_rig import running
+from fake_engine import FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.messages import StepStats
+from service.messages import EngineConfig, EngineInfo, StepStats
 from service.metrics import FIRST_TOKEN_SECONDS, TOKEN_SECONDS, Histogram, Metrics, catalogue
 
 
@@ -129,6 +131,104 @@ def test_a_step_adds_deltas_and_replaces_gauges() -> None:
     assert value(metrics, "halftone_memory_bytes", part="kv_cache") == 9
     assert value(metrics, "halftone_step_seconds_count") == 2
     assert value(metrics, "halftone_batch_size_sum") == 6
+
+
+def info(kv_tokens: int = 1000) -> EngineInfo:
+    with socket.socket() as unused:
+        config = EngineConfig(model_path="/nowhere", precision="nf4", kv_tokens=kv_tokens)
+        return FakeEngine(unused, config, {}).info()
+
+
+def test_another_engine_takes_up_the_counts_of_the_last() -> None:
+    """Counters and histograms go on from where they were; what is said of an engine is the new one's."""
+    metrics = Metrics("demo", "auto")
+    metrics.engine_ready(info())
+    metrics.accepted()
+    metrics.first_token(0.1)
+    metrics.inter_token(0.01, 7)
+    metrics.finished("stop", 8, 0.07)
+    metrics.tokens("generated", 8)
+    metrics.http_request("/v1/completions", 200, 0.2)
+    metrics.step(StepStats(step_seconds=0.01, num_prefill_tokens=5, num_preemptions=2, num_running=3))
+    before = samples(metrics)
+    metrics.engine_state("down")
+    metrics.engine_restarted()
+    metrics.engine_ready(info(kv_tokens=2000))
+    metrics.engine_state("ready")
+    after = samples(metrics)
+    counted = {family.name for family in catalogue() if family.type != "gauge"}
+    for (name, labels), count in before.items():
+        if name in counted or name.rpartition("_")[0] in counted:
+            added = 1.0 if name == "halftone_engine_restarts_total" else 0.0
+            assert after[name, labels] == count + added, name
+    assert value(metrics, "halftone_preemptions_total") == 2
+    assert value(metrics, "halftone_kv_cache_tokens", state="capacity") == 2000
+    metrics.step(StepStats(kv_used_tokens=500, kv_cached_tokens=30))
+    assert value(metrics, "halftone_kv_cache_usage_ratio") == 0.25
+    assert value(metrics, "halftone_kv_cache_tokens", state="reusable") == 30
+    assert value(metrics, "halftone_model_load_seconds", stage="load", precision="nf4") == 0.5
+
+
+@pytest.mark.parametrize("state", ["down", "failed"])
+def test_a_dead_engine_holds_nothing(state: str) -> None:
+    metrics = Metrics("demo", "auto")
+    metrics.engine_ready(info())
+    metrics.engine_state("ready")
+    assert value(metrics, "halftone_engine_up") == 1
+    metrics.step(StepStats(num_running=3, num_waiting=2, kv_used_tokens=100, kv_cached_tokens=50))
+    metrics.engine_state(state)
+    for gauge in ("engine_up", "requests_running", "requests_waiting", "kv_cache_usage_ratio"):
+        assert value(metrics, f"halftone_{gauge}") == 0
+    for kv_state in ("used", "reusable"):
+        assert value(metrics, "halftone_kv_cache_tokens", state=kv_state) == 0
+    assert not [name for name, _ in samples(metrics) if name == "halftone_memory_bytes"]
+
+
+@pytest.mark.parametrize("state", ["starting", "draining"])
+def test_an_engine_that_takes_no_requests_is_not_up(state: str) -> None:
+    """But it lives: what it holds stands."""
+    metrics = Metrics("demo", "auto")
+    metrics.engine_ready(info())
+    metrics.step(StepStats(num_running=3))
+    metrics.engine_state(state)
+    assert value(metrics, "halftone_engine_up") == 0
+    assert value(metrics, "halftone_requests_running") == 3
+
+
+def test_one_token_has_no_time_to_a_next() -> None:
+    metrics = Metrics("demo", "bf16")
+    metrics.finished("length", 1, 0.0)
+    metrics.finished("abort", 0, 0.0)
+    assert value(metrics, "halftone_time_per_output_token_seconds_count") == 0
+    metrics.finished("length", 5, 1.0)
+    assert value(metrics, "halftone_time_per_output_token_seconds_sum") == 0.25
+
+
+def test_the_other_buckets() -> None:
+    """A request from 10 ms to 82 s, each twice the last; a batch to 1024, by powers of two."""
+    metrics = Metrics("demo", "bf16")
+    metrics.http_request("/v1/models", 200, 0.02)
+    metrics.step(StepStats(step_seconds=0.1, num_running=64))
+    bounds: dict[str, list[tuple[float, float]]] = {}
+    for (name, labels), count in samples(metrics).items():
+        if name.endswith("_bucket"):
+            bounds.setdefault(name, []).append((float(dict(labels)["le"]), count))
+    requests = sorted(bounds["halftone_request_duration_seconds_bucket"])
+    assert [bound for bound, _ in requests] == [*(0.01 * 2**n for n in range(14)), float("inf")]
+    assert [count for _, count in requests] == [0.0, *[1.0] * 14]
+    batches = sorted(bounds["halftone_batch_size_bucket"])
+    assert [bound for bound, _ in batches] == [*(2**n for n in range(11)), float("inf")]
+    assert [count for _, count in batches] == [0.0] * 6 + [1.0] * 6
+
+
+def test_a_refusal_is_counted_from_the_first() -> None:
+    """A rate over a series that appears with its first event misses that event."""
+    metrics = Metrics("demo", "bf16")
+    assert value(metrics, "halftone_requests_rejected_total", reason="overloaded") == 0
+    for reason in ("stop", "length", "abort", "error"):
+        assert value(metrics, "halftone_requests_total", finish_reason=reason) == 0
+    for kind in ("prompt", "cached", "generated", "discarded"):
+        assert value(metrics, "halftone_tokens_total", kind=kind) == 0
 
 
 def test_a_label_cannot_break_out() -> None:
