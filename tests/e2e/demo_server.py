@@ -1,0 +1,99 @@
+"""The whole server in a thread of the test: HTTP front, engine child, demo model; and a text for it."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from tokenizers import Tokenizer
+
+from service.api.app import create_app
+from service.config import Settings
+from service.front.host import Host, run_loop
+from service.messages import EngineInfo, Evaluated
+
+PROSE = Path(__file__).parents[2] / "LICENSE"  # some 2,300 tokens that nobody will edit
+START_TIMEOUT_S = 120
+ANSWER_TIMEOUT_S = 180
+
+
+class DemoServer:
+    """A front in a thread of its own, and the real engine as its child process."""
+
+    host: Host
+    info: EngineInfo
+    loop: asyncio.AbstractEventLoop
+    stop: asyncio.Event
+
+    def metric(self, name: str, **labels: str) -> float:
+        labels |= {"model": self.host.settings.name, "precision": self.info.precision}
+        return self.host.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """One request, answered whole."""
+        return self.post_all([(path, body)])[0]
+
+    def post_all(self, requests: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+        """All of them at once -> their answers, in this order."""
+
+        async def inside() -> list[dict[str, Any]]:
+            async with httpx2.AsyncClient(base_url=self.host.url, timeout=ANSWER_TIMEOUT_S) as client:
+                sent = [client.post(path, json={"model": "demo", **body}) for path, body in requests]
+                answers = await asyncio.gather(*sent)
+            for answer in answers:
+                assert answer.status_code == 200, answer.text
+            return [answer.json() for answer in answers]
+
+        return asyncio.run(inside())
+
+    def evaluate(self, windows: list[list[int]], modes: list[Any], **options: Any) -> Evaluated:
+        """The engine's own figures of quality, asked for as `halftone eval` does."""
+        answer = asyncio.run_coroutine_threadsafe(
+            self.host.client.evaluate(windows, modes, **options), self.loop
+        )
+        return answer.result()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[DemoServer]:
+    """A ready server over the checkpoint in `folder`, on a free port."""
+    server = DemoServer()
+    configured = Settings(model=str(folder), served_model_name="demo", port=0, device="cpu", **settings)
+    up = threading.Event()
+    failures: list[BaseException] = []
+
+    async def run() -> None:
+        server.loop = asyncio.get_running_loop()
+        server.stop = asyncio.Event()
+        try:
+            async with Host(configured, folder, create_app) as server.host:
+                server.info = await server.host.ready()
+                up.set()
+                await server.stop.wait()
+        except BaseException as error:
+            failures.append(error)
+            raise
+        finally:
+            up.set()
+
+    thread = threading.Thread(target=lambda: run_loop(run()), name="front")
+    thread.start()
+    try:
+        assert up.wait(START_TIMEOUT_S)
+        if failures:
+            raise failures[0]
+        yield server
+    finally:
+        if not failures:
+            server.loop.call_soon_threadsafe(server.stop.set)
+        thread.join(START_TIMEOUT_S)
+        assert not thread.is_alive()
+
+
+def prose(folder: Path) -> list[int]:
+    """Token ids of one long English text."""
+    ids: list[int] = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROSE.read_text()).ids
+    return ids
