@@ -14,7 +14,8 @@ from fake_engine import reply
 
 from service.errors import CheckpointError, EngineUnavailableError, HalftoneError, SystemProblem
 from service.front import supervisor
-from service.front.supervisor import describe_exit, engine_environment, error_of, usable_cores
+from service.front.engine_client import EngineClient
+from service.front.supervisor import Supervisor, describe_exit, engine_environment, error_of, usable_cores
 from service.messages import EngineConfig, Fatal, StepStats
 from service.metrics import Metrics
 
@@ -155,6 +156,8 @@ async def test_stop_ends_process_and_requests() -> None:
         process_id = rig.process_id
         await rig.supervisor.stop()
         assert stream.finish_reason == "error"
+        assert rig.supervisor.process is not None
+        assert rig.supervisor.process.returncode == 0, "it was asked before it was told by a signal"
         with pytest.raises(ProcessLookupError):
             os.kill(process_id, 0)
         with pytest.raises(EngineUnavailableError):
@@ -173,9 +176,39 @@ async def test_stop_ends_an_engine_that_does_not_listen(
             await rig.client.wait_ready()
             _, stream = rig.open([1])
             await stream.started.wait()
-        await asyncio.sleep(0)
+        else:  # nobody reads its socket yet: asking would only cost the time to wait for an answer
+            monkeypatch.setattr(rig.client, "shut_down_engine", lambda: pytest.fail("asked"))
+            while rig.client.loading is None:
+                await asyncio.sleep(0.01)
         await rig.supervisor.stop()
-        assert rig.supervisor.process is None or rig.supervisor.process.returncode is not None
+        assert rig.supervisor.process is not None
+        # 0: it was asked just before the step in which it hangs
+        accepted = {-signal.SIGTERM, 0} if failpoint == "FAKE_HANG_AT_STEP" else {-signal.SIGTERM}
+        assert rig.supervisor.process.returncode in accepted
+
+
+async def test_an_engine_that_no_signal_moves_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "EXIT_GRACE_S", 0.1)
+    async with running() as rig:
+        os.kill(rig.process_id, signal.SIGSTOP)
+        await rig.supervisor.stop()
+        assert rig.supervisor.process is not None
+        assert rig.supervisor.process.returncode == -signal.SIGKILL
+
+
+async def test_the_engine_leads_a_session_of_its_own() -> None:
+    """A terminal's Ctrl-C goes to the front alone, signals to the engine's group to all it spawned."""
+    async with running() as rig:
+        assert os.getsid(rig.process_id) == os.getpgid(rig.process_id) == rig.process_id
+
+
+def test_each_crash_in_the_window_doubles_the_wait() -> None:
+    metrics = Metrics("demo", "auto")
+    client = EngineClient(1, metrics)
+    config = EngineConfig(model_path="/nowhere", precision="auto")
+    lives = Supervisor(config, client, metrics, load_timeout_s=1, step_timeout_s=1)
+    assert [lives._crashed("planted") for _ in range(5)] == [0.25, 0.5, 1.0, 2.0, None]
+    assert client.state == "failed"
 
 
 def test_the_engine_exits_when_the_front_is_gone() -> None:
