@@ -124,9 +124,14 @@ async def test_a_hang_up_cancels_the_generation_and_ends_the_writer() -> None:
     connection = Connection()
     writer = connection.open()
     await turns()
+    connection.reading.clear()
+    connection.say("on its way")
+    await turns()
     connection.gone.set()
+    await turns()
+    assert connection.generation.cancelled, "at once, though the writer still waits for the server"
+    connection.reading.set()
     await writer
-    assert connection.generation.cancelled
     connection.say("late")
     assert b"late" not in b"".join(connection.bodies)
 
