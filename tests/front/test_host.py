@@ -18,7 +18,7 @@ from engine_rig import ENDLESS, FAKE_ENGINE, Stream, write_tokenizer
 from service.config import Settings
 from service.errors import CheckpointError, EngineUnavailableError, SettingError, SystemProblem
 from service.front.engine_client import EngineClient
-from service.front.host import ASGIApp, Host, run_loop, url_of
+from service.front.host import ASGIApp, Host, bind, run_loop, url_of
 from service.front.text import TextCodec
 from service.messages import EngineInfo, Sampling
 from service.metrics import Metrics
@@ -84,15 +84,22 @@ async def test_ready_and_gone(model_path: Path) -> None:
 async def test_a_taken_port_is_told_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(SystemProblem, match=f"port `{port}`") as caught:
+        with pytest.raises(SystemProblem, match=f"port `{port}` on `127.0.0.1` is taken") as caught:
             async with Host(Settings(port=port), Path("/nowhere"), stub_app, command=FAKE_ENGINE):
                 pass
-        assert "--port" in caught.value.hint
+        assert f"`--port {port % 65535 + 1}`" in caught.value.hint
         assert caught.value.exit_code == 4
         with pytest.raises(SystemProblem) as caught:
             async with Host(Settings(port=0, metrics_port=port), Path("/nowhere"), stub_app):
                 pass
         assert "--metrics-port" in caught.value.hint
+
+
+def test_a_port_that_was_just_left_can_be_taken_and_one_in_use_cannot() -> None:
+    """Connections of the last server linger for a minute; two servers on one port would share requests."""
+    with bind("127.0.0.1", 0, "port") as listener:
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        assert not listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
@@ -136,8 +143,8 @@ async def ready_run(host: Host) -> asyncio.Task[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains(model_path: Path, number: signal.Signals) -> None:
-    """Not ready at once, what is open goes on to its own end."""
-    async with hosted(model_path) as host:
+    """Not ready at once, what is open goes on to its own end, and with it the wait."""
+    async with hosted(model_path, drain_timeout_s=1000) as host:
         run = await ready_run(host)
         stream = Stream()
         host.client.open([1], Sampling(100), b"", stream)
@@ -151,6 +158,21 @@ async def test_a_signal_drains(model_path: Path, number: signal.Signals) -> None
         await run
         assert stream.finish_reason == "length"
         assert len(stream.token_ids) == 100
+        assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+async def test_draining_takes_no_more_and_waits_for_the_rest(model_path: Path) -> None:
+    async with hosted(model_path, drain_timeout_s=1000) as host:
+        await host.ready()
+        stream = Stream()
+        host.client.open([1], Sampling(20), b"", stream)
+        drained = asyncio.create_task(host.drain())
+        await asyncio.sleep(0)
+        assert host.client.state == "draining"
+        with pytest.raises(EngineUnavailableError, match="is shutting down"):
+            host.client.open([2], Sampling(1), b"", Stream())
+        await drained
+        assert stream.finish_reason == "length"
 
 
 async def test_draining_has_an_end(model_path: Path) -> None:
@@ -173,6 +195,23 @@ async def test_a_second_signal_ends_what_is_open(model_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         await run
         assert stream.outputs[-1].error == "server is shutting down"
+
+
+async def test_after_a_second_signal_no_response_is_waited_for(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.front.host.CLOSE_GRACE_S", 1000)
+    async with hosted(model_path) as host:
+        run = await ready_run(host)
+        reader, writer = await asyncio.open_connection(*url_of_parts(host.url))
+        writer.write(b"GET /stall HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        await run
+    with contextlib.suppress(ConnectionResetError):
+        await reader.read()
+    writer.close()
 
 
 async def test_a_signal_before_ready_ends_the_load(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
