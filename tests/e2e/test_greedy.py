@@ -123,7 +123,9 @@ def test_a_batch_in_small_chunks(demo_model: Path, cases: list[Case]) -> None:
 
 
 def test_a_batch_in_too_small_a_cache(demo_model: Path, cases: list[Case]) -> None:
-    """Requests lose their place and begin again, and nobody can tell by the answers."""
-    preemptions, cached = check(cases, folder=demo_model, precision="fp32", kv_tokens=640, prefix_cache=False)
+    """Requests lose their place and begin again, and no answer tells. Half of them, for time."""
+    preemptions, cached = check(
+        cases[1::2], folder=demo_model, precision="fp32", kv_tokens=640, prefix_cache=False
+    )
     assert preemptions > 0
     assert cached == 0
