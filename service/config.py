@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,6 +23,7 @@ from service.messages import EngineConfig
 
 ENV_PREFIX = "HALFTONE_"
 CONFIG_VARIABLE = "HALFTONE_CONFIG"
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 def default_cache_dir() -> Path:
@@ -38,7 +39,9 @@ class Settings(BaseSettings):
     )
 
     # what is served
-    model: str = Field("demo", description="`demo`, a local folder, or a hub id such as ORG/NAME.")
+    model: str = Field(
+        "demo", min_length=1, description="`demo`, a local folder, or a hub id such as ORG/NAME."
+    )
     revision: str = Field("main", description="Hub branch, tag or commit.")
     precision: str = Field(
         "auto", description="`name[:option=value,...]`: fp32 bf16 fp16 int8 nf4 awq, or `auto`."
@@ -110,6 +113,30 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config_file())
 
+    @field_validator("cache_dir")
+    @classmethod
+    def in_the_home_folder(cls, value: Path) -> Path:
+        """`~` comes through variables and TOML as it is written; a shell replaces it in flags alone."""
+        return value.expanduser()
+
+    @field_validator("api_key")
+    @classmethod
+    def with_a_key_in_it(cls, value: str) -> str:
+        """`,` would start a server that is open to everyone where a key was meant."""
+        if value and not keys_in(value):
+            raise ValueError("it holds no key")
+        return value
+
+    @property
+    def api_keys(self) -> list[str]:
+        """Each key that opens the API; none where it is open to everyone."""
+        return keys_in(self.api_key)
+
+    @property
+    def is_local(self) -> bool:
+        """Does the API answer this machine alone?"""
+        return self.host in LOOPBACK
+
     @property
     def name(self) -> str:
         """The model's name in requests, metrics and reports."""
@@ -123,6 +150,11 @@ class Settings(BaseSettings):
             if name in type(self).model_fields
         }
         return EngineConfig(**{**shared, "model_path": str(model_path), "cache_dir": str(self.cache_dir)})
+
+
+def keys_in(text: str) -> list[str]:
+    """`first, second` -> [`first`, `second`]; what clients send has no spaces around it either."""
+    return [key.strip() for key in text.split(",") if key.strip()]
 
 
 def load_settings(**flags: Any) -> Settings:
@@ -144,7 +176,8 @@ def load_settings(**flags: Any) -> Settings:
         source = "--" + name.replace("_", "-")
     else:
         source = variable if variable in os.environ else str(file)
-    reason = first["msg"][0].lower() + first["msg"][1:]
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
     raise SettingError(
         f"setting `{name}` = `{first['input']}` (from {source}): {reason}",
         hint=f"{name}: {Settings.model_fields[name].description}",

@@ -25,7 +25,6 @@ from service.front.engine_client import EngineClient
 from service.front.text import TextCodec
 from service.metrics import Metrics
 
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 BODY_TYPES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 
 
@@ -51,9 +50,9 @@ def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metri
         metrics,
         paths=[route.path for route in routes],
         json_paths=[route.path for route in routes if "POST" in (route.methods or ())],
-        api_keys=[key for key in settings.api_key.split(",") if key],
+        api_keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
-        loopback_only=settings.host in LOOPBACK,
+        loopback_only=settings.is_local,
     )
 
 

@@ -24,6 +24,7 @@ from service.precision import TABLE
 from service.precision.spec import PrecisionSpec
 
 QUESTION = "Why is the sky blue?"
+OPEN_TO_ALL = "  no key     everyone who can reach `{}` may use it; `--api-key` (HALFTONE_API_KEY) closes it"
 
 
 def serve(settings: Settings) -> None:
@@ -89,6 +90,7 @@ def ready_lines(host: Host, info: EngineInfo) -> str:
             f"  weights    {megabytes(info.weight_bytes)}",
             f"  KV cache   {info.kv_tokens:,} tokens; up to {info.max_context_tokens:,} in one request",
             *([f"  metrics    {host.metrics_url}/metrics"] if settings.metrics_port else []),
+            *([] if settings.is_local or settings.api_keys else [OPEN_TO_ALL.format(settings.host)]),
             "",
             curl_line(host.url, settings.name, has_chat, bool(settings.api_key)),
         ]

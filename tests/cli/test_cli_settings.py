@@ -75,6 +75,28 @@ def test_names_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         load_settings()
 
 
+def test_keys_are_read_as_they_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys behind a space never opened, and `,` started a server that was open to everyone."""
+    assert load_settings().api_keys == []
+    assert load_settings(api_key="first, second ,").api_keys == ["first", "second"]
+    monkeypatch.setenv("HALFTONE_API_KEY", ", ")
+    with pytest.raises(SettingError, match=r"`api_key` = `, ` \(from HALFTONE_API_KEY\): it holds no key"):
+        load_settings()
+
+
+def test_home_in_a_file(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No shell replaces `~` in TOML: it made a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file.write_text('cache_dir = "~/cache"\n')
+    assert load_settings().cache_dir == tmp_path / "cache"
+
+
+def test_no_model_is_not_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFTONE_MODEL", "")
+    with pytest.raises(SettingError, match="`model` = ``"):
+        load_settings()
+
+
 def test_every_setting_is_a_flag_with_its_facts(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--help"]) == 0
     page = " ".join(capsys.readouterr().out.split())

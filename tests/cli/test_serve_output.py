@@ -55,6 +55,23 @@ def test_the_printed_line_gets_a_streamed_answer(
     assert "secret" not in lines
 
 
+@pytest.mark.parametrize(
+    ("given", "is_open"),
+    [({"host": "0.0.0.0"}, True), ({"host": "0.0.0.0", "api_key": "secret"}, False), ({}, False)],
+)
+def test_a_server_that_is_open_to_others_says_so(
+    tmp_path: Path, given: dict[str, str], is_open: bool
+) -> None:
+    write_checkpoint(tmp_path, "byte_level")
+    settings = load_settings(model=str(tmp_path), port=0, **given)
+
+    async def told() -> str:
+        async with Host(settings, tmp_path, create_app, command=FAKE_ENGINE) as host:
+            return ready_lines(host, await host.ready())
+
+    assert ("everyone who can reach `0.0.0.0`" in run_loop(told())) == is_open
+
+
 def test_a_base_model_is_asked_to_complete() -> None:
     words = shlex.split(curl_line("http://h:1", "m", has_chat=False, has_key=False))
     assert words[:3] == ["curl", "-N", "http://h:1/v1/completions"]
