@@ -178,6 +178,14 @@ class Step(msgspec.Struct, tag="step", array_like=True):
     stats: StepStats
 
 
+class Paired(msgspec.Struct, array_like=True):
+    """Nats of a decode mode less those of prefill, token by token at the same positions."""
+
+    tokens: int  # positions that both scored
+    mean: float
+    standard_error: float  # of the mean, tokens taken as independent; infinite for a single one
+
+
 class Evaluated(msgspec.Struct, tag="evaluated", array_like=True):
     """Answer to Evaluate, or its progress while `done` < `total`."""
 
@@ -190,6 +198,7 @@ class Evaluated(msgspec.Struct, tag="evaluated", array_like=True):
     kl_tokens: int = 0
     top1_agreement: float = 0.0
     error: str = ""
+    paired: dict[str, Paired] = msgspec.field(default_factory=dict)  # decode mode -> against prefill
 
 
 class Fatal(msgspec.Struct, tag="fatal", array_like=True):

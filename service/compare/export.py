@@ -16,7 +16,15 @@ from rich.table import Table
 from service.compare.files import write_whole
 from service.compare.page import render_page
 from service.compare.plan import REPORT_FILE
-from service.compare.report import Latency, Report, Row
+from service.compare.report import (
+    MAX_DISAGREEMENT,
+    MIN_STANDARD_ERRORS,
+    Agreement,
+    Apart,
+    Latency,
+    Report,
+    Row,
+)
 
 NOTHING = "-"
 Cell = Callable[[Report, Row], str]
@@ -70,10 +78,18 @@ def purchase_cell(report: Report, row: Row) -> str:
     return f"{row.purchase.more_kv_tokens:+,d}" if row.purchase else NOTHING
 
 
-def decode_cell(report: Report, row: Row) -> str:
-    assert row.quality is not None
-    agreement = row.quality.agreement
-    return f"{100 * agreement.disagreement:.2f} %{'' if agreement.agrees else ' (!)'}"
+def decode_cell(mode: str) -> Cell:
+    def cell(report: Report, row: Row) -> str:
+        assert row.quality is not None
+        apart = row.quality.agreement.apart[mode]
+        return f"{difference(apart)}{' (!)' if apart.is_flagged else ''}"
+
+    return cell
+
+
+def difference(apart: Apart) -> str:
+    """`-0.33 ± 0.50 %`: with its standard error."""
+    return f"{100 * apart.change:+.2f} ± {100 * apart.standard_error:.2f} %"
 
 
 COLUMNS: dict[str, Cell] = {
@@ -87,7 +103,8 @@ COLUMNS: dict[str, Cell] = {
     "perplexity": perplexity_cell,
     "KL": lambda report, row: f"{row.kl or 0:.4f}",
     "top-1": top1_cell,
-    "prefill vs decode": decode_cell,
+    "decode M=1 vs prefill": decode_cell("M=1"),
+    "decode M=8 vs prefill": decode_cell("M=8"),
     "KV tokens gained": purchase_cell,
 }
 
@@ -108,21 +125,38 @@ def notes(report: Report) -> list[str]:
         f"tokens/s: closed loop with {widest} streams. Perplexity and KL (nats per token, against "
         f"{report.reference}): {report.text.name}, {report.text.protocol}.",
         "KV tokens gained: what the weight bytes saved against the reference would hold in the KV cache.",
+        f"Decode vs prefill: perplexity of the same tokens, ± standard error of the paired difference; (!) "
+        f"is more than {100 * MAX_DISAGREEMENT:g} % and more than {MIN_STANDARD_ERRORS:g} standard errors.",
     ]
     for row in report.rows:
-        if row.quality and not row.quality.agreement.agrees:
-            agreement = row.quality.agreement
-            said.append(
-                f"(!) {row.precision}: perplexity of the same {agreement.tokens} tokens is "
-                f"{agreement.prefill:.4f} by prefill, {agreement.decode1:.4f} by decode at M=1 and "
-                f"{agreement.decode8:.4f} at M=8: more than 0.2 % apart."
-            )
+        if row.quality:
+            said += decode_notes(row.precision, row.quality.agreement)
         for load in row.loads:
             if load.num_errors or load.num_short:
                 said.append(
                     f"(!) {row.precision}, {load.id}: {load.num_errors} requests failed, "
                     f"{load.num_short} answers were short."
                 )
+    return said
+
+
+def decode_notes(precision: str, agreement: Agreement) -> list[str]:
+    """What is to be said of differences that are larger than allowed: flagged, or undecided."""
+    said = []
+    for mode, apart in agreement.apart.items():
+        found = (
+            f"{precision}, decode {mode}: {difference(apart)} from prefill on {agreement.tokens:,d} tokens"
+        )
+        if apart.is_flagged:
+            said.append(
+                f"(!) {found}, more than {100 * MAX_DISAGREEMENT:g} % and more than "
+                f"{MIN_STANDARD_ERRORS:g} standard errors."
+            )
+        elif apart.exceeds:
+            said.append(
+                f"{found}, more than {100 * MAX_DISAGREEMENT:g} % but within "
+                f"{MIN_STANDARD_ERRORS:g} standard errors: too few tokens to decide."
+            )
     return said
 
 
@@ -184,6 +218,9 @@ def comma_separated(report: Report) -> str:
         "disagreement": lambda row: row.quality and row.quality.agreement.disagreement,
         "more_kv_tokens": lambda row: row.purchase and row.purchase.more_kv_tokens,
     }
+    for mode in ("decode1", "decode8"):
+        for name in ("change", "standard_error"):
+            fields[f"{mode}_{name}"] = apart_field(f"{mode}_apart", name)
     for name in ("ttft", "itl", "tpot"):
         for percent in ("p50", "p95", "p99"):
             fields[f"{name}_{percent}_s"] = latency_field(name, percent)
@@ -193,6 +230,10 @@ def comma_separated(report: Report) -> str:
     for row in report.rows:
         table.writerow([field(row) for field in fields.values()])
     return written.getvalue()
+
+
+def apart_field(mode: str, name: str) -> Callable[[Row], object]:
+    return lambda row: row.quality and getattr(getattr(row.quality.agreement, mode), name)
 
 
 def latency_field(name: str, percent: str) -> Callable[[Row], object]:

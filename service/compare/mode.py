@@ -7,15 +7,15 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, expm1
 from pathlib import Path
 from typing import Literal
 
 from service.compare.loads import run_load
 from service.compare.plan import Plan
 from service.compare.report import (
-    MAX_DISAGREEMENT,
     Agreement,
+    Apart,
     Load,
     Memory,
     Model,
@@ -194,20 +194,26 @@ def perplexity(evaluated: Evaluated, mode: str) -> float:
 
 
 def agreement_of(evaluated: Evaluated) -> Agreement:
-    """Three perplexities of the same tokens -> how far decode is from prefill.
+    """Three perplexities of the same tokens -> how far decode is from prefill, and how sure that is.
 
     Raises HalftoneError where the modes scored different numbers of tokens: that compares nothing.
     """
-    counts = set(evaluated.tokens.values())
+    pairs = [evaluated.paired[mode] for mode in ("decode1", "decode8")]
+    counts = {*evaluated.tokens.values(), *(pair.tokens for pair in pairs)}
     if len(counts) != 1:
         raise HalftoneError(f"prefill and decode scored different tokens: {evaluated.tokens}")
     prefill, decode1, decode8 = (perplexity(evaluated, mode) for mode in ("prefill", "decode1", "decode8"))
-    disagreement = max(abs(decode1 / prefill - 1), abs(decode8 / prefill - 1))
+    # exp(mean) is the ratio of the perplexities, and also what a small error of the mean is multiplied by
+    apart1, apart8 = (
+        Apart(change=expm1(pair.mean), standard_error=exp(pair.mean) * pair.standard_error) for pair in pairs
+    )
     return Agreement(
         tokens=counts.pop(),
         prefill=prefill,
         decode1=decode1,
         decode8=decode8,
-        disagreement=disagreement,
-        agrees=disagreement <= MAX_DISAGREEMENT,
+        decode1_apart=apart1,
+        decode8_apart=apart8,
+        disagreement=max(abs(apart1.change), abs(apart8.change)),
+        agrees=not (apart1.is_flagged or apart8.is_flagged),
     )

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 FORMAT = "halftone-report/1"
 MAX_DISAGREEMENT = 0.002
+MIN_STANDARD_ERRORS = 2.0
 
 
 def described(text: str) -> Meta:
@@ -69,6 +70,27 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     parts: Annotated[dict[str, int], described("The engine's ledger by part")]
 
 
+class Apart(msgspec.Struct, frozen=True, kw_only=True):
+    """A decode mode against prefill, paired token by token."""
+
+    change: Annotated[float, described("decode / prefill - 1, of the perplexities")]
+    standard_error: Annotated[float, described("Of `change`; tokens of one window depend, so a little small")]
+
+    @property
+    def exceeds(self) -> bool:
+        """Further apart than one model computed twice may be."""
+        return abs(self.change) > MAX_DISAGREEMENT
+
+    @property
+    def is_decided(self) -> bool:
+        """Further from 0 than chance takes it one time in twenty."""
+        return abs(self.change) > MIN_STANDARD_ERRORS * self.standard_error
+
+    @property
+    def is_flagged(self) -> bool:
+        return self.exceeds and self.is_decided
+
+
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """One set of tokens scored three ways by the served weights."""
 
@@ -76,8 +98,20 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     prefill: Annotated[float, described("Perplexity, whole windows at once")]
     decode1: Annotated[float, described("Perplexity, teacher-forced through the paged cache, one sequence")]
     decode8: Annotated[float, described("The same with eight sequences a step")]
+    decode1_apart: Apart
+    decode8_apart: Apart
     disagreement: Annotated[float, described("Largest |decode / prefill - 1|")]
-    agrees: Annotated[bool, described(f"disagreement <= {MAX_DISAGREEMENT}")]
+    agrees: Annotated[
+        bool,
+        described(
+            f"False: a change is beyond {MAX_DISAGREEMENT} and beyond {MIN_STANDARD_ERRORS:g} standard errors"
+        ),
+    ]
+
+    @property
+    def apart(self) -> dict[str, Apart]:
+        """By the name that people read."""
+        return {"M=1": self.decode1_apart, "M=8": self.decode8_apart}
 
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,10 +6,14 @@ child --Evaluate--> Evaluation --Evaluated (progress, then the figures)--> front
 through the paged cache, one or eight sequences a step; both score the same positions: of the first eight
 windows equal beginnings, then of the next eight, until there are `decode_tokens`. KL and agreement come with
 the prefill pass, against another precision of the same checkpoint, loaded beside this one for the time.
+Where both were scored, decode is also paired with prefill token by token: rounding differs at random from
+token to token, and only the spread of the pairs says what a difference of the means is worth.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,11 +21,16 @@ from torch import Tensor
 from service.engine.link import Throttle
 from service.engine.startup import Serving, load_model
 from service.errors import HalftoneError, RequestError
-from service.messages import EngineConfig, Evaluate, Evaluated
+from service.messages import EngineConfig, Evaluate, Evaluated, Paired
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 from service.model.instance import ModelInstance
 from service.model.layers import rms_norm
-from service.quality.divergence import agrees_on_top, kl_divergence, negative_log_likelihood
+from service.quality.divergence import (
+    agrees_on_top,
+    kl_divergence,
+    negative_log_likelihood,
+    paired_difference,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +70,7 @@ class Evaluation:
         decoded = sum(self._spans)
         self._answer = Evaluated(message.id, 0, 1, {}, {})
         self._scores_prefill = "prefill" in message.modes or bool(message.reference)
+        self._prefill: list[list[float]] = []  # window, scored token -> nats
         num_decodes = sum(mode in DECODE_LANES for mode in message.modes)
         self._answer.total = max(1, self._scores_prefill * scored + num_decodes * decoded)
 
@@ -116,30 +126,32 @@ class Evaluation:
         """Whole windows, each in one forward pass; the reference sees the same."""
         model, windows, answer = self.serving.model, self.message.windows, self._answer
         num_blocks = -(-max(map(len, windows)) // BLOCK_TOKENS)
-        nll = kl = 0.0
-        num_tokens = num_agreeing = 0
+        kl, num_agreeing = 0.0, 0
         [blocks] = self._borrow([num_blocks])
         reference_kv = reference.new_kv(num_blocks + 1) if reference else None
         try:
             for window in windows:
                 targets = torch.tensor(window[1:], device=model.device)
+                nats: list[float] = []
+                self._prefill.append(nats)
                 slices = self._logits(model, window, blocks, self.serving.kv)
                 if reference is None or reference_kv is None:
                     for start, logits in slices:
-                        nll += float(negative_log_likelihood(logits, targets[start:][: len(logits)]).sum())
+                        nats += negative_log_likelihood(logits, targets[start:][: len(logits)]).tolist()
                         self._tick(len(logits))
                 else:
                     others = self._logits(reference, window, list(range(1, num_blocks + 1)), reference_kv)
                     for (start, logits), (_, other) in zip(slices, others, strict=True):
-                        nll += float(negative_log_likelihood(logits, targets[start:][: len(logits)]).sum())
+                        nats += negative_log_likelihood(logits, targets[start:][: len(logits)]).tolist()
                         kl += float(kl_divergence(other, logits).sum())
                         num_agreeing += int(agrees_on_top(other, logits).sum())
                         self._tick(len(logits))
-                num_tokens += len(targets)
         finally:
             self.serving.engine.cache.release(blocks)
+        num_tokens = sum(map(len, self._prefill))
         if "prefill" in self.message.modes:
-            answer.nll["prefill"], answer.tokens["prefill"] = nll, num_tokens
+            answer.nll["prefill"] = math.fsum(chain.from_iterable(self._prefill))
+            answer.tokens["prefill"] = num_tokens
         if reference is not None:
             answer.kl_mean, answer.kl_tokens = kl / num_tokens, num_tokens
             answer.top1_agreement = num_agreeing / num_tokens
@@ -165,31 +177,36 @@ class Evaluation:
             yield start, decoder.head(rms_norm(rows, decoder.final_norm, model.config.norm_eps))
 
     def _score_decode(self, mode: str, num_lanes: int) -> None:
-        nll, num_tokens = 0.0, 0
-        lanes = [
-            window[: span + 1] for window, span in zip(self.message.windows, self._spans, strict=True) if span
-        ]
-        for first in range(0, len(lanes), num_lanes):
-            group = sorted(lanes[first : first + num_lanes], key=len, reverse=True)
-            blocks = self._borrow([-(-len(lane) // BLOCK_TOKENS) for lane in group])
+        """Beginnings of windows, as many at once as there are lanes."""
+        spans, answer = self._spans, self._answer
+        nats: list[list[float]] = [[] for _ in spans]  # window, scored token
+        scored = [window for window, span in enumerate(spans) if span]
+        for first in range(0, len(scored), num_lanes):
+            group = sorted(scored[first : first + num_lanes], key=spans.__getitem__, reverse=True)
+            blocks = self._borrow([-(-(spans[window] + 1) // BLOCK_TOKENS) for window in group])
             try:
-                for position in range(len(group[0]) - 1):
-                    group = [lane for lane in group if len(lane) > position + 1]
-                    nll += self._decode_step(group, blocks, position)
-                    num_tokens += len(group)
+                for position in range(spans[group[0]]):
+                    group = [window for window in group if spans[window] > position]
+                    for window, value in zip(group, self._decode_step(group, blocks, position), strict=True):
+                        nats[window].append(value)
             finally:
                 for borrowed in blocks:
                     self.serving.engine.cache.release(borrowed)
-        self._answer.nll[mode], self._answer.tokens[mode] = nll, num_tokens
+        answer.nll[mode] = math.fsum(chain.from_iterable(nats))
+        answer.tokens[mode] = sum(map(len, nats))
+        if self._scores_prefill and scored:
+            answer.paired[mode] = paired(nats, self._prefill)
 
-    def _decode_step(self, group: list[list[int]], blocks: list[list[int]], position: int) -> float:
-        """Feeds each lane's token at `position` -> summed negative log-likelihood of those after it."""
+    def _decode_step(self, group: list[int], blocks: list[list[int]], position: int) -> list[float]:
+        """Feeds the token at `position` of each window -> nats of the tokens after it."""
         model = self.serving.model
-        batch = position_batch(group, blocks, position, model.device)
-        targets = torch.tensor([lane[position + 1] for lane in group], device=model.device)
+        lanes = [self.message.windows[window] for window in group]
+        batch = position_batch(lanes, blocks, position, model.device)
+        targets = torch.tensor([lane[position + 1] for lane in lanes], device=model.device)
         logits = model.forward(batch, self.serving.kv)
         self._tick(len(group))
-        return float(negative_log_likelihood(logits, targets).sum())
+        nats: list[float] = negative_log_likelihood(logits, targets).tolist()
+        return nats
 
     def _borrow(self, counts: list[int]) -> list[list[int]]:
         """Blocks of the idle engine's cache, for sequences that need these many."""
@@ -209,6 +226,14 @@ class Evaluation:
         answer.done += num_scored
         if self._throttle.ready():
             self._send(Evaluated(answer.id, min(answer.done, answer.total - 1), answer.total, {}, {}))
+
+
+def paired(decode: list[list[float]], prefill: list[list[float]]) -> Paired:
+    """Nats by window and scored token, from its beginning on; what only one has scored is left out."""
+    pairs = [pair for windows in zip(decode, prefill, strict=True) for pair in zip(*windows, strict=False)]
+    ours, base = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+    mean, standard_error = paired_difference(ours, base)
+    return Paired(len(pairs), mean, standard_error)
 
 
 def sequence_batch(token_ids: list[int], blocks: list[int], device: torch.device) -> StepBatch:

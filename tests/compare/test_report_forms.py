@@ -13,6 +13,7 @@ from service.compare.mode import agreement_of
 from service.compare.page import render_page
 from service.compare.report import (
     Agreement,
+    Apart,
     Device,
     Latency,
     Load,
@@ -28,7 +29,7 @@ from service.compare.report import (
     shipped_schema,
 )
 from service.errors import HalftoneError
-from service.messages import Evaluated
+from service.messages import Evaluated, Paired
 
 
 def latency(p50: float) -> Latency:
@@ -61,15 +62,24 @@ def load(id: str, concurrency: int) -> Load:
     )
 
 
-def row(precision: str, weight_bytes: int, perplexity: float, disagreement: float = 0.0005) -> Row:
+def row(
+    precision: str,
+    weight_bytes: int,
+    perplexity: float,
+    disagreement: float = 0.0005,
+    standard_error: float = 0.001,
+) -> Row:
     loads = [load("closed-1", 1), load("closed-4", 4), load("open", 0)]
+    apart = Apart(change=disagreement, standard_error=standard_error)
     agreement = Agreement(
         tokens=2048,
         prefill=perplexity,
         decode1=perplexity * (1 + disagreement),
         decode8=perplexity,
+        decode1_apart=apart,
+        decode8_apart=Apart(change=0.0, standard_error=standard_error),
         disagreement=disagreement,
-        agrees=disagreement <= 0.002,
+        agrees=not apart.is_flagged,
     )
     return Row(
         precision=precision,
@@ -213,7 +223,7 @@ def test_the_page_has_every_row_and_fetches_nothing(three: Report) -> None:
     assert "43 % of the bytes of bf16" in reader.text
     assert "19.5 % higher" in reader.text
     assert "+7,700" in reader.text
-    assert "0.400 % – apart" in reader.text
+    assert "+0.400 ± 0.100 % – apart" in reader.text
 
 
 def test_a_page_of_failures_is_still_a_page() -> None:
@@ -225,9 +235,35 @@ def test_a_page_of_failures_is_still_a_page() -> None:
 
 
 def test_a_disagreement_is_flagged_everywhere(three: Report) -> None:
-    assert any(note.startswith("(!) nf4: perplexity of the same 2048 tokens") for note in notes(three))
-    assert "0.40 % (!)" in markdown(three)
+    wanted = (
+        "(!) nf4, decode M=1: +0.40 ± 0.10 % from prefill on 2,048 tokens, more than 0.2 % and more than 2 "
+    )
+    assert any(note.startswith(wanted) for note in notes(three))
+    assert "+0.40 ± 0.10 % (!)" in markdown(three)
     assert not any(note.startswith("(!) bf16") for note in notes(three))
+    assert not any("M=8:" in note for note in notes(three))
+
+
+def test_a_difference_within_noise_is_told_and_not_flagged() -> None:
+    """2,048 tokens of int8 are 0.3 % apart by chance: half a percent is their standard error."""
+    noisy = report(
+        row("bf16", 269_000_000, 20.0), row("int8", 1, 20.5, disagreement=0.004, standard_error=0.005)
+    )
+    assert "+0.40 ± 0.50 % |" in markdown(noisy)
+    assert (
+        "int8, decode M=1: +0.40 ± 0.50 % from prefill on 2,048 tokens, more than 0.2 % but within 2"
+        in str(notes(noisy))
+    )
+    assert "– apart" not in render_page(noisy)
+    assert not any(note.startswith("(!)") for note in notes(noisy))
+
+
+@pytest.mark.parametrize(
+    ("change", "standard_error", "flagged"),
+    [(0.003, 0.001, True), (-0.003, 0.001, True), (-0.003, 0.002, False), (0.0015, 0.0001, False)],
+)
+def test_a_flag_needs_both_size_and_certainty(change: float, standard_error: float, flagged: bool) -> None:
+    assert Apart(change=change, standard_error=standard_error).is_flagged is flagged
 
 
 def test_tables_have_a_cell_for_every_column(three: Report) -> None:
@@ -238,17 +274,21 @@ def test_tables_have_a_cell_for_every_column(three: Report) -> None:
 
 
 def test_agreement_by_hand() -> None:
-    evaluated = Evaluated(
-        1, 1, 1, {"prefill": 6.0, "decode1": 6.003, "decode8": 5.991}, dict.fromkeys(MODES, 3)
-    )
-    agreement = agreement_of(evaluated)
+    nll = {"prefill": 6.0, "decode1": 6.003, "decode8": 5.991}
+    paired = {"decode1": Paired(3, 0.001, 0.0001), "decode8": Paired(3, -0.003, 0.001)}
+    agreement = agreement_of(Evaluated(1, 1, 1, nll, dict.fromkeys(MODES, 3), paired=paired))
     assert agreement.prefill == pytest.approx(7.389056)
-    assert agreement.disagreement == pytest.approx(0.0029955, rel=1e-4)  # exp(-0.003) - 1
+    assert agreement.decode8_apart.change == pytest.approx(-0.0029955, rel=1e-4)  # exp(-0.003) - 1
+    assert agreement.decode8_apart.change == pytest.approx(agreement.decode8 / agreement.prefill - 1)
+    assert agreement.decode8_apart.standard_error == pytest.approx(0.001 * 0.9970045)
+    assert agreement.disagreement == pytest.approx(0.0029955, rel=1e-4)
     assert not agreement.agrees
-    with pytest.raises(HalftoneError, match="different tokens"):
-        agreement_of(
-            Evaluated(1, 1, 1, dict.fromkeys(MODES, 6.0), {"prefill": 3, "decode1": 3, "decode8": 2})
-        )
+    paired["decode8"] = Paired(3, -0.003, 0.0016)
+    assert agreement_of(Evaluated(1, 1, 1, nll, dict.fromkeys(MODES, 3), paired=paired)).agrees
+    for tokens, common in (({"prefill": 3, "decode1": 3, "decode8": 2}, 3), (dict.fromkeys(MODES, 3), 2)):
+        paired["decode8"] = Paired(common, 0.0, 0.0)
+        with pytest.raises(HalftoneError, match="different tokens"):
+            agreement_of(Evaluated(1, 1, 1, nll, tokens, paired=paired))
 
 
 MODES = ("prefill", "decode1", "decode8")

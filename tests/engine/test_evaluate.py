@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import load_instance, logits_of, make_checkpoint
+from tiny_models import load_instance, logits_of, make_checkpoint, one_sequence
+from torch import Tensor
 
 from service.engine.evaluate import Evaluation, decode_spans
 from service.engine.startup import Serving, start
@@ -70,6 +72,35 @@ def test_decode_scores_beginnings_of_windows(serve: Serve, folder: Path) -> None
     assert got.tokens == {"decode1": 80, "decode8": 80}
     wanted = float(nll_of(folder, [window[:11] for window in WINDOWS[:8]]))
     assert got.nll == pytest.approx({mode: wanted for mode in got.nll}, rel=1e-5)
+
+
+def nats_of(logits: Tensor, targets: list[int]) -> list[float]:
+    log_probabilities = logits.double().log_softmax(-1)
+    return [-float(row[target]) for row, target in zip(log_probabilities, targets, strict=True)]
+
+
+def test_pairs_are_the_positions_that_both_scored(serve: Serve, folder: Path) -> None:
+    """Decode scores ten tokens of eight windows, prefill more of ten; they round differently."""
+    serving, config = serve()
+    got = evaluate(serving, config, Evaluate(1, WINDOWS, ["prefill", "decode1", "decode8"], 80))
+    instance = load_instance(folder)
+    differences = []
+    for window in WINDOWS[:8]:
+        prefill = nats_of(logits_of(instance, window)[:10], window[1:11])
+        kv = instance.new_kv(3)
+        steps = [instance.forward(one_sequence(window[: n + 1], n, kv), kv) for n in range(10)]
+        decode = nats_of(torch.cat(steps), window[1:11])
+        differences += [one - other for one, other in zip(decode, prefill, strict=True)]
+    assert got.paired.keys() == {"decode1", "decode8"}
+    assert got.paired["decode1"].tokens == got.paired["decode8"].tokens == 80
+    assert got.paired["decode1"].mean == pytest.approx(np.mean(differences), rel=1e-6)
+    assert got.paired["decode1"].standard_error == pytest.approx(np.std(differences, ddof=1) / 80**0.5)
+    assert got.paired["decode1"].standard_error > 0
+
+
+def test_decode_without_prefill_has_no_pairs(serve: Serve) -> None:
+    serving, config = serve()
+    assert evaluate(serving, config, Evaluate(1, WINDOWS, ["decode8"], 80)).paired == {}
 
 
 def test_kl_is_exact_and_against_the_reference(

@@ -2,12 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.quality.divergence import agrees_on_top, kl_divergence, negative_log_likelihood
+from service.quality.divergence import (
+    agrees_on_top,
+    kl_divergence,
+    negative_log_likelihood,
+    paired_difference,
+)
 
 numbers = st.lists(st.floats(-30, 30, width=32), min_size=5, max_size=5)
 
@@ -45,3 +51,18 @@ def test_agreement_on_the_likeliest_token() -> None:
     one = torch.tensor([[1.0, 2.0, 0.0], [5.0, 2.0, 0.0]])
     other = torch.tensor([[0.0, 9.0, 8.0], [5.0, 6.0, 0.0]])
     assert agrees_on_top(one, other).tolist() == [True, False]
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.floats(0, 30)), min_size=2, max_size=50))
+def test_paired_difference_is_numpys(pairs: list[tuple[float, float]]) -> None:
+    ours, base = np.array(pairs).T
+    mean, standard_error = paired_difference(torch.from_numpy(ours), torch.from_numpy(base))
+    assert mean == pytest.approx(np.mean(ours - base), rel=1e-9, abs=1e-12)
+    assert standard_error == pytest.approx(
+        np.std(ours - base, ddof=1) / np.sqrt(len(pairs)), rel=1e-9, abs=1e-12
+    )
+
+
+def test_one_pair_says_nothing_of_the_spread() -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    assert paired_difference(3 * one, one) == (2.0, math.inf)
