@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import resource
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from service.cores import physical_cores
 from service.errors import DeviceError
 
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
@@ -188,38 +188,6 @@ def _cgroup_reclaimable_bytes() -> int:
 
 
 # --- threads -----------------------------------------------------------------------------------
-
-
-def physical_cores() -> int:
-    """Cores this process may run on, hyperthreads counted once, a container's quota respected."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if not allowed:
-        return _mac_cores() or os.cpu_count() or 1
-    siblings = set()
-    for cpu in allowed:
-        try:
-            path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-            siblings.add(path.read_text().strip())
-        except OSError:
-            siblings.add(str(cpu))
-    return max(1, min(len(siblings), _quota_cores() or len(siblings)))
-
-
-def _mac_cores() -> int:
-    command = ["sysctl", "-n", "hw.physicalcpu"]
-    try:
-        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return 0
-
-
-def _quota_cores() -> int:
-    """Whole cores of the container's CPU quota, 0 for none."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return 0
-    return 0 if quota == "max" else max(1, int(quota) // int(period))
 
 
 def set_threads(num_threads: int) -> int:

@@ -14,6 +14,7 @@ from rich.console import Console
 from service import __version__
 from service import device as devices
 from service.config import Settings
+from service.cores import physical_cores
 from service.disk import existing_parent, folder_bytes, megabytes
 from service.errors import HalftoneError
 from service.front.host import bind
@@ -65,7 +66,7 @@ def check_device(settings: Settings) -> list[Finding]:
     needed = LEAST_MEMORY_BYTES
     name = f"{device} ({devices.device_name(device)})"
     if device.type == "cpu":
-        name += f", {devices.physical_cores()} cores"
+        name += f", {physical_cores()} cores"
     fix = (
         ""
         if free >= needed

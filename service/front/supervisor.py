@@ -16,11 +16,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from service.cores import physical_cores
 from service.errors import EngineUnavailableError, HalftoneError, SystemProblem
 from service.front.engine_client import EngineClient
 from service.messages import EngineConfig, Fatal
@@ -264,22 +264,7 @@ def engine_environment(threads: int) -> dict[str, str]:
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     else:
-        environment.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+        environment.setdefault("OMP_NUM_THREADS", str(physical_cores()))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     return environment
-
-
-def usable_cores() -> int:
-    """Physical cores that this process may use, and no more than its cgroup pays for."""
-    siblings = set()
-    for cpu in os.sched_getaffinity(0):
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(topology.read_text() if topology.is_file() else str(cpu))
-    cores = len(siblings)
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        allowed_us, period_us = quota.read_text().split()
-        if allowed_us != "max":
-            cores = min(cores, max(1, round(int(allowed_us) / int(period_us))))
-    return cores

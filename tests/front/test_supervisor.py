@@ -12,10 +12,11 @@ import pytest
 from engine_rig import FAKE_ENGINE, running
 from fake_engine import reply
 
+from service.cores import physical_cores
 from service.errors import CheckpointError, EngineUnavailableError, HalftoneError, SystemProblem
 from service.front import supervisor
 from service.front.engine_client import EngineClient
-from service.front.supervisor import Supervisor, describe_exit, engine_environment, error_of, usable_cores
+from service.front.supervisor import Supervisor, describe_exit, engine_environment, error_of
 from service.messages import EngineConfig, Fatal, StepStats
 from service.metrics import Metrics
 
@@ -238,7 +239,7 @@ def test_openmp_is_kept_from_spinning(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     environment = engine_environment(threads=0)
-    assert environment["OMP_NUM_THREADS"] == str(usable_cores())
+    assert environment["OMP_NUM_THREADS"] == str(physical_cores())
     assert environment["GOMP_SPINCOUNT"] == "1000"
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
