@@ -17,7 +17,7 @@ from service.messages import EngineConfig, EngineInfo, Loading, Sampling, Submit
 from service.model.batch import BLOCK_TOKENS, PagedKV
 from service.model.checkpoint import Checkpoint
 from service.model.instance import ModelInstance, Progress
-from service.precision import TABLE, load_backend
+from service.precision import TABLE, backend_of, load_backend
 from service.precision.base import Backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,10 +116,8 @@ def choose_backend(precision: str, checkpoint: Checkpoint, device: torch.device)
     if precision != "auto":
         return load_backend(precision)
     if checkpoint.quantization is not None:
-        for name in TABLE:
-            backend = load_backend(name)
-            if backend.accepts(checkpoint.quantization):
-                return backend
+        if backend := backend_of(checkpoint.quantization):
+            return backend
         method = checkpoint.quantization.get("quant_method", "unknown")
         raise PrecisionError(
             f"checkpoint `{checkpoint.path}` is quantized by `{method}`, which no precision reads; "

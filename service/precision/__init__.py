@@ -1,7 +1,8 @@
 """The table of precisions: a backend is one file here and one row below. No torch until one is loaded."""
 
+from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from service.errors import PrecisionError
 from service.precision.spec import PrecisionSpec
@@ -27,6 +28,18 @@ def load_backend(text: str) -> "Backend":
             f"precision `{spec.name}` does not exist; accepted are {', '.join(TABLE)}",
             hint="write `name[:option=value,...]`, for example `nf4:double_quant=off`",
         )
-    module, _, name = TABLE[spec.name].partition(":")
-    backend: Backend = getattr(import_module(module), name)(spec)
-    return backend
+    return backend_class(spec.name)(spec)
+
+
+def backend_of(quantization: Mapping[str, Any]) -> "Backend | None":
+    """What a checkpoint with this `quantization_config` is in; None where no row reads it."""
+    for name in TABLE:
+        if text := backend_class(name).written_as(quantization):
+            return load_backend(text)
+    return None
+
+
+def backend_class(name: str) -> "type[Backend]":
+    module, _, class_name = TABLE[name].partition(":")
+    found: type[Backend] = getattr(import_module(module), class_name)
+    return found

@@ -83,6 +83,13 @@ class AWQ:
         self.options: AWQOptions = check_options(spec, AWQOptions)
         self.canonical = canonical(self.name, self.options)
 
+    @classmethod
+    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
+        if quantization.get("quant_method") != cls.name:
+            return None
+        # group sizes are read from the tensors; other bits are told by `accepts`
+        return f"{cls.name}:bits=3" if quantization.get("bits") == 3 else cls.name
+
     def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
         """PrecisionError for AWQ in another container, and where an option contradicts the checkpoint."""
         if quantization is None:

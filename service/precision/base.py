@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from service.precision.spec import Options
+from service.precision.spec import Options, PrecisionSpec
 
 Read = Callable[[str], Tensor]
 Activation = Literal["16bit", "int8_rows", "fp8_rows"]
@@ -72,7 +72,7 @@ class QuantLinear(nn.Module, ABC):
 
 
 class Backend(Protocol):
-    """One row of the table. Constructed from a PrecisionSpec; raises PrecisionError on bad options."""
+    """One row of the table. Its constructor raises PrecisionError on bad options."""
 
     name: str
     options: Options
@@ -80,6 +80,13 @@ class Backend(Protocol):
     activation: Activation
     capturable: bool  # may its layers run inside a CUDA graph
     quantizer: str | None  # step of service/quantize that makes this mode's checkpoint from a 16-bit one
+
+    def __init__(self, spec: PrecisionSpec) -> None: ...
+
+    @classmethod
+    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
+        """Canonical text of the mode that a checkpoint with this `quantization_config` is in, or None."""
+        ...
 
     def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
         """Can it read a checkpoint with this `quantization_config` (None: a 16-bit one)?"""

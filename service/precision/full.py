@@ -53,6 +53,10 @@ class Full:
         self.options: Options = check_options(spec, FullOptions)
         self.canonical = canonical(self.name, self.options)
 
+    @classmethod
+    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
+        return None
+
     def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
         return quantization is None
 

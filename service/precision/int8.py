@@ -99,6 +99,10 @@ class Int8:
         self.options: Int8Options = check_options(spec, Int8Options)
         self.canonical = canonical(self.name, self.options)
 
+    @classmethod
+    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
+        return None
+
     def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
         return quantization is None
 

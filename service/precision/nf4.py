@@ -181,6 +181,10 @@ class NF4:
         self.options: NF4Options = check_options(spec, NF4Options)
         self.canonical = canonical(self.name, self.options)
 
+    @classmethod
+    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
+        return None
+
     def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
         return quantization is None
 

@@ -1,5 +1,7 @@
 """The engine's process over a real socket pair, with a tiny random Llama."""
 
+import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -186,3 +188,24 @@ def test_auto_is_what_the_checkpoint_is(folder: Path, tmp_path: Path) -> None:
     assert choose_backend("auto", Checkpoint(half), cpu).canonical == "bf16"
     assert choose_backend("auto", Checkpoint(half), cuda).canonical == "fp16"
     assert choose_backend("fp32", Checkpoint(half), cuda).canonical == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "precision"),
+    [
+        ({"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 64}, "awq"),
+        ({"quant_method": "awq", "version": "gemm", "bits": 3, "group_size": 64}, "awq:bits=3"),
+    ],
+)
+def test_auto_of_a_quantized_checkpoint(
+    folder: Path, tmp_path: Path, quantization: dict[str, object], precision: str
+) -> None:
+    from service.engine.startup import choose_backend
+    from service.model.checkpoint import Checkpoint
+
+    quantized = shutil.copytree(folder, tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_bytes())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    backend = choose_backend("auto", Checkpoint(quantized), torch.device("cpu"))
+    assert backend.canonical == precision
+    assert backend.accepts(quantization)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from service.errors import CheckpointError, PrecisionError
 from service.kernels.awq_linear.reference import pack
-from service.precision import TABLE, load_backend
+from service.precision import TABLE, backend_of, load_backend
 from service.precision.base import LinearGroup, LinearSpec, QuantLinear, Read
 
 CPU = torch.device("cpu")
@@ -232,6 +232,24 @@ def test_which_checkpoints_are_accepted() -> None:
     assert load_backend("awq:group=64").accepts(config())
     assert load_backend("awq:bits=3").accepts(config(bits=3))
     assert not load_backend("nf4").accepts(config())
+
+
+@pytest.mark.parametrize(
+    ("quantization", "mode"),
+    [
+        (config(), "awq"),
+        (config(bits=3), "awq:bits=3"),
+        (config(group_size=128), "awq"),
+        (config(bits=3, group_size=32), "awq:bits=3"),
+        ({"quant_method": "gptq", "bits": 4}, None),
+        ({}, None),
+    ],
+)
+def test_a_quantized_checkpoint_names_its_mode(quantization: dict[str, object], mode: str | None) -> None:
+    """`awq` alone means four bits, so a checkpoint of three is not what plain `awq` reads."""
+    backend = backend_of(quantization)
+    assert (backend and backend.canonical) == mode
+    assert backend is None or backend.accepts(quantization)
 
 
 @pytest.mark.parametrize(
