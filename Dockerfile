@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # Halftone's server. Torch's wheels bring the CUDA libraries, so no CUDA image is needed underneath:
-#   docker build -t halftone .                                     GPU build (about 8 GB)
+#   docker build -t halftone .                                     with CUDA
 #   docker build -t halftone:cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 ARG BASE=python:3.12-slim
 
@@ -10,12 +10,13 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/halftone
 WORKDIR /src
 COPY constraints.txt ./
-# torch first and alone: its layer outlives changes of our own code
-RUN /opt/halftone/bin/pip install -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+# torch first and alone: its layer outlives changes of our own code. PyPI stays beside torch's index, which does not
+# have every version that constraints.txt pins
+RUN /opt/halftone/bin/pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY service ./service
 COPY loadtest ./loadtest
-RUN /opt/halftone/bin/pip install -c constraints.txt ".[gpu]"
+RUN /opt/halftone/bin/pip install -c constraints.txt .
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="Halftone" \

@@ -8,6 +8,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # what .venv was made with is remembered
 TORCH ?= $(if $(wildcard .venv/.installed-cpu),cpu,default)
+ifeq ($(filter $(TORCH),cpu default),)
+$(error TORCH=$(TORCH) is not known; accepted are cpu and default, which is torch with CUDA)
+endif
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(TORCH)
 TESTABLE := .venv/.testable-$(TORCH)

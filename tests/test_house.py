@@ -163,6 +163,16 @@ def test_every_requirement_is_pinned() -> None:
     assert names <= pinned
 
 
+@pytest.mark.parametrize(("torch", "is_known"), [("cpu", True), ("default", True), ("gpu", False)])
+def test_an_unknown_torch_is_refused(torch: str, is_known: bool) -> None:
+    """`TORCH=gpu` installed the default without a word."""
+    make = subprocess.run(
+        ["make", "-n", "clean", f"TORCH={torch}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (make.returncode == 0) == is_known
+    assert is_known or "accepted are cpu and default" in make.stderr
+
+
 def test_the_readme_runs_within_twenty_lines() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert any(line.startswith("make serve") for line in lines[:20])

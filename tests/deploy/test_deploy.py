@@ -55,6 +55,12 @@ def test_dockerfile_passes_hadolint() -> None:
     assert result.returncode == 0, result.stdout
 
 
+def test_torchs_index_stands_beside_pypi() -> None:
+    """Alone it lacks versions that constraints.txt pins, so the CPU image could not be built."""
+    options = re.findall(r"--(?:extra-)?index-url", (ROOT / "Dockerfile").read_text())
+    assert options == ["--extra-index-url"]
+
+
 def test_compose_reserves_a_gpu_and_the_cpu_overlay_does_not() -> None:
     files = ("-f", "compose.yaml")
     with_gpu = compose(*files, "--profile", "*")["services"]
