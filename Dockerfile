@@ -43,7 +43,7 @@ WORKDIR /report
 USER 10001
 EXPOSE 8000 9400
 STOPSIGNAL SIGTERM
-# /health is the front's: it answers while weights are fetched, calibrated and quantized, which can take minutes
+# /health is the front's: 200 while weights are fetched, calibrated and quantized, which can take minutes
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('HALFTONE_PORT', '8000') + '/health', timeout=4)"]
 ENTRYPOINT ["halftone"]

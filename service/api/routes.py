@@ -161,6 +161,9 @@ def make_router(server: Server) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
+        """200 through loading and restarts; 503 once there will be no other engine: restart the server."""
+        if client.failure is not None:
+            return json({"status": "failed", "error": client.failure.message}, 503)
         return json({"status": "alive"})
 
     @router.get("/ready")

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service import __version__
 from service.api.admission import check_counts
 from service.config import Settings
-from service.errors import RequestError
+from service.errors import CheckpointError, RequestError
 
 
 def test_the_front_never_imports_torch() -> None:
@@ -82,6 +82,17 @@ def test_while_the_engine_loads(tmp_path: Path) -> None:
         assert refused.json()["error"]["code"] == "engine_unavailable"
         wrong = http.post("/v1/completions", json={"model": "tiny", "prompt": ""})
         assert wrong.status_code == 400, "a retry would not mend it"
+
+
+def test_an_engine_that_stays_down_is_a_server_to_restart(tmp_path: Path) -> None:
+    """`/health` said alive for ever, and whoever watches it restarted nothing."""
+    env = {"FAKE_FATAL": "invalid_checkpoint:ends early"}
+    with serving(tmp_path, env, wait_ready=False) as server, server.http() as http:
+        with pytest.raises(CheckpointError):
+            server.wait(server.host.ready)
+        health, ready = http.get("/health"), http.get("/ready")
+        assert (health.status_code, health.json()) == (503, {"status": "failed", "error": "ends early"})
+        assert (ready.status_code, ready.json()["state"]) == (503, "failed")
 
 
 def test_tokenize_and_back(server: Server, http: httpx2.Client) -> None:
