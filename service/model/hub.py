@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.disk import require_free, told_disk_errors
-from service.errors import CheckpointError, SystemProblem
+from service.errors import CheckpointError, SettingError, SystemProblem
 from service.model.demo import Progress, ensure_demo
 
 if TYPE_CHECKING:
@@ -25,10 +25,16 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve(model: str, revision: str, cache: Path, progress: Progress) -> Path:
-    """Folder with config.json and safetensors. Raises CheckpointError or SystemProblem, each with its fix."""
+    """Folder with config.json and safetensors. Raises CheckpointError, SystemProblem or SettingError, each
+    with its fix."""
+    folder = Path(model).expanduser()
+    if revision != "main" and (model == "demo" or folder.is_dir()):
+        raise SettingError(
+            f"setting `revision` = `{revision}` is of no use to `{model}`, which is no hub id",
+            hint="leave it out, or name a model of the hub: ORG/NAME",
+        )
     if model == "demo":
         return ensure_demo(cache, progress)
-    folder = Path(model).expanduser()
     if folder.is_dir():
         require_formats(
             model, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from service.errors import CheckpointError, SystemProblem
+from service.errors import CheckpointError, SettingError, SystemProblem
 from service.model.hub import is_wanted, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -182,6 +182,15 @@ def test_what_is_no_hub_id(hub: Hub, model: str) -> None:
 def test_a_folder_that_is_not_there(model: str) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         fetch(model)
+
+
+@pytest.mark.parametrize("model", ["demo", "folder"])
+def test_a_revision_of_what_has_none(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was ignored, and another version served than the one that was asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SettingError, match=f"`revision` = `v2` is of no use to `{model}`"):
+        resolve(model, "v2", tmp_path, lambda *_: None)
 
 
 def test_a_local_folder_is_used_where_it_lies(tmp_path: Path) -> None:
