@@ -9,12 +9,14 @@ from service.compare.job import run_compare
 from service.compare.plan import CompareOptions
 from service.config import Settings
 from service.disk import told_disk_errors
+from service.errors import HalftoneError
 from service.model.hub import resolve
 from service.precision.spec import split_list
 
 
 def compare(settings: Settings, precisions: str, out: Path, *, text: str, prompts: str, seed: int) -> None:
-    """Raises HalftoneError before anything is measured; a mode that fails is a row of the report."""
+    """Raises HalftoneError before anything is measured, and after the report where a mode of it failed: a
+    script that reads the exit code must not take half of a comparison for a whole one."""
     logs.configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
     modes = split_list(precisions)
     for mode in modes:
@@ -23,4 +25,10 @@ def compare(settings: Settings, precisions: str, out: Path, *, text: str, prompt
         model_path = resolve(settings.model, settings.revision, settings.cache_dir, display)
     options = CompareOptions(text=text, prompts=prompts, seed=seed)
     with told_disk_errors(out):
-        run_compare(settings, model_path, modes, out, options)
+        report = run_compare(settings, model_path, modes, out, options)
+    failed = [row.precision for row in report.rows if not row.ok]
+    if failed:
+        raise HalftoneError(
+            f"{len(failed)} of {len(modes)} modes failed: {', '.join(failed)}",
+            hint="the report has their reasons; the same command measures them again",
+        )

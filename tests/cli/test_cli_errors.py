@@ -9,10 +9,12 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from service.__main__ import main, run
+from service.compare.report import Row
 from service.disk import told_disk_errors
 from service.errors import SystemProblem
 
@@ -134,6 +136,18 @@ def test_out_that_exists(fails: Fails, tmp_path: Path) -> None:
     model = write_folder(tmp_path / "model", "config.json", "model.safetensors")
     code, message, hint = fails("quantize", model, "--out", str(tmp_path))
     assert (code, "--out" in hint) == (4, True)
+
+
+def test_a_mode_that_failed_is_a_failed_command(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row could fail and the exit code was 0."""
+    rows = [Row(precision="bf16", status="ok"), Row(precision="nf4", status="failed", error="no room")]
+    monkeypatch.setattr("service.cli.compare.run_compare", lambda *_: SimpleNamespace(rows=rows))
+    model = write_folder(tmp_path / "model", "config.json", "model.safetensors")
+    code, message, hint = fails("compare", model, "--precisions", "bf16,nf4", "--out", str(tmp_path / "out"))
+    assert (code, message) == (1, "1 of 2 modes failed: nf4")
+    assert "same command" in hint
 
 
 def test_a_precision_that_the_checkpoint_is_not(fails: Fails, tmp_path: Path) -> None:
