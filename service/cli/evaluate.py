@@ -20,7 +20,7 @@ from service.compare.windows import EvaluationText
 from service.config import Settings
 from service.disk import megabytes, told_disk_errors
 from service.errors import SystemProblem
-from service.front.host import Host, run_loop
+from service.front.host import Host, run_to_end
 from service.messages import EngineInfo, Evaluated
 from service.model.hub import resolve
 
@@ -39,7 +39,7 @@ def evaluate(
         windows = EvaluationText.prepare(text, settings.calibration, model_path, num_windows, window_tokens)
         # nobody but this process talks to the engine
         quiet = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "metrics_port": 0})
-        info, evaluated = run_loop(run(quiet, model_path, windows, reference, display))
+        info, evaluated = run_to_end(run(quiet, model_path, windows, reference, display))
     result = result_of(info, evaluated, windows, reference)
     Console(highlight=False).print(table_of(result))
     if out is not None:

@@ -73,6 +73,9 @@ def build_report(
         first_line=first_line(plan, model, device, workload),
         supports=supports(plan, model),
         complete=len(done) == len(plan.precisions),
+        not_measured=[
+            precision for n, precision in enumerate(plan.precisions) if n not in done and n not in failures
+        ],
         reference=reference.precision if reference else plan.reference,
         model=model,
         device=device,

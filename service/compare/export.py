@@ -128,6 +128,8 @@ def notes(report: Report) -> list[str]:
         f"Decode vs prefill: perplexity of the same tokens, ± standard error of the paired difference; (!) "
         f"is more than {100 * MAX_DISAGREEMENT:g} % and more than {MIN_STANDARD_ERRORS:g} standard errors.",
     ]
+    if report.not_measured:
+        said.append(f"(!) Stopped: {', '.join(report.not_measured)} not measured. The same command goes on.")
     for row in report.rows:
         if row.quality:
             said += decode_notes(row.precision, row.quality.agreement)

@@ -23,7 +23,7 @@ from service.compare.report import Report, Row
 from service.compare.windows import EvaluationText
 from service.config import Settings
 from service.errors import HalftoneError, SettingError
-from service.front.host import AppFactory, run_loop
+from service.front.host import AppFactory, run_to_end
 from service.front.supervisor import ENGINE_COMMAND
 
 Measure = Callable[[Job, Advance], Awaitable[Measured]]
@@ -43,8 +43,9 @@ def run_compare(
 ) -> Report:
     """Measures every mode that `out` does not hold yet, writes the report there and prints its table.
 
-    A mode that fails becomes a row that says why. Ctrl-C writes a report of what is measured and is raised
-    again. Raises PrecisionError, SettingError and SystemProblem before anything is measured.
+    A mode that fails becomes a row that says why. Ctrl-C and SIGTERM write a report of what is measured and
+    are raised again, as KeyboardInterrupt and SystemExit. Raises PrecisionError, SettingError and
+    SystemProblem before anything is measured.
     """
     options = options or CompareOptions()
     console = console or Console()
@@ -66,8 +67,8 @@ def run_compare(
     failures: dict[int, Row] = {}
     run = Run(plan, text, out, app_factory, command, measure_mode, console, done, failures)
     try:
-        run_loop(run.all_modes())
-    except KeyboardInterrupt:
+        run_to_end(run.all_modes())
+    except (KeyboardInterrupt, SystemExit):
         console.print("stopped; the same command goes on from here")
         raise
     finally:

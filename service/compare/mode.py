@@ -107,12 +107,15 @@ async def measure(job: Job, advance: Advance) -> Measured:
 async def wait_ready(host: Host, advance: Advance) -> EngineInfo:
     """Shows the stages of loading until the engine is ready."""
     ready = asyncio.create_task(host.ready())
-    while not ready.done():
-        loading: Loading | None = host.client.loading
-        if loading is not None:
-            advance("load", loading.done / max(loading.total, 1))
-        await asyncio.wait({ready}, timeout=POLL_S)
-    return ready.result()
+    try:
+        while not ready.done():
+            loading: Loading | None = host.client.loading
+            if loading is not None:
+                advance("load", loading.done / max(loading.total, 1))
+            await asyncio.wait({ready}, timeout=POLL_S)
+        return ready.result()
+    finally:
+        ready.cancel()
 
 
 async def drive(job: Job, host: Host, model: str, advance: Advance) -> tuple[list[Load], float]:

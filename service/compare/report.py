@@ -205,6 +205,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     first_line: Annotated[str, described("Model, device, workload")]
     supports: Annotated[str, described("What these figures can support, and what not")]
     complete: Annotated[bool, described("False: some mode was not measured, or failed")]
+    not_measured: Annotated[list[str], described("Modes asked for that have no row: the run was stopped")]
     reference: str
     model: Model
     device: Device

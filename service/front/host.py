@@ -286,3 +286,35 @@ def run_loop(main: Coroutine[Any, Any, T]) -> T:
         loop_factory = import_module("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(main)
+
+
+def run_to_end(main: Coroutine[Any, Any, T]) -> T:
+    """`run_loop` for a command that ends by itself, in the main thread: SIGTERM cancels it as Ctrl-C does.
+
+    What `main` has started is ended on its way out. Raises SystemExit(143) then, KeyboardInterrupt after
+    Ctrl-C.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    was_asked = False
+
+    async def ended_by_signal() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def end() -> None:  # once: a second signal would cut off the engine's end
+            nonlocal was_asked
+            if not was_asked:
+                was_asked = True
+                task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
+        return await main
+
+    try:
+        return run_loop(ended_by_signal())
+    except asyncio.CancelledError:
+        if was_asked:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

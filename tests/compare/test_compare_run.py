@@ -1,16 +1,19 @@
 """The whole job over the real front and a fake engine: rows, files, failures, resuming."""
 
+import asyncio
 import csv
 import io
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jsonschema
 import pytest
 
+from service.__main__ import leave
 from service.compare import mode
 from service.compare.loads import run_load
 from service.compare.mode import Advance, Job, Measured, measure
@@ -176,6 +179,79 @@ def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(compare: Com
     assert rest.asked == ["int8"]
     assert report.complete
     assert report.rows[0].seconds == partial["rows"][0]["seconds"]  # not measured anew
+
+
+class Interrupted:
+    """`measure` that signals this process when `int8` has come to a stage; remembers what it had started."""
+
+    def __init__(self, number: signal.Signals, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.number, self.stage, self.setenv = number, stage, monkeypatch.setenv
+        self.started: list[asyncio.subprocess.Process] = []
+        self.spawn, self.run_load = asyncio.create_subprocess_exec, mode.run_load
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", self.remembered)
+        monkeypatch.setattr(mode, "run_load", self.watched)
+
+    async def remembered(self, *arguments: Any, **options: Any) -> asyncio.subprocess.Process:
+        self.started.append(await self.spawn(*arguments, **options))
+        return self.started[-1]
+
+    async def watched(self, *arguments: Any) -> Load:
+        before = len(self.started)
+        load = asyncio.ensure_future(self.run_load(*arguments))
+        try:
+            if self.is_due and self.stage == "traffic":
+                while len(self.started) == before:
+                    await asyncio.sleep(0)
+                signal.raise_signal(self.number)
+            return await load
+        finally:
+            load.cancel()
+            await asyncio.gather(load, return_exceptions=True)
+
+    async def __call__(self, job: Job, advance: Advance) -> Measured:
+        self.is_due = job.precision == "int8"
+        if self.is_due and self.stage == "load":
+            self.setenv("FAKE_HANG_AT_LOAD", "1")
+
+        def noticed(stage: str, share: float) -> None:
+            advance(stage, share)
+            if self.is_due and stage == self.stage != "traffic":
+                signal.raise_signal(self.number)
+
+        return await measure(job, noticed)
+
+
+@pytest.mark.parametrize("stage", ["load", "traffic", "quality"])
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_leaves_a_report_and_no_process(
+    compare: Compare,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    raised: type[BaseException],
+    stage: str,
+) -> None:
+    """SIGTERM once left the event loop where it stood: half a report, and tasks that nobody awaited."""
+    interrupted = Interrupted(number, stage, monkeypatch)
+    before = signal.signal(signal.SIGTERM, leave)  # as __main__ does
+    try:
+        with pytest.raises(raised) as error:
+            compare(["bf16", "int8", "nf4"], measure_mode=interrupted)
+        assert signal.getsignal(signal.SIGTERM) is leave
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not isinstance(error.value, SystemExit) or error.value.code == 143
+    assert all(process.returncode is not None for process in interrupted.started)
+    partial = json.loads((tmp_path / "report/report.json").read_bytes())
+    assert [row["precision"] for row in partial["rows"]] == ["bf16"]
+    assert partial["not_measured"] == ["int8", "nf4"]
+    assert not partial["complete"]
+    jsonschema.validate(partial, shipped_schema())
+    assert "int8, nf4 not measured" in (tmp_path / "report/report.md").read_text()
+    assert "stopped before int8, nf4 were measured" in (tmp_path / "report/report.html").read_text()
+    assert "int8, nf4 not measured" in (tmp_path / "terminal.txt").read_text()
 
 
 def test_a_folder_with_another_run_is_refused(

@@ -123,6 +123,7 @@ def report(*rows: Row) -> Report:
         first_line="tiny on a <b>machine</b>",
         supports="nothing but this test",
         complete=all(one.ok for one in rows),
+        not_measured=[],
         reference="bf16",
         model=Model(name="tiny & small", path="/m", architecture="A", num_parameters=1),
         device=Device(kind="cpu", name="x", threads=2),
