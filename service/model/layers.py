@@ -8,11 +8,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., n] -> [..., n]: computed in float32, rounded to x's dtype, then scaled by `weight` [n].
 
     The rounding stands before the scaling, as the checkpoints' own code has it; torch's fused `rms_norm`
-    rounds once, after it.
+    rounds once, after it, so it is given no weight.
     """
-    wide = x.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * scale).to(x.dtype) * weight
+    wide = F.rms_norm(x.float(), x.shape[-1:], None, eps)
+    return wide.to(x.dtype) * weight
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class AWQLinear(QuantLinear):
     ) -> None:
         super().__init__()
         self.group = group
-        weight = awq_linear.prepare(qweight, qzeros, scales)
+        weight = awq_linear.prepare(qweight, qzeros, scales, group.dtype)
         self.kernel = weight.kernel
         self.register_buffer("codes", weight.codes)
         self.register_buffer("zeros", weight.zeros)

@@ -46,7 +46,7 @@ class PackedWeight:
     kernel: str
     codes: Tensor  # int32 [in, out / 8], or uint8 [out, in / 2] in int4pack order
     zeros: Tensor  # int32 [in / group, out / 8], or int8 [in / group, out], which is 8 - zero
-    scales: Tensor  # float16 [in / group, out]
+    scales: Tensor  # float16 [in / group, out], or bf16 on a CPU under bf16 activations
 
 
 def check(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> None:
@@ -59,14 +59,19 @@ def check(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> None:
     assert qweight.shape[0] % groups == 0, (qweight.shape, scales.shape)
 
 
-def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> PackedWeight:
-    """AutoAWQ's tensors on their device -> the form that is fastest there; bits are only moved."""
+def prepare(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype = torch.float16
+) -> PackedWeight:
+    """AutoAWQ's tensors on their device -> the form that is fastest there for activations of `dtype`.
+
+    Codes and zeros are only moved; a CPU rounds scales to bf16 under bf16 activations (cpu.py).
+    """
     check(qweight, qzeros, scales)
     in_features = qweight.shape[0]
     if qweight.is_cuda:
         return PackedWeight("triton.awq_linear", qweight, qzeros, scales)
     if cpu.fits(in_features, scales.shape[1], in_features // scales.shape[0]):
-        return PackedWeight("torch.int4pack", *cpu.pack_int4(qweight, qzeros, scales))
+        return PackedWeight("torch.int4pack", *cpu.pack_int4(qweight, qzeros, scales, dtype))
     return PackedWeight("reference.awq_linear", qweight, qzeros, scales)
 
 

@@ -36,12 +36,18 @@ def fits(in_features: int, out_features: int, group: int) -> bool:
     return out_features % COLUMNS == 0 and in_features % group == 0 and group in GROUPS and is_supported()
 
 
-def pack_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """AutoAWQ's tensors -> codes uint8 [out, in / 2], zeros int8 [in / group, out], scales unchanged.
+def pack_int4(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """AutoAWQ's tensors -> codes uint8 [out, in / 2], zeros int8 [in / group, out], scales [in / group, out].
 
     `zeros` is 8 - zero: torch's product takes (code - 8) * scale + offset, and the offset is zeros * scale.
+    For bf16 activations scales are bf16, as that product reads them: converting them in each call would cost
+    as much time as making the offsets. For other types they stay float16.
     """
     codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(qweight).t().int().contiguous(), 1)
+    if dtype == torch.bfloat16:
+        scales = scales.to(dtype)
     return codes, 8 - unpack(qzeros).to(torch.int8), scales
 
 
@@ -52,32 +58,30 @@ def unpack_int4(codes: Tensor) -> Tensor:
 
 
 @cache
-def offset_workspace(groups: int, out_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """bf16 scales, offsets [groups, out]; the pairs [groups, out, 2] that torch reads, also as complex.
-
-    Kept for each shape of the model: allocating them in each call costs as much as filling them.
+def pair_workspace(groups: int, out_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bf16 offsets [groups, out] and the pairs [groups, out, 2] that torch reads, each with its view that
+    `torch.complex` takes. Kept for each shape of the model: allocating them costs as much as filling them.
     """
-    scales, offsets = torch.empty(2, groups, out_features, dtype=torch.bfloat16)
+    offsets = torch.empty(groups, out_features, dtype=torch.bfloat16)
     pairs = torch.empty(groups, out_features, 2, dtype=torch.bfloat16)
-    return scales, offsets, pairs, torch.view_as_complex(pairs.view(torch.float16))
+    return offsets, offsets.view(torch.float16), pairs, torch.view_as_complex(pairs.view(torch.float16))
 
 
 def scales_and_offsets(zeros: Tensor, scales: Tensor) -> Tensor:
-    """-> bf16 [groups, out, 2]. The bytes resident are 3 a group; these 4 live for one call.
+    """zeros int8 and scales bf16, [groups, out] -> bf16 [groups, out, 2].
 
-    `torch.complex` is the one vectorized interleaving store there is; it moves 16-bit words unseen.
+    The bytes resident are 3 a group; these 4 live for one call. `torch.complex` is the one vectorized
+    interleaving store there is; it moves 16-bit words unseen.
     """
-    scale, offset, pairs, interleaved = offset_workspace(*zeros.shape)
-    scale.copy_(scales)
-    offset.copy_(zeros)
-    offset.mul_(scale)
-    torch.complex(scale.view(torch.float16), offset.view(torch.float16), out=interleaved)
+    offsets, offset_words, pairs, pair_words = pair_workspace(*zeros.shape)
+    torch.mul(scales, zeros, out=offsets)
+    torch.complex(scales.view(torch.float16), offset_words, out=pair_words)
     return pairs
 
 
 def linear(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     """[tokens, in] -> [tokens, out] in x's dtype; torch's product is vectorized for bfloat16 alone."""
-    if x.dtype == torch.bfloat16 and x.shape[0] <= MAX_PACKED_ROWS:
+    if x.dtype == scales.dtype == torch.bfloat16 and x.shape[0] <= MAX_PACKED_ROWS:
         group = codes.shape[1] * 2 // zeros.shape[0]
         return torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), codes, group, scales_and_offsets(zeros, scales)
