@@ -15,6 +15,7 @@ FAKE_CONTEXT          longest prompt + answer (4096)
 FAKE_REPLY            ids separated by commas: each answer is these, then the end-of-text id (finish `stop`)
 FAKE_ERROR_TOKEN      a prompt with this id ends with finish reason `error` at its first step
 FAKE_FATAL            `code:message`: Fatal at load; FAKE_RETRYABLE=1 says that another try may work
+FAKE_QUANTIZE         an `awq` engine makes its checkpoint while it loads: 1.75 s, and 900 MB at the peak
 FAKE_DIE_AT_LOAD      kills itself before it is ready
 FAKE_HANG_AT_LOAD     never becomes ready
 FAKE_DIE_AT_STEP      kills itself instead of the k-th step (counted from 1)
@@ -154,6 +155,8 @@ class FakeEngine:
         self.max_context_tokens = config.max_context_tokens or int(env.get("FAKE_CONTEXT") or 4096)
         self.max_batch_requests = config.max_batch_requests or 64
         self.kv_tokens = config.kv_tokens or 65536
+        self.load_seconds = {"import": 0.1, "load": 0.5}
+        self.peak_load_bytes = 300_000_000
         self.requests: dict[int, Request] = {}
         self.steps = 0
         self.received = bytearray()
@@ -183,6 +186,11 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fires("FAKE_HANG_AT_LOAD"):
             signal.pause()
+        if self.config.precision.startswith("awq") and self.fires("FAKE_QUANTIZE"):
+            self.send(Loading("calibrate", 0, 1, "steps"))
+            self.send(Loading("quantize", 30, 30, "layers"))
+            self.load_seconds |= {"calibrate": 0.25, "quantize": 1.5}
+            self.peak_load_bytes = 900_000_000
         self.send(Loading("load", 268_000_000, 268_000_000, "bytes"))
         self.send(Ready(self.info()))
 
@@ -207,8 +215,8 @@ class FakeEngine:
             kernels={"qkv_proj": "fake_linear", "attention": "fake_attention", "lm_head": "fake_linear"},
             memory_bytes={"weights.codes": 268_000_000, "kv_cache": 23040 * self.kv_tokens},
             weight_bytes=268_000_000,
-            load_seconds={"import": 0.1, "load": 0.5},
-            peak_load_bytes=300_000_000,
+            load_seconds=self.load_seconds,
+            peak_load_bytes=self.peak_load_bytes,
         )
 
     def run(self) -> None:

@@ -131,6 +131,11 @@ def notes(report: Report) -> list[str]:
     if report.not_measured:
         said.append(f"(!) Stopped: {', '.join(report.not_measured)} not measured. The same command goes on.")
     for row in report.rows:
+        if row.quantize_seconds:
+            said.append(
+                f"{row.precision}: its checkpoint was made in {row.quantize_seconds:.1f} s by an engine of "
+                "its own, and is kept; the measured engine only loaded it."
+            )
         if row.quality:
             said += decode_notes(row.precision, row.quality.agreement)
         for load in row.loads:
@@ -213,6 +218,7 @@ def comma_separated(report: Report) -> str:
         "peak_bytes": lambda row: row.memory and row.memory.peak_bytes,
         "peak_without_kv_bytes": lambda row: row.memory and row.memory.peak_without_kv_bytes,
         "load_s": lambda row: row.seconds_to_load if row.ok else None,
+        "quantize_s": lambda row: row.quantize_seconds if row.ok else None,
         "tokens_per_s": lambda row: row.tokens_per_s,
         "perplexity": lambda row: row.perplexity,
         "kl": lambda row: row.kl,

@@ -145,11 +145,14 @@ class Run:
 def stage_bar(bar: Progress, task: TaskID, precision: str, start: float) -> Advance:
     """-> what a mode calls to move the bar: stages in order, each with its rough share."""
     names = list(STAGES)
+    furthest = start
 
     def advance(stage: str, share: float) -> None:
+        nonlocal furthest
         before = sum(STAGES[name] for name in names[: names.index(stage)])
-        completed = start + before + STAGES[stage] * min(share, 1.0)
-        bar.update(task, completed=completed, description=f"{precision}: {stage}")
+        # stages of the engine each count from nothing: the bar waits, it does not go back
+        furthest = max(furthest, start + before + STAGES[stage] * min(share, 1.0))
+        bar.update(task, completed=furthest, description=f"{precision}: {stage}")
 
     return advance
 

@@ -1,9 +1,13 @@
 """One precision from load to quality, in one engine process: a Row, or why there is none.
 
 job --plan, place--> Host (fresh engine) --loads, Evaluate--> Row
+
+An engine that had to quantize first is ended when that is done, and another measured: seconds and peak of
+loading are those of a start, and the making of a checkpoint is a figure of its own.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +35,13 @@ from service.messages import EngineInfo, Evaluated, Loading
 Advance = Callable[[str, float], None]  # stage, share of it that is done
 POLL_S = 0.2
 KV_PART = "kv_cache"
-STAGES = {"load": 8.0, "traffic": 20.0, "quality": 50.0}  # rough seconds each, for the bar only
+CALIBRATE, QUANTIZE = "calibrate", "quantize"  # stages of loading; the first also looks into the cache
+STAGES = {
+    "prepare": 20.0,
+    "load": 8.0,
+    "traffic": 20.0,
+    "quality": 50.0,
+}  # rough seconds each, for the bar only
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,18 @@ async def measure(job: Job, advance: Advance) -> Measured:
     """One mode in a fresh engine. Raises HalftoneError; the engine is gone when this returns or raises."""
     started_s = time.monotonic()
     settings = job.plan.settings.model_copy(update={"precision": job.precision})
-    async with Host(settings, job.plan.model_path, job.app_factory, command=job.command) as host:
+
+    def fresh_host() -> Host:
+        return Host(settings, job.plan.model_path, job.app_factory, command=job.command)
+
+    async with contextlib.AsyncExitStack() as engines:
+        host = await engines.enter_async_context(fresh_host())
         info = await wait_ready(host, advance)
+        quantize_seconds = seconds_quantizing(info)
+        if quantize_seconds:
+            await engines.aclose()
+            host = await engines.enter_async_context(fresh_host())
+            info = await wait_ready(host, advance)
         process = host.supervisor.process
         loads, rate_per_s = await drive(job, host, settings.name, advance)
         memory = memory_of(host, info)
@@ -89,6 +109,7 @@ async def measure(job: Job, advance: Advance) -> Measured:
         kl=quality.kl_mean,
         quality=quality,
         load_seconds=info.load_seconds,
+        quantize_seconds=quantize_seconds,
         loads=loads,
         dtype=info.dtype,
         kernels=info.kernels,
@@ -105,17 +126,26 @@ async def measure(job: Job, advance: Advance) -> Measured:
 
 
 async def wait_ready(host: Host, advance: Advance) -> EngineInfo:
-    """Shows the stages of loading until the engine is ready."""
+    """Shows the stages of loading until the engine is ready; one that quantizes only prepares."""
+    stage = "load"
     ready = asyncio.create_task(host.ready())
     try:
         while not ready.done():
             loading: Loading | None = host.client.loading
             if loading is not None:
-                advance("load", loading.done / max(loading.total, 1))
+                stage = "prepare" if loading.stage == QUANTIZE else stage
+                advance(stage, loading.done / max(loading.total, 1))
             await asyncio.wait({ready}, timeout=POLL_S)
         return ready.result()
     finally:
         ready.cancel()
+
+
+def seconds_quantizing(info: EngineInfo) -> float:
+    """What this engine spent on making its checkpoint, calibration included; 0 where it found one."""
+    if QUANTIZE not in info.load_seconds:
+        return 0.0
+    return sum(info.load_seconds.get(stage, 0.0) for stage in (CALIBRATE, QUANTIZE))
 
 
 async def drive(job: Job, host: Host, model: str, advance: Advance) -> tuple[list[Load], float]:

@@ -149,6 +149,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: Annotated[dict[str, float], described("Stage of loading -> seconds")] = msgspec.field(
         default_factory=dict
     )
+    quantize_seconds: Annotated[
+        float,
+        described("Making the checkpoint of this mode, in an engine before the measured one; 0: none made"),
+    ] = 0.0
     loads: list[Load] = msgspec.field(default_factory=list)
     dtype: Annotated[str, described("Of activations and KV cache")] = ""
     kernels: dict[str, str] = msgspec.field(default_factory=dict)

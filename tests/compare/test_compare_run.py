@@ -139,6 +139,32 @@ def test_an_engine_that_cannot_load_is_a_row(
     assert "no such layer" in (tmp_path / "report/report.html").read_text()
 
 
+def test_a_checkpoint_is_made_before_the_measured_engine_starts(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first start of awq once reported quantizing as its seconds to load and its peak."""
+    monkeypatch.setenv("FAKE_QUANTIZE", "1")
+    monkeypatch.setenv("FAKE_ONCE", str(tmp_path / "made"))
+    starts: list[str] = []
+
+    class CountedHost(Host):
+        async def __aenter__(self) -> Self:
+            starts.append(self.settings.precision)
+            return await super().__aenter__()
+
+    monkeypatch.setattr(mode, "Host", CountedHost)
+    report = compare(["bf16", "awq", "awq:bits=3"])
+    assert starts == ["bf16", "awq", "awq", "awq:bits=3"]
+    assert [row.quantize_seconds for row in report.rows] == [0.0, 1.75, 0.0]
+    for row in report.rows:
+        assert row.load_seconds == {"import": 0.1, "load": 0.5}
+        assert row.memory is not None
+        assert row.memory.peak_load_bytes == 300_000_000
+    assert "awq: its checkpoint was made in 1.8 s" in (tmp_path / "report/report.md").read_text()
+    assert "The checkpoint of awq was made in 1.8 s" in (tmp_path / "report/report.html").read_text()
+    assert ",1.75," in (tmp_path / "report/report.csv").read_text()
+
+
 def test_an_engine_that_was_started_again_is_no_row(
     compare: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
