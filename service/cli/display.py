@@ -80,7 +80,8 @@ class Display(AbstractContextManager["Display"]):
     def close(self) -> None:
         """Ends the last stage; may be called before the end of the `with` block."""
         self._end_stage()
-        self._bars.stop()
+        if self.console.is_terminal:  # elsewhere none was drawn, and ending them prints an empty line
+            self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int, unit: str) -> None:
         name = NAMES.get(stage, stage)

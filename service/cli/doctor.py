@@ -82,12 +82,12 @@ def check_device(settings: Settings) -> list[Finding]:
 def check_libraries(settings: Settings) -> list[Finding]:
     """What `int8` and `nf4` compute with, and what compiles our own kernels."""
     try:
-        import bitsandbytes
+        from service.precision.bitsandbytes_import import bitsandbytes
 
-        codes, _ = bitsandbytes.functional.quantize_4bit(torch.ones(64, 64), quant_type="nf4")
+        codes, _ = bitsandbytes.quantize_4bit(torch.ones(64, 64), quant_type="nf4")
         kernels = Finding(
             "bitsandbytes",
-            f"{bitsandbytes.__version__}, quantizes here ({codes.numel()} bytes of 4096 values)",
+            f"{importlib.metadata.version('bitsandbytes')}, quantizes here ({codes.numel()} bytes of 4096 values)",
         )
     except Exception as error:  # whatever a broken native library raises
         fix = "`make clean install`; until then `int8` and `nf4` cannot be served"

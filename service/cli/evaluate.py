@@ -50,20 +50,26 @@ def evaluate(
 async def run(
     settings: Settings, model_path: Path, windows: EvaluationText, reference: str, display: Display
 ) -> tuple[EngineInfo, Evaluated]:
-    async with Host(settings, model_path, create_app) as host:
-        loading = asyncio.create_task(show_loading(host.client, display))
-        try:
-            info = await host.ready()
-            evaluated = await host.client.evaluate(
-                windows.windows,
-                ["prefill"],
-                reference=reference,
-                progress=lambda message: display("evaluate", message.done, message.total, "tokens"),
-            )
-        finally:
-            loading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await loading
+    # until the engine is ready its failure is this command's own, and said once, at the end
+    speak_again = logs.hold_back("service.front.supervisor")
+    try:
+        async with Host(settings, model_path, create_app) as host:
+            loading = asyncio.create_task(show_loading(host.client, display))
+            try:
+                info = await host.ready()
+                speak_again()
+                evaluated = await host.client.evaluate(
+                    windows.windows,
+                    ["prefill"],
+                    reference=reference,
+                    progress=lambda message: display("evaluate", message.done, message.total, "tokens"),
+                )
+            finally:
+                loading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await loading
+    finally:
+        speak_again()
     return info, evaluated
 
 

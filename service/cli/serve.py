@@ -57,24 +57,26 @@ def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metri
 
 
 async def run(settings: Settings, model_path: Path, display: Display) -> None:
-    async with Host(settings, model_path, create_app) as host:
-        loading = asyncio.create_task(show_loading(host.client, display))
-        # until the engine is ready its failure is this command's own, and said once, at the end
-        speak_again = logs.hold_back("service.front.supervisor")
+    # until the engine is ready its failure is this command's own, and said once, at the end
+    speak_again = logs.hold_back("service.front.supervisor")
+    try:
+        async with Host(settings, model_path, create_app) as host:
+            loading = asyncio.create_task(show_loading(host.client, display))
 
-        def on_ready(info: EngineInfo) -> None:
-            loading.cancel()
-            speak_again()
-            display.close()
-            Console(highlight=False, soft_wrap=True).print(ready_lines(host, info), markup=False)
+            def on_ready(info: EngineInfo) -> None:
+                loading.cancel()
+                speak_again()
+                display.close()
+                Console(highlight=False, soft_wrap=True).print(ready_lines(host, info), markup=False)
 
-        try:
-            await host.run(on_ready)
-        finally:
-            speak_again()
-            loading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await loading
+            try:
+                await host.run(on_ready)
+            finally:
+                loading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await loading
+    finally:
+        speak_again()
 
 
 def ready_lines(host: Host, info: EngineInfo) -> str:

@@ -41,6 +41,7 @@ def fails(capfd: pytest.CaptureFixture[str]) -> Fails:
         assert "Traceback" not in printed
         found = re.search(r"^error: (.*)(?:\n  hint: (.*))?\n\Z", printed, re.MULTILINE)
         assert found, printed
+        assert printed.count(found[1]) == 1, "said twice"
         return code, found[1], found[2] or ""
 
     return run_failing
@@ -150,8 +151,11 @@ def test_a_mode_that_failed_is_a_failed_command(
     assert "same command" in hint
 
 
-def test_a_precision_that_the_checkpoint_is_not(fails: Fails, tmp_path: Path) -> None:
-    """The engine's own refusal, through the socket and the supervisor."""
+@pytest.mark.parametrize("command", ["serve", "eval"])
+def test_a_precision_that_the_checkpoint_is_not(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The engine's own refusal, through the socket and the supervisor, whose records are not shown besides."""
     from tiny_models import make_checkpoint
     from tiny_tokenizers import write_checkpoint
 
@@ -160,7 +164,8 @@ def test_a_precision_that_the_checkpoint_is_not(fails: Fails, tmp_path: Path) ->
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    code, message, hint = fails("serve", str(tmp_path), "--port", "0", "--precision", "nf4")
+    monkeypatch.setenv("HALFTONE_PORT", "0")
+    code, message, hint = fails(command, str(tmp_path), "--precision", "nf4")
     assert code == 3
     assert "awq" in message
     assert hint

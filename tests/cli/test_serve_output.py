@@ -88,7 +88,9 @@ def shown(terminal: bool) -> str:
 
 
 def test_stages_are_lines_where_there_is_no_terminal() -> None:
-    lines = shown(terminal=False).splitlines()
+    printed = shown(terminal=False)
+    assert "\n\n" not in printed
+    lines = printed.splitlines()
     assert lines[0] == "Downloading (93 MB) ..."
     assert lines[1].startswith("Downloading: 93 MB, ")
     assert lines[3].startswith("Loading: 30 layers, ")
