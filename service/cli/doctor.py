@@ -85,10 +85,8 @@ def check_libraries(settings: Settings) -> list[Finding]:
         from service.precision.bitsandbytes_import import bitsandbytes
 
         codes, _ = bitsandbytes.quantize_4bit(torch.ones(64, 64), quant_type="nf4")
-        kernels = Finding(
-            "bitsandbytes",
-            f"{importlib.metadata.version('bitsandbytes')}, quantizes here ({codes.numel()} bytes of 4096 values)",
-        )
+        version = importlib.metadata.version("bitsandbytes")
+        kernels = Finding("bitsandbytes", f"{version}, quantizes here ({codes.numel()} bytes of 4096 values)")
     except Exception as error:  # whatever a broken native library raises
         fix = "`make clean install`; until then `int8` and `nf4` cannot be served"
         kernels = Finding("bitsandbytes", f"does not work: {error}", fix)

@@ -155,7 +155,7 @@ def test_a_mode_that_failed_is_a_failed_command(
 def test_a_precision_that_the_checkpoint_is_not(
     fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """The engine's own refusal, through the socket and the supervisor, whose records are not shown besides."""
+    """The engine's own refusal, through the socket and the supervisor, and the supervisor's not besides."""
     from tiny_models import make_checkpoint
     from tiny_tokenizers import write_checkpoint
 
