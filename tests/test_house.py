@@ -173,6 +173,13 @@ def test_an_unknown_torch_is_refused(torch: str, is_known: bool) -> None:
     assert is_known or "accepted are cpu and default" in make.stderr
 
 
+def test_a_file_of_tests_runs_alone() -> None:
+    """`from tests...` was found only behind a file that put the root on the path; `pytest -m gpu` was not."""
+    pytest_program = Path(sys.executable).with_name("pytest")
+    command = [pytest_program, "--collect-only", "-q", "tests/quality/test_texts.py"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
 def test_the_readme_runs_within_twenty_lines() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert any(line.startswith("make serve") for line in lines[:20])
