@@ -18,7 +18,8 @@ from service.cores import physical_cores
 from service.disk import existing_parent, folder_bytes, megabytes
 from service.errors import HalftoneError
 from service.front.host import bind
-from service.model.demo import NEEDED_BYTES, demo_folder, is_whole
+from service.model.demo import NEEDED_BYTES, demo_folder
+from service.model.folders import is_whole
 
 LEAST_MEMORY_BYTES = 2_000_000_000  # the demo in fp32 with its cache, front and engine together
 

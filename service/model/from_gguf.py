@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from service.errors import CheckpointError
+from service.model.folders import write_json
 
 TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -167,7 +168,3 @@ def write_weights(
                 weight = unpermute(weight, heads[stem])
             output.write(to_bfloat16(weight).astype("<u2", copy=False).tobytes())
             progress(done, len(reader.tensors))
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,12 +14,12 @@ from service import device as devices
 from service.errors import PrecisionError, SystemProblem
 from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint
-from service.model.demo import MANIFEST, is_whole
+from service.model.folders import MANIFEST, is_whole, make_whole
 from service.precision import load_backend
 from service.precision.base import Backend
 from service.quality.texts import Text, calibration_text
 from service.quantize.awq_checkpoint import Progress, checkpoint_bytes, choose_grid, quantize_checkpoint
-from service.quantize.cache import cache_key, code_version, locked, make_whole, source_sha256
+from service.quantize.cache import cache_key, code_version, locked, source_sha256
 
 QUANTIZER = "awq"  # the `Backend.quantizer` that this package has a step for
 

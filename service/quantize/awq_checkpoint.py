@@ -26,8 +26,7 @@ from service.kernels.awq_linear.reference import pack
 from service.model.checkpoint import Checkpoint
 from service.model.config import ModelConfig, read_json
 from service.model.decoder import layer_groups
-from service.model.demo import MANIFEST
-from service.model.from_gguf import write_json
+from service.model.folders import MANIFEST, write_json
 from service.model.instance import ModelInstance
 from service.precision import load_backend
 from service.quality.texts import Text, spread, token_windows

@@ -1,9 +1,8 @@
-"""Quantized checkpoints by what they were made from: each is made once, by one process, whole or not at all.
+"""Quantized checkpoints by what they were made from: each is made once, by one process.
 
-prepare, quantize_to --make_whole(folder)--> awq_checkpoint
+prepare --checkpoint, text, options, code--> cache_key --> folder's name; locked() while it is made
 
-A folder is made under a name that nothing looks for and appears by one rename, with a manifest of its
-files' sizes; a lock that the system drops with its process keeps a second process waiting, not working.
+A lock that the system drops with its process keeps a second process waiting, not working.
 """
 
 import fcntl
@@ -11,13 +10,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service.disk import require_free, told_disk_errors
+from service.disk import told_disk_errors
 from service.model.checkpoint import weight_files
-from service.model.demo import PARTIAL_PREFIX, place, remove_stale
+from service.model.folders import PARTIAL_PREFIX
 
 CODE = ("awq.py", "awq_checkpoint.py", "calibration.py", "../quality/texts.py")
 DESCRIPTIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -85,20 +84,3 @@ def locked(file: Path) -> Iterator[None]:
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def make_whole(folder: Path, needed_bytes: int, what: str, fill: Callable[[Path], None]) -> None:
-    """`fill` an empty folder beside `folder`, then rename it there.
-
-    Raises SystemProblem when the disk has no room, before and while filling; whatever stops `fill`, no
-    `folder` exists.
-    """
-    require_free(folder.parent, needed_bytes, what)
-    with told_disk_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(folder.parent)
-        with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=folder.parent) as name:
-            partial = Path(name) / folder.name
-            partial.mkdir()
-            fill(partial)
-            place(partial, folder)

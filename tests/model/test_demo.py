@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from service.errors import CheckpointError, SystemProblem
 from service.model import demo
+from service.model.folders import is_whole, place
 from service.model.from_gguf import convert, tensor_name, to_bfloat16
 
 VOCABULARY = ["<end>", "<start>", "a", "b", "Ġ", "ĠĠ", "ab", "1", "2"]
@@ -180,7 +181,7 @@ def test_interrupted_conversion_leaves_no_model(
         with pytest.raises(KeyboardInterrupt):
             demo.ensure_demo(tmp_path, no_progress)
     assert list(demo.demo_folder(tmp_path).parent.iterdir()) == []
-    assert demo.is_whole(demo.ensure_demo(tmp_path, no_progress))
+    assert is_whole(demo.ensure_demo(tmp_path, no_progress))
 
 
 def test_a_cut_file_is_made_anew(published: Path, tmp_path: Path) -> None:
@@ -205,9 +206,10 @@ def test_other_bytes_than_published_are_refused(published: Path, tmp_path: Path)
 def test_the_first_of_two_makers_stands(published: Path, tmp_path: Path) -> None:
     folder = demo.ensure_demo(tmp_path, no_progress)
     other = tmp_path / "other"
+    other.mkdir()
     demo.make(published, other, no_progress)
     inode = folder.stat().st_ino
-    demo.place(other, folder)
+    place(other, folder)
     assert folder.stat().st_ino == inode
 
 
