@@ -59,7 +59,7 @@ class ChatTemplate:
     def load(cls, model_path: Path, override: str = "") -> Self | None:
         """`override` (a file), else chat_template.jinja, else tokenizer_config.json; None without any."""
         config_path = model_path / "tokenizer_config.json"
-        config: dict[str, Any] = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+        config = read_object(config_path) if config_path.is_file() else {}
         source = config.get("chat_template")
         if isinstance(source, list):  # several by name, as older checkpoints have them
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
@@ -109,6 +109,17 @@ class ChatTemplate:
                 code="invalid_messages",
             ) from None
         return "".join(pieces)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError where the file holds none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"`{path}` is not JSON: {error}", hint="fetch the file again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"`{path}` does not hold a JSON object", hint="fetch the file again")
+    return value
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -235,6 +235,15 @@ def test_unreadable_files_are_told_at_load(tmp_path: Path) -> None:
         TextCodec.load(folder)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_a_damaged_tokenizer_config_is_told_at_load(tmp_path: Path, content: str) -> None:
+    """It was told as a fault of the server."""
+    write_checkpoint(tmp_path, "byte_level")
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        TextCodec.load(tmp_path)
+
+
 def test_unknown_decoders_are_refused() -> None:
     tokenizer = byte_level()
     tokenizer.decoder = decoders.WordPiece()
