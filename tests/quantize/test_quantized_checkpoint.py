@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from service.errors import CheckpointError, PrecisionError, SystemProblem
 from service.kernels.awq_linear.reference import pack, unpack
+from service.kernels.dense_linear import pack_weight, unpack_weight
 from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint
 from service.model.config import read_config
@@ -106,8 +107,9 @@ def test_the_quantized_model_computes_what_the_source_does(source: Path, quantiz
     plain = load_instance(source)
     for layer in plain.decoder.layers:
         for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
-            weight = getattr(layer, name).weight
-            weight.copy_(round_weight(weight, None, Grid(4, 32)).dequantize())
+            linear = getattr(layer, name)
+            rounded = round_weight(unpack_weight(linear.weight), None, Grid(4, 32))
+            linear.weight = pack_weight(rounded.dequantize())
     assert (got - expected).square().mean() < (logits_of(plain, tokens) - expected).square().mean()
 
 
