@@ -247,9 +247,14 @@ class Interrupted:
         return await measure(job, noticed)
 
 
-@pytest.mark.parametrize("stage", ["load", "traffic", "quality"])
 @pytest.mark.parametrize(
-    ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+    ("number", "raised", "stage"),
+    [
+        (signal.SIGTERM, SystemExit, "load"),
+        (signal.SIGTERM, SystemExit, "traffic"),
+        (signal.SIGTERM, SystemExit, "quality"),
+        (signal.SIGINT, KeyboardInterrupt, "traffic"),
+    ],
 )
 def test_a_signal_leaves_a_report_and_no_process(
     compare: Compare,
