@@ -212,6 +212,15 @@ def test_echo_stands_before_the_answer(server: Server, lax: openai.OpenAI) -> No
     assert tokens == whole.logprobs.tokens
 
 
+def test_echo_before_each_of_several_answers(lax: openai.OpenAI) -> None:
+    """Choices are numbered prompt by prompt: each has its own prompt before it."""
+    got = checked(
+        lax.completions.create(model=MODEL, prompt=["hello", "world"], n=2, max_tokens=1, echo=True, seed=1)
+    )
+    assert [choice.text[:5] for choice in got.choices] == ["hello", "hello", "world", "world"]
+    assert [choice.index for choice in got.choices] == [0, 1, 2, 3]
+
+
 def test_usage_so_far_on_each_chunk(lax: openai.OpenAI) -> None:
     stream = lax.completions.create(
         model=MODEL,
