@@ -79,7 +79,13 @@ async def measure(job: Job, advance: Advance) -> Measured:
     settings = job.plan.settings.model_copy(update={"precision": job.precision})
 
     def fresh_host() -> Host:
-        return Host(settings, job.plan.model_path, job.app_factory, command=job.command)
+        return Host(
+            settings,
+            job.plan.model_path,
+            job.app_factory,
+            command=job.command,
+            metrics_host=job.plan.metrics_host,
+        )
 
     async with contextlib.AsyncExitStack() as engines:
         host = await engines.enter_async_context(fresh_host())

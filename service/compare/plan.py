@@ -69,6 +69,7 @@ class Plan:
     reference: str
     options: CompareOptions
     settings: Settings
+    metrics_host: str  # Prometheus may be on another machine, though the API is for this process alone
     model_path: Path
     identity: dict[str, Any] = field(compare=False)
 
@@ -96,12 +97,11 @@ class Plan:
                 f"`{','.join(precisions)}` has no mode to compare against",
                 hint=f"add one of {', '.join(REFERENCES)}: divergence is measured against the first of them",
             )
-        # a server that only this process talks to: any free port, no key, one set of pages for every mode
+        # a server that only this process asks: any free port, no key, one set of pages for every mode
         quiet = settings.model_copy(
             update={
                 "host": "127.0.0.1",
                 "port": 0,
-                "metrics_port": 0,
                 "api_key": "",
                 "kv_tokens": settings.kv_tokens or options.kv_tokens,
             }
@@ -118,7 +118,9 @@ class Plan:
             "weights": weights_stamp(model_path),
             "texts": {name: file_stamp(name) for name in (options.prompts, options.text) if name},
         }
-        return cls(tuple(precisions), precisions[places[0]], options, quiet, model_path, plan_identity)
+        return cls(
+            tuple(precisions), precisions[places[0]], options, quiet, settings.host, model_path, plan_identity
+        )
 
     @property
     def phases(self) -> list[Phase]:

@@ -50,8 +50,9 @@ class Host:
     the engine is); leaving ends what is open and waits until the engine's process is gone.
 
     `app_factory` is `service.api.app.create_app`; `command` is the engine's program, `--fd` and `--config`
-    are added. Entering raises SystemProblem or SettingError for an address that cannot be bound, and
-    CheckpointError for a tokenizer that cannot be read.
+    are added; `metrics_host` is where `metrics_port` is bound, empty: `settings.host`. Entering raises
+    SystemProblem or SettingError for an address that cannot be bound, and CheckpointError for a tokenizer
+    that cannot be read.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Host:
         app_factory: AppFactory,
         *,
         command: Sequence[str] = ENGINE_COMMAND,
+        metrics_host: str = "",
     ) -> None:
         self.settings = settings
         self.model_path = model_path
@@ -77,6 +79,7 @@ class Host:
         self.url = ""  # of the API, without a path
         self.metrics_url = ""
         self._app_factory = app_factory
+        self._metrics_host = metrics_host or settings.host
         self._servers: list[HTTPServer] = []
         self._stop_asked = asyncio.Event()
         self._abort_asked = asyncio.Event()
@@ -87,7 +90,7 @@ class Host:
         async with contextlib.AsyncExitStack() as exits:
             listener = exits.enter_context(bind(settings.host, settings.port, "port"))
             metrics_listener = (
-                exits.enter_context(bind(settings.host, settings.metrics_port, "metrics_port"))
+                exits.enter_context(bind(self._metrics_host, settings.metrics_port, "metrics_port"))
                 if settings.metrics_port
                 else None
             )

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -57,12 +58,13 @@ def options(tmp_path: Path) -> CompareOptions:
 def compare(
     model_path: Path, options: CompareOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Compare:
-    """`run_compare` against the fake engine into `tmp_path / "report"`; arguments as of run_compare."""
+    """`run_compare` against the fake engine into `tmp_path / "report"`; arguments as of run_compare, and
+    `given` settings."""
     monkeypatch.setenv("FAKE_STEP_MS", "1")
 
     terminal = tmp_path / "terminal.txt"
 
-    def run(precisions: list[str], **changes: object) -> Report:
+    def run(precisions: list[str], given: dict[str, Any] | None = None, **changes: object) -> Report:
         arguments: dict[str, object] = {
             "out": tmp_path / "report",
             "options": options,
@@ -70,7 +72,7 @@ def compare(
             "console": Console(file=io.StringIO(), width=100, record=True),
             "command": FAKE_ENGINE,
         }
-        settings = load_settings(model=str(model_path), cache_dir=tmp_path / "cache")
+        settings = load_settings(model=str(model_path), cache_dir=tmp_path / "cache", **(given or {}))
         try:
             return run_compare(settings, model_path, precisions, **(arguments | changes))  # type: ignore[arg-type]
         finally:

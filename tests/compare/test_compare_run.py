@@ -1,10 +1,13 @@
 """The whole job over the real front and a fake engine: rows, files, failures, resuming."""
 
 import asyncio
+import contextlib
 import csv
 import io
 import json
 import signal
+import socket
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +23,8 @@ from service.compare.mode import Advance, Job, Measured, measure
 from service.compare.plan import CompareOptions, Phase
 from service.compare.report import Load, Report, shipped_schema
 from service.errors import HalftoneError, PrecisionError, SettingError, SystemProblem
-from service.front.host import Host
+from service.front import host
+from service.front.host import Host, bind
 
 Compare = Callable[..., Report]
 
@@ -191,6 +195,36 @@ def test_an_engine_that_was_started_again_is_no_row(
     report = compare(["bf16", "int8"])
     assert [row.status for row in report.rows] == ["failed", "ok"]
     assert "died while it was measured" in report.rows[0].error
+
+
+def test_metrics_are_where_the_settings_say_and_the_api_is_not(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prometheus, in another container, found no port to scrape."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics_port = free.getsockname()[1]
+    bound: list[tuple[str, int]] = []
+    scraped: list[str] = []
+
+    def noted_bind(host: str, port: int, setting: str) -> contextlib.AbstractContextManager[socket.socket]:
+        bound.append((host, port))
+        return bind(host, port, setting)
+
+    def scrape() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=30) as response:
+            return str(response.read().decode())
+
+    async def scraped_load(url: str, *rest: Any) -> Load:
+        assert not url.endswith(f":{metrics_port}")
+        scraped.append(await asyncio.to_thread(scrape))
+        return await run_load(url, *rest)
+
+    monkeypatch.setattr(host, "bind", noted_bind)
+    monkeypatch.setattr(mode, "run_load", scraped_load)
+    assert compare(["bf16", "int8"], {"host": "0.0.0.0", "metrics_port": metrics_port}).complete
+    assert bound == 2 * [("127.0.0.1", 0), ("0.0.0.0", metrics_port)]
+    assert 'precision="bf16"' in scraped[0]
+    assert 'precision="int8"' in scraped[-1]
 
 
 def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(compare: Compare, tmp_path: Path) -> None:
