@@ -15,7 +15,7 @@ from service import __version__
 from service.compare.files import make_folder, read_back, write_whole
 from service.compare.report import Report
 from service.config import Settings
-from service.errors import PrecisionError, SystemProblem
+from service.errors import PrecisionError, SettingError, SystemProblem
 from service.precision import TABLE
 from service.precision.spec import PrecisionSpec
 
@@ -77,7 +77,8 @@ class Plan:
     def make(
         cls, settings: Settings, model_path: Path, precisions: list[str], options: CompareOptions
     ) -> "Plan":
-        """Raises PrecisionError for an unknown or repeated mode, or none to compare against."""
+        """Raises PrecisionError for an unknown or repeated mode, or none to compare against, SettingError for
+        a file that cannot be read."""
         names = []
         for text in precisions:
             spec = PrecisionSpec.parse(text)
@@ -116,7 +117,11 @@ class Plan:
                 if key not in ("precision", "cache_dir")
             },
             "weights": weights_stamp(model_path),
-            "texts": {name: file_stamp(name) for name in (options.prompts, options.text) if name},
+            "texts": {
+                name: file_stamp(name, option)
+                for option, name in (("--prompts", options.prompts), ("--text", options.text))
+                if name
+            },
         }
         return cls(
             tuple(precisions), precisions[places[0]], options, quiet, settings.host, model_path, plan_identity
@@ -159,8 +164,15 @@ def weights_stamp(model_path: Path) -> dict[str, list[int]]:
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
-def file_stamp(name: str) -> str:
-    return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+def file_stamp(name: str, option: str) -> str:
+    """SHA-256 of a file's bytes; SettingError that names `option` where it has none to read."""
+    try:
+        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    except OSError as error:
+        raise SettingError(
+            f"`{option} {name}` cannot be read: {(error.strerror or 'unknown reason').lower()}",
+            hint=f"name a file that exists, or leave `{option}` out for the built-in one",
+        ) from None
 
 
 def claim(out: Path, plan: Plan) -> None:

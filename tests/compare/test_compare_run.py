@@ -365,3 +365,16 @@ def test_amounts_are_checked_before_anything_starts(
     with pytest.raises(SettingError):
         compare(["bf16"], options=replace(options, **changes))  # type: ignore[arg-type]
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("option", ["prompts", "text"])
+@pytest.mark.parametrize(("name", "reason"), [("absent.txt", "no such file"), ("", "is a directory")])
+def test_files_are_read_before_anything_starts(
+    compare: Compare, options: CompareOptions, option: str, name: str, reason: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / name)
+    with pytest.raises(SettingError, match=reason) as caught:
+        compare(["bf16"], options=replace(options, **{option: path}))
+    assert f"`--{option} {path}`" in caught.value.message
+    assert f"`--{option}`" in caught.value.hint
+    assert not (tmp_path / "report").exists()
