@@ -3,7 +3,6 @@
 job --Finished rows, failures--> build_report() --Report--> export, page
 """
 
-import os
 import platform
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from service import __version__
 from service.compare.plan import Plan
 from service.compare.report import FORMAT, Device, Model, Report, Row, Text, Workload, purchase
 from service.compare.windows import EvaluationText
+from service.cores import physical_cores
 
 RATE_RULE = "half of the request rate that the first mode reached with the most streams"
 
@@ -131,7 +131,7 @@ def environment(first: Finished | None) -> dict[str, str]:
         "torch": first.torch_version if first else "",
         "python": platform.python_version(),
         "system": platform.platform(),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores usable",
+        "machine": f"{platform.machine()}, {physical_cores()} cores usable",
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

@@ -1,5 +1,6 @@
 """Report -> schema, page, table, exports, from rows made by hand."""
 
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,6 +9,8 @@ import jsonschema
 import msgspec
 import pytest
 
+from service import cores
+from service.compare.assemble import environment
 from service.compare.export import comma_separated, markdown, notes
 from service.compare.mode import agreement_of
 from service.compare.page import render_page
@@ -299,3 +302,10 @@ def test_readme_of_the_load_generator_is_what_the_page_says() -> None:
     """One definition of TPOT, in both places."""
     readme = (Path(__file__).resolve().parents[2] / "loadtest/README.md").read_text()
     assert "(E2E - TTFT) / (n - 1)" in readme
+
+
+def test_the_environment_is_told_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no such call, and a comparison there ended without its report."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(cores, "_mac_cores", lambda: 8)
+    assert environment(None)["machine"].endswith(", 8 cores usable")
