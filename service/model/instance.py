@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from service.errors import PrecisionError
+from service.kernels.paged_attention import attention_kernel
 from service.model.batch import PagedKV, StepBatch
 from service.model.checkpoint import Checkpoint
 from service.model.config import ModelConfig
@@ -124,7 +125,7 @@ class ModelInstance:
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
         return names | {
             "lm_head": self.decoder.head.kernel,
-            "attention": "torch.scaled_dot_product_attention",
+            "attention": attention_kernel(self.dtype, self.device),
         }
 
     def layers(self) -> list[DecoderLayer]:

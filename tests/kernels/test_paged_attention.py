@@ -1,12 +1,14 @@
 """Paged attention in plain torch against its one-query-at-a-time definition, over ragged batches."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.kernels.paged_attention import paged_attention, plan_decode, write_kv
+from service.kernels.paged_attention import attention_kernel, dense, paged_attention, plan_decode, write_kv
 from service.kernels.paged_attention.reference import paged_attention_reference
 from service.model.batch import BLOCK_TOKENS
 
@@ -127,3 +129,28 @@ def test_schemas_state_what_is_mutated() -> None:
         (k, v, keys, keys.clone(), torch.tensor([2, 1]), torch.tensor([0, 15])),
         test_utils="test_schema",
     )
+
+
+@pytest.mark.parametrize("num_decode", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_that_is_named_serves(
+    dtype: torch.dtype, num_decode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batched: list[int] = []
+    products = dense._batched_products
+
+    def noted(q: Tensor, *rest: Any) -> Tensor:
+        batched.append(len(q))
+        return products(q, *rest)
+
+    monkeypatch.setattr(dense, "_batched_products", noted)
+    lengths = [5] * num_decode
+    pages = Pages(lengths, 2, 16, dtype, seed=0)
+    q = torch.randn(num_decode, 4, 16).to(dtype)
+    starts = list(range(num_decode + 1))
+    paged_attention(q, pages.keys, pages.values, pages.tables, starts, lengths, num_decode, 0.25)
+    name = attention_kernel(dtype, q.device)
+    assert name.startswith("torch.scaled_dot_product_attention")
+    assert bool(batched) is ("torch.bmm from 4 " in name and num_decode >= 4)
+    assert ("torch.bmm" in name) is (dtype == torch.bfloat16)
+    assert "torch.bmm" not in attention_kernel(dtype, torch.device("cuda"))

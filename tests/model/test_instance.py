@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from service.kernels.paged_attention import attention_kernel
 from service.model.checkpoint import Checkpoint
 from service.model.instance import ModelInstance
 from tests.tiny_models import load_instance, logits_of, make_checkpoint
@@ -52,6 +53,9 @@ def test_kernels_name_every_layer_class(folder: Path) -> None:
     kernels = load_instance(folder).kernels()
     assert set(kernels) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head", "attention"}
     assert all(kernels.values())
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        expected = attention_kernel(dtype, torch.device("cpu"))
+        assert load_instance(folder, precision).kernels()["attention"] == expected
 
 
 def test_progress_ends_at_its_total(folder: Path) -> None:

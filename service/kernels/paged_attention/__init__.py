@@ -11,9 +11,9 @@ against.
 import torch
 from torch import Tensor
 
-from service.kernels.paged_attention.dense import attend, plan_decode, write
+from service.kernels.paged_attention.dense import attend, attention_kernel, plan_decode, write
 
-__all__ = ["paged_attention", "plan_decode", "write_kv"]
+__all__ = ["attention_kernel", "paged_attention", "plan_decode", "write_kv"]
 
 library = torch.library.Library("halftone", "FRAGMENT")
 library.define(

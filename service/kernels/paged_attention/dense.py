@@ -12,6 +12,17 @@ from torch import Tensor
 MIN_BATCHED_PRODUCTS = 4  # sequences from which two batched products beat the fused attention on a CPU
 
 
+def attention_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    """Name of what serves attention without a softcap, for /version."""
+    if not _has_batched_products(dtype, device):
+        return "torch.scaled_dot_product_attention"
+    return f"torch.scaled_dot_product_attention, torch.bmm from {MIN_BATCHED_PRODUCTS} decoding sequences"
+
+
+def _has_batched_products(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.bfloat16 and device.type == "cpu"
+
+
 def write(
     k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, blocks: Tensor, offsets: Tensor
 ) -> None:
@@ -108,7 +119,7 @@ def _decode(
     kv_heads = key_cache.shape[1]
     keys, values = _gather(key_cache, rows, batch), _gather(value_cache, rows, batch)
     grouped = q.view(batch, kv_heads, heads // kv_heads, head_dim)
-    if batch >= MIN_BATCHED_PRODUCTS and q.dtype == torch.bfloat16 and not q.is_cuda and not softcap:
+    if batch >= MIN_BATCHED_PRODUCTS and _has_batched_products(q.dtype, q.device) and not softcap:
         return _batched_products(grouped, keys, values, mask, scale).reshape(batch, heads, head_dim)
     return _attention(grouped, keys, values, mask, scale, softcap).reshape(batch, heads, head_dim)
 
