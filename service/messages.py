@@ -36,7 +36,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     calibration: str = ""  # text file for calibrated modes; empty: the interpreter's documentation
     cache_dir: str = ""
     threads: int = 0  # 0: one per physical core
-    stop_token_ids: list[int] = msgspec.field(default_factory=list)  # added to config.json's eos ids
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):

@@ -78,8 +78,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     limits = Limits(
         context_tokens(config, model, kv), max_batch_tokens, max_batch_requests, model.config.vocab_size
     )
-    eos_token_ids = frozenset((*model.config.eos_token_ids, *config.stop_token_ids))
-    engine = Engine(model, kv, limits, device, eos_token_ids, config.prefix_cache)
+    engine = Engine(model, kv, limits, device, frozenset(model.config.eos_token_ids), config.prefix_cache)
     stages("warm", 1, 1, "steps")
     stages.close()
     return Serving(engine, model, kv, engine_info(config, model, kv, engine, stages.seconds))
