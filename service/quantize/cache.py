@@ -18,7 +18,14 @@ from service.disk import told_disk_errors
 from service.model.checkpoint import weight_files
 from service.model.folders import PARTIAL_PREFIX
 
-CODE = ("awq.py", "awq_checkpoint.py", "calibration.py", "../quality/texts.py")
+PACKAGE = Path(__file__).parents[1]
+CODE = (
+    "quantize/awq.py",
+    "quantize/awq_checkpoint.py",
+    "quantize/calibration.py",
+    "quality/texts.py",
+    "kernels/awq_linear/reference.py",
+)
 DESCRIPTIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 HASHES = "hashes.json"
 
@@ -27,7 +34,7 @@ def code_version() -> str:
     """SHA-256 of the sources that decide what a quantizer writes, so that no change to them is forgotten."""
     digest = hashlib.sha256()
     for name in CODE:
-        digest.update((Path(__file__).parent / name).read_bytes())
+        digest.update((PACKAGE / name).read_bytes())
     return digest.hexdigest()
 
 

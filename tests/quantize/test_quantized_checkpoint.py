@@ -1,5 +1,6 @@
 """From a 16-bit folder to a quantized one: what stands in it, and that it is whole or not there."""
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from service.model.checkpoint import Checkpoint
 from service.model.config import read_config
 from service.precision import load_backend
 from service.quality.texts import Text
-from service.quantize import awq_checkpoint, calibration_info, prepare, quantize_to
+from service.quantize import awq_checkpoint, cache, calibration_info, prepare, quantize_to
 from service.quantize.awq import Grid, Rounded, quantize_layer, round_weight
 from service.quantize.awq_checkpoint import checkpoint_bytes, choose_grid, gemm_layout, quantize_checkpoint
 from service.quantize.cache import cache_key, source_sha256
@@ -255,6 +256,32 @@ class TestCache:
         monkeypatch.setattr("service.quantize.code_version", lambda: "other")
         folders.add(prepared())
         assert len(folders) == 6
+
+    @pytest.mark.parametrize("changed", cache.CODE)
+    def test_a_change_of_any_source_is_another_version(
+        self, changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in cache.CODE:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes((cache.PACKAGE / name).read_bytes())
+        before = cache.code_version()
+        monkeypatch.setattr(cache, "PACKAGE", tmp_path)
+        assert cache.code_version() == before
+        (tmp_path / changed).write_bytes((tmp_path / changed).read_bytes() + b"#")
+        assert cache.code_version() != before
+
+    def test_the_sources_are_all_that_they_import_to_quantize(self) -> None:
+        """The packing of codes was left out once."""
+        imported = {
+            node.module.replace(".", "/") + ".py"
+            for name in cache.CODE
+            for node in ast.walk(ast.parse((cache.PACKAGE / name).read_bytes()))
+            if isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith(("service.quantize.", "service.quality.", "service.kernels."))
+        }
+        assert imported <= {f"service/{name}" for name in cache.CODE}
+        assert "service/quantize/awq.py" in imported
 
     def test_a_changed_weight_is_seen_though_size_and_name_stay(self, source: Path, tmp_path: Path) -> None:
         model, cache = tmp_path / "model", tmp_path / "cache"
