@@ -4,7 +4,7 @@ from pathlib import Path
 
 from service import logs
 from service.cli.display import Display
-from service.cli.serve import check_precision
+from service.cli.serve import check_calibration, check_precision
 from service.compare.job import run_compare
 from service.compare.plan import CompareOptions
 from service.config import Settings
@@ -21,6 +21,7 @@ def compare(settings: Settings, precisions: str, out: Path, *, text: str, prompt
     modes = split_list(precisions)
     for mode in modes:
         check_precision(mode)
+    check_calibration(settings.calibration, modes)
     with Display() as display:
         model_path = resolve(settings.model, settings.revision, settings.cache_dir, display)
     options = CompareOptions(text=text, prompts=prompts, seed=seed)

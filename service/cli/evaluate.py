@@ -15,7 +15,7 @@ from rich.table import Table
 
 from service import __version__, logs
 from service.cli.display import Display, show_loading
-from service.cli.serve import check_precision, create_app
+from service.cli.serve import check_calibration, check_precision, create_app
 from service.compare.windows import EvaluationText
 from service.config import Settings
 from service.disk import megabytes, told_disk_errors
@@ -32,6 +32,7 @@ def evaluate(
     logs.configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
     for precision in filter(None, (settings.precision, reference)):
         check_precision(precision)
+    check_calibration(settings.calibration, [settings.precision])
     if out is not None and out.exists():
         raise SystemProblem(f"`--out {out}` exists", hint="name a new file")
     with Display() as display:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from service import logs
 from service.cli.display import Display
-from service.cli.serve import check_precision
+from service.cli.serve import check_calibration, check_precision
 from service.config import Settings
 from service.disk import folder_bytes, megabytes, told_disk_errors
 from service.model.hub import resolve
@@ -17,6 +17,7 @@ def quantize(settings: Settings, precision: str, out: Path) -> None:
     """Raises HalftoneError; `out` then does not exist."""
     logs.configure(settings.log_level, settings.log_format)
     check_precision(precision)
+    check_calibration(settings.calibration, [precision])
     with Display() as display:
         source = resolve(settings.model, settings.revision, settings.cache_dir, display)
         with told_disk_errors(out):

@@ -12,7 +12,7 @@ from service import __version__, logs
 from service.cli.display import Display, show_loading
 from service.config import Settings
 from service.disk import megabytes
-from service.errors import PrecisionError
+from service.errors import PrecisionError, SettingError
 from service.front.chat_template import ChatTemplate
 from service.front.engine_client import EngineClient
 from service.front.host import ASGIApp, Host, bind, run_loop
@@ -20,7 +20,7 @@ from service.front.text import TextCodec
 from service.messages import EngineInfo
 from service.metrics import Metrics
 from service.model.hub import resolve
-from service.precision import TABLE
+from service.precision import CALIBRATED, TABLE
 from service.precision.spec import PrecisionSpec
 
 QUESTION = "Why is the sky blue?"
@@ -31,6 +31,7 @@ def serve(settings: Settings) -> None:
     """Runs until a signal. Raises HalftoneError before the engine is ready; later ones are the clients'."""
     logs.configure(settings.log_level, settings.log_format)
     check_precision(settings.precision)
+    check_calibration(settings.calibration, [settings.precision])
     # a taken port is told before minutes of download, not after
     with bind(settings.host, settings.port, "port"):
         pass
@@ -46,6 +47,21 @@ def check_precision(text: str) -> None:
         raise PrecisionError(
             f"precision `{name}` does not exist; accepted are auto, {', '.join(TABLE)}",
             hint="write `name[:option=value,...]`, for example `nf4:double_quant=off`",
+        )
+
+
+def check_calibration(calibration: str, precisions: list[str]) -> None:
+    """SettingError for a text that cannot be read, or that no mode would look at."""
+    if not calibration:
+        return
+    from service.quality.texts import calibration_text  # with Python's documentation; most starts need none
+
+    calibration_text(calibration)
+    if not any(PrecisionSpec.parse(text).name in CALIBRATED for text in precisions):
+        raise SettingError(
+            f"setting `calibration` = `{calibration}` is of no use to precision `{','.join(precisions)}`; "
+            f"calibrated are {', '.join(CALIBRATED)}",
+            hint=f"leave the text out, or name the mode `{CALIBRATED[0]}`",
         )
 
 

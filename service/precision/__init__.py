@@ -18,6 +18,7 @@ TABLE = {
     "nf4": "service.precision.nf4:NF4",
     "awq": "service.precision.awq:AWQ",
 }
+CALIBRATED = ("awq",)  # those whose backend has a `quantizer`; the front asks before anything is loaded
 
 
 def load_backend(text: str) -> "Backend":

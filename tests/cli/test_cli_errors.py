@@ -17,6 +17,7 @@ from service.__main__ import main, run
 from service.compare.report import Row
 from service.disk import told_disk_errors
 from service.errors import SystemProblem
+from service.precision import CALIBRATED, TABLE, backend_class
 
 Fails = Callable[..., tuple[int, str, str]]
 
@@ -87,6 +88,41 @@ def test_unreadable_precision(fails: Fails) -> None:
     code, message, _ = fails("serve", "--port", "0", "--precision", "nf4:double_quant")
     assert code == 3
     assert "`double_quant`" in message
+
+
+CALIBRATING = {
+    "serve": ("--precision", "{}"),
+    "eval": ("--precision", "{}"),
+    "quantize": ("--precision", "{}", "--out", "/nowhere/out"),
+    "compare": ("--precisions", "bf16,{}", "--out", "/nowhere/out"),
+}
+
+
+@pytest.mark.parametrize("command", CALIBRATING)
+def test_a_calibration_text_that_is_not_there(fails: Fails, command: str) -> None:
+    """Told before weights are looked for, whatever the precision."""
+    for precision in ("awq", "nf4"):
+        given = [argument.format(precision) for argument in CALIBRATING[command]]
+        code, message, hint = fails(command, "/nowhere", *given, "--calibration", "/nowhere/text")
+        assert (code, "`calibration` = `/nowhere/text` cannot be read" in message) == (2, True)
+        assert hint
+
+
+@pytest.mark.parametrize("command", CALIBRATING)
+def test_a_calibration_text_that_no_mode_uses(fails: Fails, command: str, tmp_path: Path) -> None:
+    """It was accepted and ignored; `awq` comes as far as the weights."""
+    text = tmp_path / "text"
+    text.write_text("prose")
+    for precision, exit_code in (("nf4", 2), ("awq:bits=3", 3)):
+        given = [argument.format(precision) for argument in CALIBRATING[command]]
+        code, message, _ = fails(command, "/nowhere", *given, "--calibration", str(text))
+        assert (code, str(text) in message and precision in message) == (exit_code, exit_code == 2)
+    if command in ("serve", "eval"):
+        assert fails(command, "/nowhere", "--calibration", str(text))[0] == 2, "auto calibrates nothing"
+
+
+def test_calibrated_modes_are_those_with_a_quantizer() -> None:
+    assert [name for name in TABLE if backend_class(name).quantizer] == list(CALIBRATED)
 
 
 def test_no_such_folder(fails: Fails) -> None:
