@@ -123,9 +123,12 @@ def test_a_batch_in_small_chunks(demo_model: Path, cases: list[Case]) -> None:
 
 
 def test_a_batch_in_too_small_a_cache(demo_model: Path, cases: list[Case]) -> None:
-    """Requests lose their place and begin again, and no answer tells. Half of them, for time."""
-    preemptions, cached = check(
-        cases[1::2], folder=demo_model, precision="fp32", kv_tokens=640, prefix_cache=False
-    )
+    """Requests lose their place and begin again, and no answer tells.
+
+    Short prompts are let in side by side, and their answers need more blocks than there are.
+    """
+    short = [case for case in cases if len(case.prompt) <= 120]
+    assert sum(len(case.prompt) + NEW_TOKENS for case in short) > 3 * 160
+    preemptions, cached = check(short, folder=demo_model, precision="fp32", kv_tokens=160, prefix_cache=False)
     assert preemptions > 0
     assert cached == 0
