@@ -3,17 +3,17 @@
 import asyncio
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+from front_thread import running
 from tiny_tokenizers import Kind, write_checkpoint
 
 from service.api.app import create_app
 from service.config import Settings
-from service.front.host import Host, run_loop
+from service.front.host import Host
 from service.front.text import TextCodec
 
 T = TypeVar("T")
@@ -26,7 +26,6 @@ class Server:
 
     host: Host
     loop: asyncio.AbstractEventLoop
-    stop: asyncio.Event
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
@@ -57,7 +56,17 @@ class Server:
 
         asyncio.run_coroutine_threadsafe(inside(), self.loop).result(TIMEOUT_S)
 
+    def settle(self) -> None:
+        """Lets requests whose answers were read end: a client can be faster than their last lines."""
+
+        async def turns() -> None:
+            for _ in range(100):
+                await asyncio.sleep(0)
+
+        self.wait(turns)
+
     def metric(self, name: str, **labels: str) -> float:
+        self.settle()
         common = {"model": self.settings.name, "precision": "bf16"}
         return self.host.metrics.registry.get_sample_value(name, common | labels) or 0.0
 
@@ -71,33 +80,7 @@ def serving(
     server = Server(Settings(model=str(folder), served_model_name="tiny", port=0, **settings), folder)
     # not in this process's environment: several fronts run at once
     command = ("env", *(f"{name}={value}" for name, value in env.items()), *FAKE_ENGINE)
-    up = threading.Event()
-    failures: list[BaseException] = []
-
-    async def run() -> None:
-        server.loop = asyncio.get_running_loop()
-        server.stop = asyncio.Event()
-        try:
-            async with Host(server.settings, folder, create_app, command=command) as server.host:
-                if wait_ready:
-                    await server.host.ready()
-                up.set()
-                await server.stop.wait()
-        except BaseException as error:
-            failures.append(error)
-            raise
-        finally:
-            up.set()
-
-    thread = threading.Thread(target=lambda: run_loop(run()), name="front")
-    thread.start()
-    try:
-        assert up.wait(TIMEOUT_S)
-        if failures:
-            raise failures[0]
+    with running(
+        lambda: Host(server.settings, folder, create_app, command=command), TIMEOUT_S, wait_ready=wait_ready
+    ) as (server.host, server.loop):
         yield server
-    finally:
-        if not failures:
-            server.loop.call_soon_threadsafe(server.stop.set)
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive()

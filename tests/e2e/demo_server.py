@@ -2,17 +2,17 @@
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from front_thread import running
 from tokenizers import Tokenizer
 
 from service.api.app import create_app
 from service.config import Settings
-from service.front.host import Host, run_loop
+from service.front.host import Host
 from service.messages import EngineInfo, Evaluated
 
 PROSE = Path(__file__).parents[2] / "LICENSE"  # some 2,300 tokens that nobody will edit
@@ -26,7 +26,6 @@ class DemoServer:
     host: Host
     info: EngineInfo
     loop: asyncio.AbstractEventLoop
-    stop: asyncio.Event
 
     def metric(self, name: str, **labels: str) -> float:
         labels |= {"model": self.host.settings.name, "precision": self.info.precision}
@@ -62,35 +61,10 @@ def serving(folder: Path, **settings: Any) -> Iterator[DemoServer]:
     """A ready server over the checkpoint in `folder`, on a free port."""
     server = DemoServer()
     configured = Settings(model=str(folder), served_model_name="demo", port=0, device="cpu", **settings)
-    up = threading.Event()
-    failures: list[BaseException] = []
-
-    async def run() -> None:
-        server.loop = asyncio.get_running_loop()
-        server.stop = asyncio.Event()
-        try:
-            async with Host(configured, folder, create_app) as server.host:
-                server.info = await server.host.ready()
-                up.set()
-                await server.stop.wait()
-        except BaseException as error:
-            failures.append(error)
-            raise
-        finally:
-            up.set()
-
-    thread = threading.Thread(target=lambda: run_loop(run()), name="front")
-    thread.start()
-    try:
-        assert up.wait(START_TIMEOUT_S)
-        if failures:
-            raise failures[0]
+    with running(lambda: Host(configured, folder, create_app), START_TIMEOUT_S) as (server.host, server.loop):
+        assert server.host.client.info is not None
+        server.info = server.host.client.info
         yield server
-    finally:
-        if not failures:
-            server.loop.call_soon_threadsafe(server.stop.set)
-        thread.join(START_TIMEOUT_S)
-        assert not thread.is_alive()
 
 
 def prose(folder: Path) -> list[int]:
