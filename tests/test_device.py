@@ -1,5 +1,6 @@
 """Choice of the device, and the CPU's memory figures; CUDA is imitated, to see which error is told."""
 
+import mmap
 from pathlib import Path
 
 import pytest

@@ -24,7 +24,6 @@ from service.errors import HalftoneError, RequestError
 from service.messages import EngineConfig, Evaluate, Evaluated, Paired
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 from service.model.instance import ModelInstance
-from service.model.layers import rms_norm
 from service.quality.divergence import (
     agrees_on_top,
     kl_divergence,
@@ -168,13 +167,14 @@ class Evaluation:
         batch = sequence_batch(token_ids, blocks, model.device)
         step = decoder.prepare(batch, kv)
         hidden = decoder.embed(batch.token_ids)
+        delta: Tensor | None = None
         for layer in model.layers():
-            hidden = layer(hidden, step)
+            hidden, delta = layer(hidden, delta, step)
             self._tick(0)
-        scored = hidden[: len(token_ids) - 1]
-        for start in range(0, len(scored), LOGIT_ROWS):
-            rows = scored[start : start + LOGIT_ROWS]
-            yield start, decoder.head(rms_norm(rows, decoder.final_norm, model.config.norm_eps))
+        num_scored = len(token_ids) - 1
+        for start in range(0, num_scored, LOGIT_ROWS):
+            rows = torch.arange(start, min(start + LOGIT_ROWS, num_scored), device=model.device)
+            yield start, decoder.logits(hidden, delta, rows)
 
     def _score_decode(self, mode: str, num_lanes: int) -> None:
         """Beginnings of windows, as many at once as there are lanes."""

@@ -1,8 +1,9 @@
 """One decoder for the Llama family's shape, driven by ModelConfig: StepBatch and PagedKV -> logits.
 
-norm -> q, k, v -> rotary -> paged attention -> o -> add; norm -> gate, up -> silu -> down -> add. Linears are
-built by a precision backend, one layer for each group that shares an input. What is the same for every
-layer of a step (rows of the rotary table, cache addresses, masks) is computed once, in `Step`.
+add and norm -> q, k, v -> rotary, K and V into the cache -> paged attention -> o; add and norm -> gate, up ->
+silu -> down. Each of these is one kernel, and the residual stream travels beside what is still to be added to
+it, so that no addition stands alone. Linears are built by a precision backend, one layer for each group that
+shares an input. What is the same for every layer of a step is computed once, in `Step`.
 """
 
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.dense_linear import pack_weight
-from service.kernels.paged_attention import paged_attention, plan_decode, write_kv
+from service.kernels.gated_silu import gated_silu
+from service.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention
+from service.kernels.rotary_kv import rotary_kv
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 from service.model.config import ModelConfig
 from service.model.head import Embedding, FullHead, Int8Head
-from service.model.layers import gated_silu, rms_norm
-from service.model.rope import rotate
 from service.precision.base import Backend, LinearGroup, LinearSpec, QuantLinear, Read
 
 Observe = Callable[[str, Tensor], None]  # (a linear's path, its input [T, in_features])
@@ -29,11 +31,9 @@ class Step:
 
     batch: StepBatch
     kv: PagedKV
-    cos: Tensor  # activations' dtype [T, 1, head_dim]
+    cos: Tensor  # float32 [positions, head_dim], the whole table
     sin: Tensor
-    blocks: Tensor  # int64 [T], where K and V are written
-    offsets: Tensor
-    decode: dict[int, tuple[Tensor, Tensor | None]]  # window -> gathered rows, mask
+    attention: AttentionPlan
 
 
 def layer_groups(config: ModelConfig, layer: int) -> dict[str, tuple[LinearSpec, ...]]:
@@ -58,7 +58,7 @@ def layer_groups(config: ModelConfig, layer: int) -> dict[str, tuple[LinearSpec,
 
 
 class DecoderLayer(nn.Module):
-    """hidden states [T, hidden] -> [T, hidden]; writes this step's K and V."""
+    """The residual stream and what is to be added to it, [T, hidden] each -> the same two."""
 
     input_norm: Tensor  # [hidden]
     post_attention_norm: Tensor  # [hidden]
@@ -83,8 +83,6 @@ class DecoderLayer(nn.Module):
         self.index = index
         self.window = config.windows[index]
         self.rotary = config.rotary[index]
-        self.num_rotated_heads = config.num_heads + config.num_kv_heads
-        self.num_packed_heads = config.num_heads + 2 * config.num_kv_heads
         prefix = f"model.layers.{index}"
 
         def norm(name: str) -> Tensor:
@@ -99,51 +97,41 @@ class DecoderLayer(nn.Module):
         for name, parts in groups.items():
             self.add_module(name, backend.build(LinearGroup(name, parts, device, dtype), read))
 
-    def forward(self, hidden: Tensor, step: Step, observe: Observe | None = None) -> Tensor:
-        x = rms_norm(hidden, self.input_norm, self.config.norm_eps)
+    def forward(
+        self, hidden: Tensor, delta: Tensor | None, step: Step, observe: Observe | None = None
+    ) -> tuple[Tensor, Tensor]:
+        eps = self.config.norm_eps
+        hidden, x = add_rms_norm(hidden, delta, self.input_norm, eps)
         if observe:
             self._show(observe, "qkv_proj", x)
         x = self._attend(self.qkv_proj(x), step)
         if observe:
             self._show(observe, "o_proj", x)
-        hidden = hidden + self.o_proj(x)
-        x = rms_norm(hidden, self.post_attention_norm, self.config.norm_eps)
+        hidden, x = add_rms_norm(hidden, self.o_proj(x), self.post_attention_norm, eps)
         if observe:
             self._show(observe, "gate_up_proj", x)
         x = gated_silu(self.gate_up_proj(x))
         if observe:
             self._show(observe, "down_proj", x)
-        return hidden + self.down_proj(x)
+        return hidden, self.down_proj(x)
 
     def _attend(self, qkv: Tensor, step: Step) -> Tensor:
         """Packed q, k, v [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
         config, batch = self.config, step.batch
-        packed = qkv.view(-1, self.num_packed_heads, config.head_dim)
-        turned, v = packed[:, : self.num_rotated_heads], packed[:, self.num_rotated_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(turned[:, : config.num_heads], self.q_norm, config.norm_eps)
-            k = rms_norm(turned[:, config.num_heads :], self.k_norm, config.norm_eps)
-            turned = torch.cat((q, k), 1)
-        if self.rotary:
-            turned = rotate(turned, step.cos, step.sin)
-        q, k = turned[:, : config.num_heads], turned[:, config.num_heads :]
         keys, values = step.kv.keys[self.index], step.kv.values[self.index]
-        write_kv(k, v, keys, values, step.blocks, step.offsets)
-        rows, mask = step.decode.get(self.window, (None, None))
-        attended = paged_attention(
-            q,
+        q = rotary_kv(
+            qkv,
+            step.cos if self.rotary else None,
+            step.sin if self.rotary else None,
+            batch.positions,
+            batch.slots,
+            self.q_norm,
+            self.k_norm,
+            config.norm_eps,
             keys,
             values,
-            batch.block_tables,
-            batch.query_starts,
-            batch.context_lengths,
-            batch.num_decode,
-            config.attention_scale,
-            self.window,
-            0.0,
-            rows,
-            mask,
         )
+        attended = paged_attention(q, keys, values, step.attention, config.attention_scale, self.window)
         return attended.reshape(-1, config.num_heads * config.head_dim)
 
     def _show(self, observe: Observe, group: str, x: Tensor) -> None:
@@ -203,36 +191,33 @@ class Decoder(nn.Module):
         """
         step = self.prepare(batch, kv)
         hidden = self.embed(batch.token_ids)
+        delta: Tensor | None = None
         for layer in self.layers:
-            hidden = layer(hidden, step, observe)
-        rows = hidden.index_select(0, batch.logit_rows)
-        return self.head(rms_norm(rows, self.final_norm, self.config.norm_eps))
+            hidden, delta = layer(hidden, delta, step, observe)
+        return self.logits(hidden, delta, batch.logit_rows)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [T] -> [T, hidden]."""
         hidden: Tensor = self.embedding(token_ids)
         return hidden
 
+    def logits(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> Tensor:
+        """The last layer's outcome and int64 [R] -> float32 [R, vocab]."""
+        hidden = hidden.index_select(0, rows)
+        delta = None if delta is None else delta.index_select(0, rows)
+        _, x = add_rms_norm(hidden, delta, self.final_norm, self.config.norm_eps)
+        return self.head(x)
+
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
-        """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, step)`."""
-        decode = {}
-        if batch.num_decode:
-            for window in set(self.config.windows):
-                decode[window] = plan_decode(
-                    batch.block_tables,
-                    batch.context_lengths,
-                    batch.num_decode,
-                    self.config.num_kv_heads,
-                    BLOCK_TOKENS,
-                    window,
-                    self.dtype,
-                )
-        return Step(
-            batch=batch,
-            kv=kv,
-            cos=self.cos.index_select(0, batch.positions).to(self.dtype).unsqueeze(1),
-            sin=self.sin.index_select(0, batch.positions).to(self.dtype).unsqueeze(1),
-            blocks=batch.slots // BLOCK_TOKENS,
-            offsets=batch.slots % BLOCK_TOKENS,
-            decode=decode,
+        """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, delta, step)`."""
+        plan = plan_attention(
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.num_decode,
+            self.config.windows,
+            self.config.num_kv_heads,
+            BLOCK_TOKENS,
+            self.dtype,
         )
+        return Step(batch, kv, self.cos, self.sin, plan)

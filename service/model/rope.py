@@ -135,12 +135,6 @@ class RopeConfig:
         return torch.cat((cos, cos), -1).to(device), torch.cat((-sin, sin), -1).to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[tokens, heads, head_dim] rotated by rows of the table [tokens, 1, head_dim] in x's dtype."""
-    half = x.shape[-1] // 2
-    return torch.addcmul(x * cos, x.roll(half, -1), sin)
-
-
 def _yarn_attention(given: dict[str, Any], factor: float) -> float:
     """YaRN's temperature on attention, folded into the cosines and sines."""
 

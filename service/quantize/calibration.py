@@ -74,7 +74,7 @@ def observe_layers(
     batch, num_blocks = windows_batch(windows, instance.device)
     decoder = instance.decoder
     step = decoder.prepare(batch, instance.new_kv(num_blocks))
-    hidden = decoder.embed(batch.token_ids)
+    hidden, delta = decoder.embed(batch.token_ids), None
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer), "the decoder is made of nothing else"
         groups = layer_groups(instance.config, index)
@@ -85,5 +85,5 @@ def observe_layers(
             if path in names:
                 seen[names[path]] = InputStatistics.of(x)  # noqa: B023  (called within this iteration)
 
-        hidden = layer(hidden, step, observe)
+        hidden, delta = layer(hidden, delta, step, observe)
         yield index, seen

@@ -10,7 +10,7 @@ from torch import Tensor
 from service.engine.sampler import SamplingRows, Variant, draw
 from service.engine.startup import start
 from service.kernels.awq_linear import reference
-from service.kernels.paged_attention import paged_attention, write_kv
+from service.kernels.paged_attention import paged_attention, plan_attention
 from service.kernels.paged_attention.reference import paged_attention_reference
 from service.kernels.philox import uniform
 from service.messages import EngineConfig, Sampling, Submit
@@ -119,13 +119,15 @@ def test_paged_attention_agrees_with_the_reference(dtype: torch.dtype, window: i
         tables[sequence, : len(blocks)] = blocks
         at = torch.arange(length)
         k, v = torch.randn(2, length, 3, 64).to(dtype)
-        write_kv(k, v, keys, values, blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS)
+        places = (blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS)
+        keys.transpose(1, 2).index_put_(places, k)
+        values.transpose(1, 2).index_put_(places, v)
     new = [1] * len(decode) + [count for _, count in prefill]
     starts = [sum(new[:i]) for i in range(len(new) + 1)]
     q = torch.randn(starts[-1], 9, 64).to(dtype)
     want = paged_attention_reference(q, keys, values, tables, starts, lengths, 64**-0.5, window)
-    on_gpu = [t.to(CUDA) for t in (q, keys, values, tables)]
-    got = paged_attention(*on_gpu, starts, lengths, len(decode), 64**-0.5, window)
+    plan = plan_attention(tables.to(CUDA), starts, lengths, len(decode), {window}, 3, BLOCK_TOKENS, dtype)
+    got = paged_attention(q.to(CUDA), keys.to(CUDA), values.to(CUDA), plan, 64**-0.5, window)
     bound = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
     assert relative_rms(got.cpu(), want) < bound
 

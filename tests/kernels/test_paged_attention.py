@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.kernels.paged_attention import attention_kernel, dense, paged_attention, plan_decode, write_kv
+from service.kernels.paged_attention import attention_kernel, dense, paged_attention, plan_attention
 from service.kernels.paged_attention.reference import paged_attention_reference
 from service.model.batch import BLOCK_TOKENS
 
@@ -32,9 +32,28 @@ class Pages:
             self.tables[sequence, : len(blocks)] = blocks
             positions = torch.arange(length)
             k, v = torch.randn(2, length, kv_heads, head_dim).to(dtype)
-            write_kv(
-                k, v, self.keys, self.values, blocks[positions // BLOCK_TOKENS], positions % BLOCK_TOKENS
-            )
+            places = (blocks[positions // BLOCK_TOKENS], positions % BLOCK_TOKENS)
+            self.keys.transpose(1, 2).index_put_(places, k)
+            self.values.transpose(1, 2).index_put_(places, v)
+
+    def attend(
+        self,
+        q: Tensor,
+        query_starts: list[int],
+        lengths: list[int],
+        num_decode: int,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        first: int = 0,
+    ) -> Tensor:
+        """Planned and computed; `first` is the sequence that the lists begin with."""
+        tables = self.tables[first : first + len(lengths)]
+        kv_heads = self.keys.shape[1]
+        plan = plan_attention(
+            tables, query_starts, lengths, num_decode, {window}, kv_heads, BLOCK_TOKENS, q.dtype
+        )
+        return paged_attention(q, self.keys, self.values, plan, scale, window, softcap)
 
 
 def relative_rms(got: Tensor, expected: Tensor) -> float:
@@ -72,21 +91,11 @@ def test_equals_reference(
         starts.append(starts[-1] + chunk)
     q = torch.randn(starts[-1], kv_heads * group, head_dim).to(dtype)
     caches = (pages.keys, pages.values, pages.tables, starts, lengths)
-    got = paged_attention(q, *caches, len(decode), head_dim**-0.5, window, softcap)
+    got = pages.attend(q, starts, lengths, len(decode), head_dim**-0.5, window, softcap)
     expected = paged_attention_reference(q, *caches, head_dim**-0.5, window, softcap)
     assert got.shape == q.shape
     assert got.dtype == dtype
     assert relative_rms(got, expected) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("window", [0, 20])
-def test_a_plan_made_once_gives_the_same(window: int) -> None:
-    lengths = [5, 64, 33]
-    pages = Pages(lengths, 2, 32, torch.float32, 0)
-    q = torch.randn(3, 4, 32)
-    arguments = (q, pages.keys, pages.values, pages.tables, [0, 1, 2, 3], lengths, 3, 0.2, window, 0.0)
-    plan = plan_decode(pages.tables, lengths, 3, 2, BLOCK_TOKENS, window, torch.float32)
-    assert torch.equal(paged_attention(*arguments, *plan), paged_attention(*arguments))
 
 
 def test_neighbours_do_not_move_a_float32_row() -> None:
@@ -95,40 +104,10 @@ def test_neighbours_do_not_move_a_float32_row() -> None:
     pages = Pages(lengths, 3, 64, torch.float32, 1)
     q = torch.randn(len(lengths), 9, 64)
     rows = list(range(len(lengths) + 1))
-    together = paged_attention(q, pages.keys, pages.values, pages.tables, rows, lengths, len(lengths), 0.125)
+    together = pages.attend(q, rows, lengths, len(lengths), 0.125)
     for row, length in enumerate(lengths):
-        alone = paged_attention(
-            q[row : row + 1],
-            pages.keys,
-            pages.values,
-            pages.tables[row : row + 1],
-            [0, 1],
-            [length],
-            1,
-            0.125,
-        )
+        alone = pages.attend(q[row : row + 1], [0, 1], [length], 1, 0.125, first=row)
         assert torch.equal(alone[0], together[row]), f"row {row} of length {length}"
-
-
-def test_write_kv_touches_only_its_slots() -> None:
-    keys = torch.zeros(3, 2, BLOCK_TOKENS, 4)
-    values = torch.zeros_like(keys)
-    k, v = torch.randn(2, 2, 2, 4)
-    write_kv(k, v, keys, values, torch.tensor([2, 1]), torch.tensor([0, 15]))
-    assert torch.equal(keys[2, :, 0], k[0])
-    assert torch.equal(keys[1, :, 15], k[1])
-    assert torch.equal(values[1, :, 15], v[1])
-    assert int(keys.count_nonzero()) == k.numel()
-
-
-def test_schemas_state_what_is_mutated() -> None:
-    keys = torch.zeros(3, 2, BLOCK_TOKENS, 4)
-    k, v = torch.randn(2, 2, 2, 4)
-    torch.library.opcheck(
-        torch.ops.halftone.write_kv.default,
-        (k, v, keys, keys.clone(), torch.tensor([2, 1]), torch.tensor([0, 15])),
-        test_utils="test_schema",
-    )
 
 
 @pytest.mark.parametrize("num_decode", [3, 4])
@@ -148,7 +127,7 @@ def test_the_kernel_that_is_named_serves(
     pages = Pages(lengths, 2, 16, dtype, seed=0)
     q = torch.randn(num_decode, 4, 16).to(dtype)
     starts = list(range(num_decode + 1))
-    paged_attention(q, pages.keys, pages.values, pages.tables, starts, lengths, num_decode, 0.25)
+    pages.attend(q, starts, lengths, num_decode, 0.25)
     name = attention_kernel(dtype, q.device)
     assert name.startswith("torch.scaled_dot_product_attention")
     assert bool(batched) is ("torch.bmm from 4 " in name and num_decode >= 4)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.kernels.paged_attention.plan import AttentionPlan
+
 MIN_BATCHED_PRODUCTS = 4  # sequences from which two batched products beat the fused attention on a CPU
 
 
@@ -23,85 +25,28 @@ def _has_batched_products(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu"
 
 
-def write(
-    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, blocks: Tensor, offsets: Tensor
-) -> None:
-    """See `write_kv`."""
-    key_cache.transpose(1, 2).index_put_((blocks, offsets), k)
-    value_cache.transpose(1, 2).index_put_((blocks, offsets), v)
-
-
-def plan_decode(
-    block_tables: Tensor,
-    context_lengths: list[int],
-    num_decode: int,
-    kv_heads: int,
-    block_tokens: int,
-    window: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """What every layer's decode shares in one step -> (cache rows, additive mask or None).
-
-    Rows are int64 [num_decode * kv_heads * pages]; the mask [num_decode, 1, 1, pages * 16] is None when
-    every gathered token is seen by its query.
-    """
-    device = block_tables.device
-    lengths = context_lengths[:num_decode]
-    starts = [max(0, length - window) if window else 0 for length in lengths]
-    pages = max(
-        -(-length // block_tokens) - start // block_tokens
-        for start, length in zip(starts, lengths, strict=True)
-    )
-    first_pages = [start // block_tokens for start in starts]
-    tables = block_tables[:num_decode].long()
-    if any(first_pages):
-        columns = torch.tensor(first_pages, device=device)[:, None] + torch.arange(pages, device=device)
-        tables = tables.gather(1, columns.clamp_(max=tables.shape[1] - 1))
-    else:
-        tables = tables[:, :pages]
-    rows = (tables[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]).flatten()
-    ends = [length - page * block_tokens for page, length in zip(first_pages, lengths, strict=True)]
-    begins = [start - page * block_tokens for page, start in zip(first_pages, starts, strict=True)]
-    tokens = pages * block_tokens
-    if all(end == tokens for end in ends) and not any(begins):
-        return rows, None
-    token = torch.arange(tokens, device=device)
-    seen = (token < torch.tensor(ends, device=device)[:, None]) & (
-        token >= torch.tensor(begins, device=device)[:, None]
-    )
-    mask = torch.zeros(num_decode, 1, 1, tokens, dtype=dtype, device=device)
-    return rows, mask.masked_fill_(~seen[:, None, None], float("-inf"))
-
-
-def attend(
+def paged_attention(
     q: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_tables: Tensor,
-    query_starts: list[int],
-    context_lengths: list[int],
-    num_decode: int,
+    plan: AttentionPlan,
     scale: float,
-    window: int,
-    softcap: float,
-    decode_rows: Tensor | None,
-    decode_mask: Tensor | None,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """See `paged_attention`."""
+    """q [T, heads, head_dim] -> [T, heads, head_dim], each row attending to its sequence up to itself.
+
+    `window`, one of those that were planned: newest tokens a query sees, itself included, 0 for all.
+    `softcap`: scores become `softcap * tanh(score / softcap)`, 0 for none.
+    """
     parts = []
-    if num_decode:
-        if decode_rows is None:
-            _, kv_heads, block_tokens, _ = key_cache.shape
-            decode_rows, decode_mask = plan_decode(
-                block_tables, context_lengths, num_decode, kv_heads, block_tokens, window, q.dtype
-            )
-        parts.append(
-            _decode(q[:num_decode], key_cache, value_cache, decode_rows, decode_mask, scale, softcap)
-        )
-    for sequence in range(num_decode, len(context_lengths)):
-        rows = slice(query_starts[sequence], query_starts[sequence + 1])
-        table, length = block_tables[sequence], context_lengths[sequence]
-        parts.append(_prefill(q[rows], key_cache, value_cache, table, length, scale, window, softcap))
+    if plan.num_decode:
+        rows, mask = plan.gathered[window]
+        parts.append(_decode(q[: plan.num_decode], key_cache, value_cache, rows, mask, scale, softcap))
+    for sequence in range(plan.num_decode, len(plan.context_lengths)):
+        rows_of_q = slice(plan.query_starts[sequence], plan.query_starts[sequence + 1])
+        table, length = plan.block_tables[sequence], plan.context_lengths[sequence]
+        parts.append(_prefill(q[rows_of_q], key_cache, value_cache, table, length, scale, window, softcap))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -1,0 +1,22 @@
+"""The residual connection and the norm behind it in one pass: hidden + delta, and its RMSNorm.
+
+decoder --hidden, delta--> (hidden, x), where x goes into the next linear. Source: arXiv 1910.07467.
+"""
+
+import torch
+from torch import Tensor
+
+from service.kernels.add_rms_norm import reference
+
+__all__ = ["add_rms_norm"]
+
+library = torch.library.Library("halftone", "FRAGMENT")
+library.define("add_rms_norm(Tensor hidden, Tensor? delta, Tensor weight, float eps) -> (Tensor, Tensor)")
+library.impl("add_rms_norm", reference.add_rms_norm, "CompositeExplicitAutograd")
+
+_add_rms_norm = torch.ops.halftone.add_rms_norm.default
+
+
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[T, n], the same or None for nothing to add, [n] -> (hidden + delta, its RMSNorm times weight)."""
+    return _add_rms_norm(hidden, delta, weight, eps)

@@ -1,0 +1,43 @@
+"""From qkv_proj to attention in one pass: norms of q and k, rotary embedding, K and V into their pages.
+
+qkv_proj --[T, (heads + 2 kv_heads) * head_dim]--> rotary_kv --q--> paged_attention. Source: arXiv 2104.09864.
+"""
+
+import torch
+from torch import Tensor
+
+from service.kernels.rotary_kv import reference
+
+__all__ = ["rotary_kv"]
+
+library = torch.library.Library("halftone", "FRAGMENT")
+library.define(
+    "rotary_kv(Tensor qkv, Tensor? cos, Tensor? sin, Tensor positions, Tensor slots, Tensor? q_norm, "
+    "Tensor? k_norm, float eps, Tensor(a!) key_cache, Tensor(b!) value_cache) -> Tensor"
+)
+library.impl("rotary_kv", reference.rotary_kv, "CompositeExplicitAutograd")
+
+_rotary_kv = torch.ops.halftone.rotary_kv.default
+
+
+def rotary_kv(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor,
+    slots: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> Tensor:
+    """-> q [T, heads, head_dim], contiguous; K and V are written.
+
+    `qkv` [T, (heads + 2 kv_heads) * head_dim]; `cos` and `sin` float32 [positions, head_dim] as
+    `RopeConfig.table` makes them, None for a layer without positions; `positions` and `slots` int64 [T];
+    `q_norm` and `k_norm` [head_dim] or None; caches [block, kv_head, token, head_dim].
+    Rotated in float32, rounded once.
+    """
+    q: Tensor = _rotary_kv(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache)
+    return q
