@@ -168,6 +168,8 @@ class StepStats(msgspec.Struct, array_like=True):
     kv_cached_tokens: int = 0  # in blocks held only for reuse
     memory_bytes: dict[str, int] | None = None  # when it changed
     peak_bytes: dict[str, int] | None = None  # phase (load, prefill, decode) -> peak bytes
+    # of each request that ended: seconds in queue, prefill and decode, as far as it came
+    ended_phase_seconds: list[list[float]] = msgspec.field(default_factory=list)
 
 
 class Step(msgspec.Struct, tag="step", array_like=True):

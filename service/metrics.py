@@ -41,6 +41,7 @@ def geometric(first: float, last: float, merged: Iterable[float] = ()) -> tuple[
 # 33 steps of 1.25 from 1 ms: 3.5 ms and 6.5 ms a token are two modes, and must not share a bucket
 TOKEN_SECONDS = geometric(0.001, 1.263, (0.005, 0.01, 0.02, 0.05, 0.1, 0.2))
 FIRST_TOKEN_SECONDS = geometric(0.002, 60, (0.05, 0.1, 0.2, 0.5, 1, 2, 60))
+DECODE_SECONDS = geometric(0.01, 600)
 REQUEST_SECONDS = tuple(round(0.01 * 2**n, 2) for n in range(14))
 POWERS_OF_TWO = tuple(float(2**n) for n in range(11))
 
@@ -74,6 +75,14 @@ _FAMILIES = (
            "From one token of a request to its next.", TOKEN_SECONDS),
     Family("halftone_time_per_output_token_seconds", "histogram", (), "seconds",
            "Mean over a request's tokens after the first.", TOKEN_SECONDS),
+    Family("halftone_queue_seconds", "histogram", (), "seconds",
+           "From a request's arrival at the engine to its first step, or to an abort before it.",
+           FIRST_TOKEN_SECONDS),
+    Family("halftone_prefill_seconds", "histogram", (), "seconds",
+           "From a request's first step to its first token, or to an end without one.",
+           FIRST_TOKEN_SECONDS),
+    Family("halftone_decode_seconds", "histogram", (), "seconds",
+           "From a request's first token to its end; an answer of one token has none.", DECODE_SECONDS),
     Family("halftone_request_duration_seconds", "histogram", ("endpoint", "status"), "seconds",
            "From an HTTP request's arrival to the end of its response.", REQUEST_SECONDS),
     Family("halftone_step_seconds", "histogram", (), "seconds", "One step of the engine.", TOKEN_SECONDS),
@@ -147,6 +156,8 @@ class Metrics:
         self._first_token = self._histograms["halftone_time_to_first_token_seconds"][()]
         self._inter_token = self._histograms["halftone_inter_token_latency_seconds"][()]
         self._per_token = self._histograms["halftone_time_per_output_token_seconds"][()]
+        phases = ("queue", "prefill", "decode")
+        self._phases = [self._histograms[f"halftone_{phase}_seconds"][()] for phase in phases]
         self._step = self._histograms["halftone_step_seconds"][()]
         self._batch_size = self._histograms["halftone_batch_size"][()]
         self._kv_capacity_tokens = 0
@@ -202,6 +213,9 @@ class Metrics:
             self._add("halftone_tokens_total", stats.num_cached_tokens, "cached")
         if stats.num_preemptions:
             self._add("halftone_preemptions_total", stats.num_preemptions)
+        for seconds_in_phases in stats.ended_phase_seconds:
+            for histogram, seconds in zip(self._phases, seconds_in_phases, strict=False):  # as far as it came
+                histogram.observe(seconds)
         self._set("halftone_requests_running", stats.num_running)
         self._set("halftone_requests_waiting", stats.num_waiting)
         self._set("halftone_kv_cache_tokens", stats.kv_used_tokens, "used")

@@ -94,6 +94,16 @@ def precision_side_by_side() -> list[dict[str, Any]]:
             {"computed {{precision}}": computed, "cached {{precision}}": cached},
         ),
         panel("Engine step", "s", both("step_seconds"), help="One forward pass with sampling."),
+        panel(
+            "Time in the queue",
+            "s",
+            both("queue_seconds"),
+            help="From arrival at the engine to the first step.",
+        ),
+        panel(
+            "Time in prefill", "s", both("prefill_seconds"), help="From the first step to the first token."
+        ),
+        panel("Time in decode", "s", both("decode_seconds"), help="From the first token to the end."),
         row("Memory"),
         panel(
             "Memory by part",

@@ -61,6 +61,7 @@ class Engine:
         self.runner = Runner(model, kv, device, limits.max_batch_requests, limits.max_context_tokens)
         self._requests: dict[int, Request] = {}
         self._ended: list[Output] = []  # ends that no step brought about: refusals and aborts
+        self._ended_phase_seconds: list[list[float]] = []  # since the last Step
         self._num_arrived = 0
 
     @property
@@ -161,6 +162,8 @@ class Engine:
                 if request.scores_prompt:
                     output.prompt_logprobs = [None, *request.prompt_logprobs]
                 request.started = True
+                if finish_reason is None:  # else it never decodes
+                    request.end_phase()
             outputs.append(self._end(request, output, finish_reason) if finish_reason else output)
         return outputs
 
@@ -171,10 +174,13 @@ class Engine:
     def _end(self, request: Request, output: Output, finish_reason: FinishReason) -> Output:
         del self._requests[request.id]
         self.scheduler.release(request)
+        request.end_phase()
+        self._ended_phase_seconds.append(request.phase_seconds)
         output.finish_reason = finish_reason
         return output
 
     def _stats(self, plan: Plan, step_seconds: float) -> StepStats:
+        ended, self._ended_phase_seconds = self._ended_phase_seconds, []
         return StepStats(
             step_seconds=step_seconds,
             num_prefill_tokens=plan.num_prefill_tokens,
@@ -185,4 +191,5 @@ class Engine:
             num_waiting=len(self.scheduler.waiting),
             kv_used_tokens=self.cache.num_held * BLOCK_TOKENS,
             kv_cached_tokens=self.cache.num_idle * BLOCK_TOKENS,
+            ended_phase_seconds=ended,
         )

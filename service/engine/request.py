@@ -1,5 +1,7 @@
 """One request inside the engine: its tokens, its KV blocks, and how far it has come."""
 
+import time
+
 from service.messages import Sampling, Submit, TokenLogprobs
 
 
@@ -22,6 +24,8 @@ class Request:
         "num_prompt_tokens",
         "num_registered_blocks",
         "num_tabled_blocks",
+        "phase_seconds",
+        "phase_started_at",
         "prompt_logprobs",
         "row",
         "sampling",
@@ -52,6 +56,14 @@ class Request:
         self.row = -1  # of the runner's tables while running
         self.started = False  # has sent an Output
         self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.phase_started_at = time.perf_counter()
+        self.phase_seconds: list[float] = []  # in queue, prefill and decode, as far as it came
+
+    def end_phase(self) -> None:
+        """It was first admitted, gave its first token, or ended. Preemption takes no phase back."""
+        now = time.perf_counter()
+        self.phase_seconds.append(now - self.phase_started_at)
+        self.phase_started_at = now
 
     @property
     def num_uncomputed_tokens(self) -> int:

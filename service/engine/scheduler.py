@@ -200,6 +200,7 @@ class Scheduler:
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = request.num_computed_tokens
             plan.num_cached_tokens += request.num_computed_tokens
+            request.end_phase()
         request.row = self._free_rows.pop()
         self.waiting.remove(request)
         insort(self.running, request, key=lambda r: r.arrival)

@@ -5,6 +5,7 @@ import math
 import pytest
 from fake_model import UNSAID, VOCAB_SIZE, Client, FakeModel, expected_answer, fake_engine, prefix_logits
 
+from service.engine import request
 from service.engine.engine import BAD_TOKEN, EMPTY_PROMPT, MODEL_ERROR, STEP_ERROR, TOO_LONG
 from service.messages import Sampling, Submit
 
@@ -256,3 +257,36 @@ def test_figures_add_up() -> None:
     assert stats[-1].kv_cached_tokens == 3 * 32
     assert all(s.step_seconds > 0 for s in stats)
     assert engine.heartbeat().stats.step_seconds == 0
+
+
+class Clock:
+    """Stands for the module `time`: it is as late as the test says."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(request, "time", clock)
+    return clock
+
+
+def test_seconds_in_each_phase_are_told_once_at_the_end(clock: Clock) -> None:
+    """A second before each step. The first has two steps of prompt and two of answer, the second two of
+    prompt, the third is given up in the queue."""
+    engine = fake_engine(max_batch_tokens=20, max_batch_requests=1)
+    engine.add(Submit(1, prompt(33), greedy(3)))
+    engine.add(Submit(2, prompt(33, 5), greedy(1)))
+    engine.add(Submit(3, prompt(5), greedy(1)))
+    told = []
+    for step in range(6):
+        clock.now += 1
+        if step == 5:
+            engine.abort([3])
+        told.append(engine.step().stats.ended_phase_seconds)
+    assert told == [[], [], [], [[1, 1, 2]], [], [[6], [5, 1]]]
+    assert engine.heartbeat().stats.ended_phase_seconds == []

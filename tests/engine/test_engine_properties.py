@@ -91,6 +91,14 @@ def test_each_request_is_answered_once_and_as_if_alone(
             assert answer == wanted[: len(answer)]
         else:
             assert (answer, ending.finish_reason) == (wanted, reason)
+    told = [phases for step in client.steps for phases in step.stats.ended_phase_seconds]
+    accepted = [id for id, ending in client.endings.items() if ending.finish_reason != "error"]
+    decoded = [
+        id for id in accepted if len(client.answers[id]) > (client.endings[id].finish_reason != "abort")
+    ]
+    assert len(told) == len(accepted)
+    assert [len(phases) for phases in told].count(3) == len(decoded)
+    assert all(1 <= len(phases) <= 3 and min(phases) >= 0 for phases in told)
 
 
 def test_preemption_changes_no_answer() -> None:

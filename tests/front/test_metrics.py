@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.messages import EngineConfig, EngineInfo, StepStats
-from service.metrics import FIRST_TOKEN_SECONDS, TOKEN_SECONDS, Histogram, Metrics, catalogue
+from service.metrics import DECODE_SECONDS, FIRST_TOKEN_SECONDS, TOKEN_SECONDS, Histogram, Metrics, catalogue
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -131,6 +131,22 @@ def test_a_step_adds_deltas_and_replaces_gauges() -> None:
     assert value(metrics, "halftone_memory_bytes", part="kv_cache") == 9
     assert value(metrics, "halftone_step_seconds_count") == 2
     assert value(metrics, "halftone_batch_size_sum") == 6
+
+
+def test_an_ended_request_counts_in_the_phases_it_came_to() -> None:
+    metrics = Metrics("demo", "bf16")
+    metrics.step(StepStats(ended_phase_seconds=[[0.25, 0.5, 100.0], [1.0, 2.0], [4.0]]))
+    metrics.step(StepStats())
+    for phase, count, seconds in (("queue", 3, 5.25), ("prefill", 2, 2.5), ("decode", 1, 100.0)):
+        assert value(metrics, f"halftone_{phase}_seconds_count") == count
+        assert value(metrics, f"halftone_{phase}_seconds_sum") == seconds
+
+
+def test_decode_buckets() -> None:
+    """Two modes of nearly one speed stay apart, to answers of ten minutes."""
+    assert DECODE_SECONDS[0] == 0.01
+    assert 500 < DECODE_SECONDS[-1] <= 600
+    assert all(after / before < 1.252 for before, after in itertools.pairwise(DECODE_SECONDS))
 
 
 def info(kv_tokens: int = 1000) -> EngineInfo:
