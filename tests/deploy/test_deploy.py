@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from service import __version__
-from service.config import Settings
+from service.cli.serve import check_calibration
+from service.config import Settings, load_settings
 from service.metrics import catalogue
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,27 @@ def test_every_variable_of_compose_is_in_the_example_and_every_setting_exists() 
     dockerfile = (ROOT / "Dockerfile").read_text()
     for name in re.findall(r"HALFTONE_[A-Z_]+", text + example + dockerfile):
         assert name in settings, name
+
+
+def test_a_pair_of_servers_starts_whatever_one_server_is_calibrated_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`.env` reaches every container whole, and a precision that is not calibrated refuses a text."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.")
+    shutil.copy(DEPLOY / "compose.yaml", tmp_path)
+    example = (DEPLOY / ".env.example").read_text()
+    lines = re.sub(r"^((?:HALFTONE|PAIR_B)_CALIBRATION=)$", rf"\1{text}", example, flags=re.MULTILINE)
+    (tmp_path / ".env").write_text(lines)
+    services = compose("--project-directory", str(tmp_path), "-f", str(tmp_path / "compose.yaml"),
+                       "--profile", "*")["services"]  # fmt: skip
+    for name, calibration in (("server", str(text)), ("pair-a", ""), ("pair-b", str(text))):
+        for variable, setting in services[name]["environment"].items():
+            monkeypatch.setenv(variable, setting)
+        settings = load_settings()
+        assert settings.calibration == calibration
+        if name != "server":
+            check_calibration(settings.calibration, [settings.precision])
 
 
 def test_dashboards_are_what_the_generator_writes() -> None:
