@@ -17,7 +17,7 @@ from service.kernels.dense_linear import pack_weight
 from service.kernels.gated_silu import gated_silu
 from service.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention
 from service.kernels.rotary_kv import rotary_kv
-from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
+from service.model.batch import PagedKV, StepBatch
 from service.model.config import ModelConfig
 from service.model.head import Embedding, FullHead, Int8Head
 from service.precision.base import Backend, LinearGroup, LinearSpec, QuantLinear, Read
@@ -210,14 +210,5 @@ class Decoder(nn.Module):
 
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
         """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, delta, step)`."""
-        plan = plan_attention(
-            batch.block_tables,
-            batch.query_starts,
-            batch.context_lengths,
-            batch.num_decode,
-            self.config.windows,
-            self.config.num_kv_heads,
-            BLOCK_TOKENS,
-            self.dtype,
-        )
+        plan = plan_attention(batch.block_tables, batch.query_starts, batch.context_lengths, batch.num_decode)
         return Step(batch, kv, self.cos, self.sin, plan)

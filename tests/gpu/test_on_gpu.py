@@ -126,7 +126,7 @@ def test_paged_attention_agrees_with_the_reference(dtype: torch.dtype, window: i
     starts = [sum(new[:i]) for i in range(len(new) + 1)]
     q = torch.randn(starts[-1], 9, 64).to(dtype)
     want = paged_attention_reference(q, keys, values, tables, starts, lengths, 64**-0.5, window)
-    plan = plan_attention(tables.to(CUDA), starts, lengths, len(decode), {window}, 3, BLOCK_TOKENS, dtype)
+    plan = plan_attention(tables.to(CUDA), starts, lengths, len(decode))
     got = paged_attention(q.to(CUDA), keys.to(CUDA), values.to(CUDA), plan, 64**-0.5, window)
     bound = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
     assert relative_rms(got.cpu(), want) < bound

@@ -49,10 +49,7 @@ class Pages:
     ) -> Tensor:
         """Planned and computed; `first` is the sequence that the lists begin with."""
         tables = self.tables[first : first + len(lengths)]
-        kv_heads = self.keys.shape[1]
-        plan = plan_attention(
-            tables, query_starts, lengths, num_decode, {window}, kv_heads, BLOCK_TOKENS, q.dtype
-        )
+        plan = plan_attention(tables, query_starts, lengths, num_decode)
         return paged_attention(q, self.keys, self.values, plan, scale, window, softcap)
 
 

@@ -8,6 +8,6 @@ against.
 """
 
 from service.kernels.paged_attention.dense import attention_kernel, paged_attention
-from service.kernels.paged_attention.plan import AttentionPlan, plan_attention
+from service.kernels.paged_attention.plan import AttentionPlan, decode_plan, plan_attention
 
-__all__ = ["AttentionPlan", "attention_kernel", "paged_attention", "plan_attention"]
+__all__ = ["AttentionPlan", "attention_kernel", "decode_plan", "paged_attention", "plan_attention"]

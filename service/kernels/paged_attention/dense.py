@@ -36,14 +36,15 @@ def paged_attention(
 ) -> Tensor:
     """q [T, heads, head_dim] -> [T, heads, head_dim], each row attending to its sequence up to itself.
 
-    `window`, one of those that were planned: newest tokens a query sees, itself included, 0 for all.
+    `window`: newest tokens a query sees, itself included, 0 for all.
     `softcap`: scores become `softcap * tanh(score / softcap)`, 0 for none.
     """
     parts = []
     if plan.num_decode:
-        rows, mask = plan.gathered[window]
+        _, kv_heads, block_tokens, _ = key_cache.shape
+        rows, mask = plan.gathered(window, kv_heads, block_tokens, q.dtype)
         parts.append(_decode(q[: plan.num_decode], key_cache, value_cache, rows, mask, scale, softcap))
-    for sequence in range(plan.num_decode, len(plan.context_lengths)):
+    for sequence in range(plan.num_decode, plan.num_sequences):
         rows_of_q = slice(plan.query_starts[sequence], plan.query_starts[sequence + 1])
         table, length = plan.block_tables[sequence], plan.context_lengths[sequence]
         parts.append(_prefill(q[rows_of_q], key_cache, value_cache, table, length, scale, window, softcap))

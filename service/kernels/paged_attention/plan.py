@@ -1,21 +1,67 @@
 """What every layer's attention of one step shares, computed once."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+Gathered = tuple[Tensor, Tensor | None]  # cache rows, additive mask
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """S sequences, their queries one behind another; the first `num_decode` have one query each."""
+    """S sequences, their queries one behind another; the first `num_decode` have one query each.
+
+    The tensors say what the lists say, on the device. A plan that only decodes may have no lists at all:
+    `decode_plan` makes one of tensors whose contents change between replays of a captured step.
+    """
 
     block_tables: Tensor  # int32 [S, max blocks], rows padded with 0
-    query_starts: list[int]  # [S + 1], first query of each sequence
-    context_lengths: list[int]  # [S], keys of each sequence, this step's included
+    lengths: Tensor  # int32 [S], keys of each sequence, this step's included
+    starts: Tensor  # int32 [S + 1], first query of each sequence; the last is T
     num_decode: int
-    gathered: dict[int, tuple[Tensor, Tensor | None]]  # window -> cache rows of the decode, additive mask
+    query_starts: list[int]  # `starts`, or empty
+    context_lengths: list[int]  # `lengths`, or empty
+    _gathered: dict[int, Gathered] = field(default_factory=dict)
+    _tiles: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.block_tables.shape[0]
+
+    def gathered(self, window: int, kv_heads: int, block_tokens: int, dtype: torch.dtype) -> Gathered:
+        """What a decode that gathers its pages needs of this window, made once a step: `gather_plan`."""
+        if window not in self._gathered:
+            self._gathered[window] = gather_plan(
+                self.block_tables,
+                self.context_lengths,
+                self.num_decode,
+                kv_heads,
+                block_tokens,
+                window,
+                dtype,
+            )
+        return self._gathered[window]
+
+    def tiles(self, tile_queries: int) -> Tensor:
+        """The queries behind the decode, `tile_queries` at a time, made once a step.
+
+        -> int32 [tiles, 2], sequence and first query within its chunk; late queries, which see the most
+        keys, come first, so that the longest work is not begun last.
+        """
+        if tile_queries not in self._tiles:
+            found = []
+            for sequence in range(self.num_decode, self.num_sequences):
+                count = self.query_starts[sequence + 1] - self.query_starts[sequence]
+                length = self.context_lengths[sequence]
+                found += [
+                    (count - first - length, sequence, first) for first in range(0, count, tile_queries)
+                ]
+            pairs = [(sequence, first) for _, sequence, first in sorted(found)]
+            self._tiles[tile_queries] = on_device(
+                [number for pair in pairs for number in pair], self.lengths.device
+            ).view(-1, 2)
+        return self._tiles[tile_queries]
 
 
 def plan_attention(
@@ -23,19 +69,29 @@ def plan_attention(
     query_starts: list[int],
     context_lengths: list[int],
     num_decode: int,
-    windows: Iterable[int],
-    kv_heads: int,
-    block_tokens: int,
-    dtype: torch.dtype,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> AttentionPlan:
-    """`windows`: those that the model's layers have; `dtype` of queries and cache."""
-    gathered = {}
-    if num_decode:
-        for window in set(windows):
-            gathered[window] = gather_plan(
-                block_tables, context_lengths, num_decode, kv_heads, block_tokens, window, dtype
-            )
-    return AttentionPlan(block_tables, query_starts, context_lengths, num_decode, gathered)
+    """The lists are always given; `lengths` and `starts` are copied from them where the caller has none."""
+    if lengths is None or starts is None:
+        packed = on_device(context_lengths + query_starts, block_tables.device)
+        lengths, starts = packed.split([len(context_lengths), len(query_starts)])
+    return AttentionPlan(block_tables, lengths, starts, num_decode, query_starts, context_lengths)
+
+
+def decode_plan(block_tables: Tensor, lengths: Tensor) -> AttentionPlan:
+    """One query a sequence, known to the device alone: nothing is copied from it or to it.
+
+    int32 [S, max blocks], int32 [S]. A padded row has length 0 or 1 and block 0.
+    """
+    sequences = block_tables.shape[0]
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device=block_tables.device)
+    return AttentionPlan(block_tables, lengths, starts, sequences, [], [])
+
+
+def on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """int32; the host does not wait for the copy."""
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def gather_plan(
