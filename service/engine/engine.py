@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # What a client may read. An exception's own text can carry tokens, paths or addresses.
 MODEL_ERROR = "the model produced numbers that are not finite"
 STEP_ERROR = "the engine failed on this request"
+NO_MEMORY = "the device ran out of memory on this request"
 TOO_LONG = "the prompt leaves no room for an answer in the context window"
 BAD_TOKEN = "the prompt holds a token id outside the vocabulary"
 EMPTY_PROMPT = "the prompt is empty"
@@ -119,10 +120,11 @@ class Engine:
             result = self.runner.run(chunks)
         except torch.AcceleratorError:
             raise  # the device's context is lost: no later step could be right
-        except Exception:
+        except Exception as error:
             logger.exception("step of %d requests failed", len(chunks))
             if len(chunks) == 1:
-                return [self._fail(chunks[0].request, STEP_ERROR)]
+                told = NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else STEP_ERROR
+                return [self._fail(chunks[0].request, told)]
         else:
             return self._emit(chunks, result)
         # K and V that the failed step wrote are written again with the same values

@@ -25,9 +25,10 @@ def prefix_logits(token_ids: list[int]) -> Tensor:
 
 @dataclass
 class FakeModel:
-    """Keeps token ids where K would be. A prefix with `poison` in it raises; one with `broken` gives NaN."""
+    """Keeps token ids where K would be. A prefix with `poison` raises `fault`; one with `broken` gives NaN."""
 
     poison: int = -1
+    fault: Exception = field(default_factory=lambda: RuntimeError("poisoned"))
     broken: int = -1
     batches: list[StepBatch] = field(default_factory=list)
 
@@ -47,7 +48,7 @@ class FakeModel:
             slots = (batch.block_tables[sequence].long() * BLOCK_TOKENS).unsqueeze(1) + torch.arange(16)
             seen = pages[slots.view(-1)[: position + 1]].tolist()
             if self.poison in seen:
-                raise RuntimeError("poisoned")
+                raise self.fault
             logits = prefix_logits(seen)
             rows.append(torch.full_like(logits, torch.nan) if self.broken in seen else logits)
         return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)

@@ -3,10 +3,18 @@
 import math
 
 import pytest
+import torch
 from fake_model import UNSAID, VOCAB_SIZE, Client, FakeModel, expected_answer, fake_engine, prefix_logits
 
 from service.engine import request
-from service.engine.engine import BAD_TOKEN, EMPTY_PROMPT, MODEL_ERROR, STEP_ERROR, TOO_LONG
+from service.engine.engine import (
+    BAD_TOKEN,
+    EMPTY_PROMPT,
+    MODEL_ERROR,
+    NO_MEMORY,
+    STEP_ERROR,
+    TOO_LONG,
+)
 from service.messages import Sampling, Submit
 
 GREEDY = Sampling(8, temperature=0, ignore_eos=True)
@@ -141,14 +149,17 @@ def test_logprobs_are_of_the_unmodified_distribution() -> None:
         text += output.token_ids
 
 
-def test_an_exception_takes_only_the_guilty_request() -> None:
-    engine = fake_engine(model=FakeModel(poison=UNSAID))
+@pytest.mark.parametrize(
+    ("fault", "error"), [(RuntimeError("poisoned"), STEP_ERROR), (torch.OutOfMemoryError(), NO_MEMORY)]
+)
+def test_an_exception_takes_only_the_guilty_request(fault: Exception, error: str) -> None:
+    engine = fake_engine(model=FakeModel(poison=UNSAID, fault=fault))
     submits = [Submit(i, prompt(20, i), greedy(12)) for i in range(4)]
     for submit in submits:
         engine.add(submit)
     engine.add(Submit(9, [*prompt(18), UNSAID], GREEDY))
     client = Client().run(engine)
-    assert (client.endings[9].finish_reason, client.endings[9].error) == ("error", STEP_ERROR)
+    assert (client.endings[9].finish_reason, client.endings[9].error) == ("error", error)
     for submit in submits:
         assert client.endings[submit.id].finish_reason == "length"
         assert client.answers[submit.id] == expected_answer(submit, 1000)[0]
