@@ -25,7 +25,7 @@ def prefix_logits(token_ids: list[int]) -> Tensor:
 
 @dataclass
 class FakeModel:
-    """Keeps token ids where K would be. A prefix with `poison` raises `fault`; one with `broken` gives NaN."""
+    """Keeps token ids where K would be. `poison` in a prefix raises `fault`, `broken` gives NaN."""
 
     poison: int = -1
     fault: Exception = field(default_factory=lambda: RuntimeError("poisoned"))
