@@ -36,6 +36,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     calibration: str = ""  # text file for calibrated modes; empty: the interpreter's documentation
     cache_dir: str = ""
     threads: int = 0  # 0: one per physical core
+    tokenizer: str = ""  # folder with tokenizer.json; empty: the model's own
+    load_format: Literal["safetensors", "random"] = "safetensors"  # `random` needs config.json alone
+    load_seed: int = 0
+    random_outliers: int = 0
+    save: str = ""  # new folder for the random weights as a checkpoint; empty: none
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -94,7 +99,7 @@ FrontMessage = Submit | Abort | Evaluate | Shutdown
 
 
 class Loading(msgspec.Struct, tag="loading", array_like=True):
-    """Progress on the way to ready; `stage` is one of import, verify, calibrate, quantize, load, warm."""
+    """Progress on the way to ready; `stage`: import, verify, calibrate, quantize, save, load or warm."""
 
     stage: str
     done: int
@@ -126,6 +131,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     load_seconds: dict[str, float]  # stage -> seconds
     peak_load_bytes: int
     calibration: dict[str, str] = msgspec.field(default_factory=dict)  # text, sha256, python
+    random_weights: dict[str, str] = msgspec.field(default_factory=dict)  # seed, ...; empty: trained ones
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):

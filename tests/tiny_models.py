@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
+from service.model.checkpoint import TensorSource
 from service.model.instance import ModelInstance
 from service.precision import load_backend
 
@@ -48,8 +49,8 @@ def make_checkpoint(
     return model.float().eval()
 
 
-def load_instance(folder: Path, precision: str = "fp32", **options: Any) -> ModelInstance:
-    return ModelInstance.load(folder, load_backend(precision), torch.device("cpu"), **options)
+def load_instance(source: Path | TensorSource, precision: str = "fp32", **options: Any) -> ModelInstance:
+    return ModelInstance.load(source, load_backend(precision), torch.device("cpu"), **options)
 
 
 def one_sequence(tokens: list[int], start: int, kv: PagedKV, *, every_row: bool = True) -> StepBatch:

@@ -6,6 +6,7 @@ child --EngineConfig--> start --Loading ...--> Serving (engine, model, EngineInf
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,8 +16,9 @@ from service.engine.link import Throttle
 from service.errors import DeviceError, PrecisionError, SettingError
 from service.messages import EngineConfig, EngineInfo, Loading, Sampling, Submit
 from service.model.batch import BLOCK_TOKENS, PagedKV
-from service.model.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint, TensorSource
 from service.model.instance import ModelInstance, Progress
+from service.model.random_weights import Draw, RandomWeights, save_random
 from service.precision import TABLE, backend_of, load_backend
 from service.precision.base import Backend
 
@@ -66,7 +68,10 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     stages = Stages(send, started_at)
     device = devices.resolve(config.device)
     try:
-        model = load_model(config, config.precision, device, stages, DTYPES.get(config.dtype))
+        source, backend = open_model(config, config.precision, device, stages)
+        if config.save and isinstance(source, RandomWeights):
+            save_random(source, Path(config.tokenizer or source.path), Path(config.save), stages)
+        model = load(config, source, backend, device, stages, DTYPES.get(config.dtype))
         max_batch_tokens, max_batch_requests = batch_limits(config, device)
         stages("warm", 0, 1, "steps")
         warm_up(model, max_batch_tokens if device.type == "cuda" else 2 * BLOCK_TOKENS)
@@ -91,26 +96,54 @@ def load_model(
     progress: Progress,
     dtype: torch.dtype | None = None,
 ) -> ModelInstance:
-    """The configured checkpoint in this precision; a calibrated mode is quantized into the cache first."""
-    checkpoint = Checkpoint(config.model_path)
-    backend = choose_backend(precision, checkpoint, device)
-    path = checkpoint.path
-    if backend.quantizer and checkpoint.quantization is None:
-        from service.quantize import prepare  # calibration is heavy and most starts do without
+    """The configured checkpoint in this precision."""
+    return load(config, *open_model(config, precision, device, progress), device, progress, dtype)
 
-        path = prepare(path, backend, config, progress)
+
+def open_model(
+    config: EngineConfig, precision: str, device: torch.device, progress: Progress
+) -> tuple[TensorSource, Backend]:
+    """-> where the tensors come from, and what builds layers of them.
+
+    A calibrated mode is quantized into the cache first; random weights are drawn as that mode packs them.
+    """
+    source: TensorSource
+    if config.load_format == "random":
+        draw = Draw(config.load_seed, config.random_outliers)
+        source = RandomWeights(Path(config.model_path), device, draw)
+    else:
+        source = Checkpoint(config.model_path)
+    backend = choose_backend(precision, source, device)
+    if backend.quantizer and source.quantization is None:
+        from service.quantize import packing, prepare  # calibration is heavy and most starts do without
+
+        if isinstance(source, RandomWeights):
+            return source.quantized(packing(source.config, backend)), backend
+        source = Checkpoint(prepare(source.path, backend, config, progress))
+    return source, backend
+
+
+def load(
+    config: EngineConfig,
+    source: TensorSource,
+    backend: Backend,
+    device: torch.device,
+    progress: Progress,
+    dtype: torch.dtype | None,
+) -> ModelInstance:
     return ModelInstance.load(
-        path,
+        source,
         backend,
         device,
         dtype,
         head=config.head,
         max_context_tokens=config.max_context_tokens,
+        tokenizer=Path(config.tokenizer) if config.tokenizer else None,
         progress=progress,
     )
 
 
-def choose_backend(precision: str, checkpoint: Checkpoint, device: torch.device) -> Backend:
+def choose_backend(precision: str, checkpoint: TensorSource, device: torch.device) -> Backend:
     """`auto` is what the checkpoint is: its quantization, else its 16-bit type, which a CPU has as bf16."""
     if precision != "auto":
         return load_backend(precision)
@@ -233,6 +266,7 @@ def engine_info(
         load_seconds=load_seconds,
         peak_load_bytes=devices.memory_peak_bytes(model.device),
         calibration=calibration_of(model),
+        random_weights=model.random_weights,
     )
 
 

@@ -1,9 +1,11 @@
 """A Hugging Face folder -> tensors by name, mapped from its safetensors files, never unpickled.
 
 Opening reads headers only: names, shapes and dtypes are known before any weight is touched. Reading a
-float tensor also looks for NaN and infinities, in the same pass that brings it into memory.
+float tensor also looks for NaN and infinities, in the same pass that brings it into memory. The other
+source of tensors is model/random_weights, which makes them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from service.errors import CheckpointError
-from service.model.config import read_config, read_json
+from service.model.config import ModelConfig, read_config, read_json
+from service.model.folders import random_origin
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,45 +37,23 @@ DTYPES = {
 class TensorInfo:
     """One tensor of the checkpoint, as its file's header has it."""
 
-    file: str
+    file: str  # or what else the tensor comes from
     shape: tuple[int, ...]
     dtype: torch.dtype | str  # the format's own name where torch has no such type here
 
 
-class Checkpoint:
-    """An opened folder."""
+class TensorSource(ABC):
+    """Names, shapes and dtypes of a model's tensors, known at once; `read` brings one."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise CheckpointError(
-                f"model folder `{self.path}` does not exist",
-                hint="give a folder with config.json and *.safetensors, a hub id, or `demo`",
-            )
-        self.config, self.quantization = read_config(self.path)
-        self._files: dict[str, Any] = {}
-        self._tensors: dict[str, TensorInfo] = {}
-        for file in weight_files(self.path):
-            for name, info in self._open(file):
-                if name in self._tensors:
-                    raise CheckpointError(
-                        f"tensor `{name}` is in both `{self._tensors[name].file}` and `{file}`",
-                        hint="fetch the checkpoint again",
-                    )
-                self._tensors[name] = info
+    path: Path  # folder with config.json
+    config: ModelConfig
+    quantization: dict[str, Any] | None  # `quantization_config`, None: 16-bit
+    random_weights: dict[str, str]  # what they were drawn with; empty: weights that were trained
+    _tensors: dict[str, TensorInfo]
 
-    def _open(self, file: str) -> Iterator[tuple[str, TensorInfo]]:
-        try:
-            opened = safe_open(self.path / file, framework="pt", device="cpu")
-            self._files[file] = opened
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                piece = opened.get_slice(name)
-                dtype = piece.get_dtype()
-                yield name, TensorInfo(file, tuple(piece.get_shape()), DTYPES.get(dtype, dtype))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"`{self.path / file}` is not a whole safetensors file: {error}", hint="fetch the file again"
-            ) from None
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The tensor in its dtype, on the CPU or already on the device that it is for."""
 
     @property
     def names(self) -> list[str]:
@@ -102,6 +83,43 @@ class Checkpoint:
     def num_parameters(self) -> int:
         """Elements of all tensors; a pre-quantized checkpoint counts its containers."""
         return sum(torch.Size(info.shape).numel() for info in self._tensors.values())
+
+
+class Checkpoint(TensorSource):
+    """An opened folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"model folder `{self.path}` does not exist",
+                hint="give a folder with config.json and *.safetensors, a hub id, or `demo`",
+            )
+        self.config, self.quantization = read_config(self.path)
+        self.random_weights = random_origin(self.path)
+        self._files: dict[str, Any] = {}
+        self._tensors = {}
+        for file in weight_files(self.path):
+            for name, info in self._open(file):
+                if name in self._tensors:
+                    raise CheckpointError(
+                        f"tensor `{name}` is in both `{self._tensors[name].file}` and `{file}`",
+                        hint="fetch the checkpoint again",
+                    )
+                self._tensors[name] = info
+
+    def _open(self, file: str) -> Iterator[tuple[str, TensorInfo]]:
+        try:
+            opened = safe_open(self.path / file, framework="pt", device="cpu")
+            self._files[file] = opened
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                piece = opened.get_slice(name)
+                dtype = piece.get_dtype()
+                yield name, TensorInfo(file, tuple(piece.get_shape()), DTYPES.get(dtype, dtype))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"`{self.path / file}` is not a whole safetensors file: {error}", hint="fetch the file again"
+            ) from None
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU, backed by the file's pages; CheckpointError if a value is not finite."""

@@ -7,6 +7,7 @@ has the sizes of the others, so that one damaged later is not taken for a model.
 """
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -17,6 +18,7 @@ from typing import Any
 from service.disk import require_free, told_disk_errors
 
 MANIFEST = "halftone.json"
+RANDOM = "random_weights"  # of the manifest, where no training made the weights
 PARTIAL_PREFIX = ".partial-"
 STALE_PARTIAL_S = 86_400.0
 
@@ -28,6 +30,15 @@ def is_whole(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def random_origin(folder: Path) -> dict[str, str]:
+    """What the folder's weights were drawn with; empty where its maker does not say that they were drawn."""
+    try:
+        origin = json.loads((folder / MANIFEST).read_bytes())[RANDOM]
+        return {str(key): str(value) for key, value in origin.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def make_whole(folder: Path, needed_bytes: int, what: str, fill: Callable[[Path], None]) -> None:
@@ -68,3 +79,13 @@ def place(made: Path, folder: Path) -> None:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """halftone.json, the last file: the others' sizes beside what is said of them; all reach the disk."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+    write_json(folder / MANIFEST, manifest | {"files": sizes})
+    for file in (*sizes, MANIFEST, "."):
+        handle = os.open(folder / file, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

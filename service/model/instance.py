@@ -11,7 +11,7 @@ from torch import Tensor
 from service.errors import PrecisionError
 from service.kernels.paged_attention import attention_kernel
 from service.model.batch import PagedKV, StepBatch
-from service.model.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint, TensorSource
 from service.model.config import ModelConfig
 from service.model.decoder import Decoder, DecoderLayer, Observe
 from service.model.verify import verify
@@ -27,9 +27,10 @@ class ModelInstance:
     """What an engine runs: `forward(batch, kv)`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, backend: Backend, decoder: Decoder, device: torch.device
+        self, checkpoint: TensorSource, backend: Backend, decoder: Decoder, device: torch.device
     ) -> None:
         self.path = checkpoint.path
+        self.random_weights = checkpoint.random_weights
         self.config: ModelConfig = checkpoint.config
         self.num_parameters = checkpoint.num_parameters
         self.backend = backend
@@ -40,30 +41,32 @@ class ModelInstance:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        source: str | Path | TensorSource,
         backend: Backend,
         device: torch.device,
         dtype: torch.dtype | None = None,
         *,
         head: Literal["16bit", "int8"] = "16bit",
         max_context_tokens: int = 0,
+        tokenizer: Path | None = None,
         progress: Progress | None = None,
     ) -> "ModelInstance":
-        """Folder -> verified, quantized and loaded model. `dtype` None: what the backend wants here.
+        """Folder, or a source of tensors -> verified, quantized and loaded model.
 
+        `dtype` None: what the backend wants here. `tokenizer`: folder of one that is not the checkpoint's.
         Raises CheckpointError for a folder that is not exactly what its config.json says, PrecisionError
         for one that this backend does not read.
         """
-        checkpoint = Checkpoint(path)
+        checkpoint = source if isinstance(source, TensorSource) else Checkpoint(source)
         if not backend.accepts(checkpoint.quantization):
             method = (checkpoint.quantization or {}).get("quant_method", "none: it is 16-bit")
             raise PrecisionError(
-                f"precision `{backend.canonical}` does not read `{path}` (quantization: {method})",
+                f"precision `{backend.canonical}` does not read `{checkpoint.path}` (quantization: {method})",
                 hint="`--precision auto` serves a checkpoint as it is",
             )
         if progress:
             progress("verify", 0, len(checkpoint.names), "tensors")
-        verify(checkpoint)
+        verify(checkpoint, tokenizer)
         if progress:
             progress("verify", len(checkpoint.names), len(checkpoint.names), "tensors")
         num_layers = checkpoint.config.num_layers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from service.errors import CheckpointError
-from service.model.checkpoint import Checkpoint
+from service.model.checkpoint import TensorSource
 from service.model.config import ModelConfig, read_json
 from service.model.decoder import layer_groups
 
@@ -43,8 +43,11 @@ def expected_tensors(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], d
     return plain, linear
 
 
-def verify(checkpoint: Checkpoint) -> None:
-    """CheckpointError naming tensor, expected and found; returns if there is nothing to say."""
+def verify(checkpoint: TensorSource, tokenizer: Path | None = None) -> None:
+    """CheckpointError naming tensor, expected and found; returns if there is nothing to say.
+
+    `tokenizer` is a folder with tokenizer.json; None: the checkpoint's.
+    """
     config = checkpoint.config
     plain, linear = expected_tensors(config)
     quantized = checkpoint.quantization is not None
@@ -71,10 +74,10 @@ def verify(checkpoint: Checkpoint) -> None:
                     f"linear `{path}`: expected its quantized tensors, found none",
                     hint="fetch the checkpoint again: a file is missing",
                 )
-    verify_tokenizer(checkpoint.path, config.vocab_size)
+    verify_tokenizer(tokenizer or checkpoint.path, config.vocab_size)
 
 
-def _check(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+def _check(checkpoint: TensorSource, name: str, shape: tuple[int, ...]) -> None:
     if name not in checkpoint:
         raise CheckpointError(
             f"tensor `{name}`: expected shape {_shape(shape)}, found nothing",

@@ -6,7 +6,7 @@ step with a folder of the user's choice.
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,11 +14,19 @@ from service import device as devices
 from service.errors import PrecisionError, SystemProblem
 from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint
+from service.model.config import ModelConfig
 from service.model.folders import MANIFEST, is_whole, make_whole
 from service.precision import load_backend
 from service.precision.base import Backend
 from service.quality.texts import Text, calibration_text
-from service.quantize.awq_checkpoint import Progress, checkpoint_bytes, choose_grid, quantize_checkpoint
+from service.quantize.awq import Grid
+from service.quantize.awq_checkpoint import (
+    Progress,
+    checkpoint_bytes,
+    choose_grid,
+    quantization_config,
+    quantize_checkpoint,
+)
 from service.quantize.cache import cache_key, code_version, locked, source_sha256
 
 QUANTIZER = "awq"  # the `Backend.quantizer` that this package has a step for
@@ -65,6 +73,16 @@ def quantize_to(
     _make(checkpoint_path, source, backend, out, text, devices.resolve(device), progress)
 
 
+def packing(config: ModelConfig, backend: Backend) -> dict[str, Any]:
+    """`quantization_config` of this model in a calibrated mode, whatever its weights are."""
+    return quantization_config(grid_of(config, backend))
+
+
+def grid_of(config: ModelConfig, backend: Backend) -> Grid:
+    options = backend.options.model_dump()
+    return choose_grid(config, options["bits"], options["group"])
+
+
 def calibration_info(checkpoint_path: Path) -> dict[str, str]:
     """text, sha256, tokens, windows, and python for the documentation; empty for others' checkpoints."""
     try:
@@ -96,8 +114,7 @@ def _make(
             f"`{checkpoint_path}` is quantized by `{method}` already; a 16-bit checkpoint is needed",
             hint="quantize the checkpoint that it was made from",
         )
-    options = backend.options.model_dump()
-    grid = choose_grid(checkpoint.config, options["bits"], options["group"])
+    grid = grid_of(checkpoint.config, backend)
     origin = {
         "source": checkpoint_path.name,
         "source_sha256": source,

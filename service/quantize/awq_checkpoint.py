@@ -8,16 +8,11 @@ Layout of one linear: `qweight` int32 [in, out/8], `qzeros` int32 [in/group, out
 folded into them.
 """
 
-import errno
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -26,8 +21,9 @@ from service.kernels.awq_linear.reference import pack
 from service.model.checkpoint import Checkpoint
 from service.model.config import ModelConfig, read_json
 from service.model.decoder import layer_groups
-from service.model.folders import MANIFEST, write_json
+from service.model.folders import RANDOM, write_json, write_manifest
 from service.model.instance import ModelInstance
+from service.model.shards import ShardWriter, copy_companions
 from service.precision import load_backend
 from service.quality.texts import Text, spread, token_windows
 from service.quantize.awq import Grid, Rounded, quantize_layer
@@ -38,22 +34,6 @@ Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit: as 
 GROUP_SIZES = (128, 64, 32)
 WINDOWS = 16
 WINDOW_TOKENS = 512
-SHARD_BYTES = 5_000_000_000
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-)
 
 
 def choose_grid(config: ModelConfig, bits: int, group_size: int) -> Grid:
@@ -92,53 +72,6 @@ def checkpoint_bytes(checkpoint: Checkpoint, grid: Grid) -> int:
     infos = (checkpoint.info(name) for name in checkpoint.names if name.removesuffix(".weight") not in linear)
     rest = sum(torch.Size(info.shape).numel() * 4 for info in infos)
     return packed + rest + 32_000_000  # tokenizer and headers
-
-
-class ShardWriter:
-    """Tensors in the order they come -> safetensors files of at most SHARD_BYTES, and their index."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = 0
-        self.shards: list[list[str]] = []
-        self.total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.cpu().contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if self.pending and self.pending_bytes + size > SHARD_BYTES:
-            self._flush()
-        self.pending[name] = tensor
-        self.pending_bytes += size
-        self.total_bytes += size
-
-    def finish(self) -> None:
-        """Name the shards by their number, as hub folders have them."""
-        self._flush()
-        count = len(self.shards)
-        if count == 1:
-            (self.folder / "part-1").rename(self.folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.shards, 1):
-            file = f"model-{number:05}-of-{count:05}.safetensors"
-            (self.folder / f"part-{number}").rename(self.folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self.folder / "model.safetensors.index.json", index)
-
-    def _flush(self) -> None:
-        self.shards.append(list(self.pending))
-        file = self.folder / f"part-{len(self.shards)}"
-        try:
-            save_file(self.pending, file, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps the system's errors in text
-            if f"os error {errno.ENOSPC})" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
-            raise
-        self.pending = {}
-        self.pending_bytes = 0
 
 
 def gemm_layout(rounded: Rounded) -> dict[str, Tensor]:
@@ -181,13 +114,14 @@ def quantize_checkpoint(
             writer.add(name, tensor)
         progress("quantize", layer + 1, num_layers, "layers")
     writer.finish()
-    for name in COPIED:
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, folder / name)
+    copy_companions(checkpoint.path, folder)
     config = read_json(checkpoint.path / "config.json")
     write_json(folder / "config.json", config | {"quantization_config": quantization_config(grid)})
     amount = {"tokens": str(sum(map(len, windows))), "windows": str(len(windows))}
-    write_manifest(folder, {**origin, "calibration": text.provenance | amount})
+    manifest = {**origin, "calibration": text.provenance | amount}
+    if checkpoint.random_weights:
+        manifest[RANDOM] = checkpoint.random_weights
+    write_manifest(folder, manifest)
 
 
 def load_16bit(checkpoint: Checkpoint, device: torch.device) -> ModelInstance:
@@ -244,13 +178,3 @@ def quantization_config(grid: Grid) -> dict[str, Any]:
         "zero_point": True,
         "modules_to_not_convert": ["lm_head"],
     }
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """halftone.json, the last file: the others' sizes beside what is said of them; all reach the disk."""
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MANIFEST}
-    write_json(folder / MANIFEST, manifest | {"files": sizes})
-    for file in (*sizes, MANIFEST, "."):
-        handle = os.open(folder / file, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

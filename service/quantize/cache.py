@@ -25,6 +25,7 @@ CODE = (
     "quantize/calibration.py",
     "quality/texts.py",
     "kernels/awq_linear/reference.py",
+    "model/shards.py",
 )
 DESCRIPTIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 HASHES = "hashes.json"

@@ -14,6 +14,7 @@ from service.kernels.awq_linear.reference import pack, unpack
 from service.kernels.dense_linear import pack_weight, unpack_weight
 from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint
+from service.model import shards
 from service.model.config import read_config
 from service.precision import load_backend
 from service.quality.texts import Text
@@ -126,7 +127,7 @@ def test_provenance_is_read_back(source: Path, quantized: Path) -> None:
 def test_shards_have_an_index(
     source: Path, quantized: Path, calibration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(awq_checkpoint, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
     quantize_to(source, "awq", tmp_path / "out", calibration, silent, "cpu")
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
