@@ -23,6 +23,8 @@ from service.messages import EngineConfig
 
 ENV_PREFIX = "HALFTONE_"
 CONFIG_VARIABLE = "HALFTONE_CONFIG"
+PRESET_PREFIX = "preset:"
+NO_TOKENIZER = "none"
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -40,7 +42,10 @@ class Settings(BaseSettings):
 
     # what is served
     model: str = Field(
-        "demo", min_length=1, description="`demo`, a local folder, or a hub id such as ORG/NAME."
+        "demo",
+        min_length=1,
+        description="`demo`, a local folder, a hub id such as ORG/NAME, or `preset:NAME`, a shape without "
+        "weights.",
     )
     revision: str = Field("main", description="Hub branch, tag or commit.")
     precision: str = Field(
@@ -58,6 +63,23 @@ class Settings(BaseSettings):
         "", description="Name in requests and metrics; empty: the last part of `model`."
     )
     chat_template: str = Field("", description="File with a jinja2 chat template; empty: the checkpoint's.")
+    tokenizer: str = Field(
+        "",
+        description="Folder of another tokenizer.json, `demo`, or `none`: token ids only; empty: the "
+        "checkpoint's.",
+    )
+    load_format: Literal["auto", "safetensors", "random"] = Field(
+        "auto",
+        description="Where weights come from; `random`: drawn, from config.json alone; `auto`: random for a "
+        "preset.",
+    )
+    load_seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of random weights.")
+    random_outliers: int = Field(
+        0, ge=0, le=1024, description="Features that random weights lift beyond 6 in each layer, for int8."
+    )
+    save: str = Field(
+        "", description="New folder to write random weights to, as a checkpoint; empty: they are not kept."
+    )
     cache_dir: Path = Field(
         default_factory=default_cache_dir, description="Demo model and quantized checkpoints."
     )
@@ -142,6 +164,16 @@ class Settings(BaseSettings):
         """The model's name in requests, metrics and reports."""
         return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
 
+    @property
+    def is_random(self) -> bool:
+        """Are the weights drawn, not read?"""
+        drawn_by_default = self.load_format == "auto" and self.model.startswith(PRESET_PREFIX)
+        return self.load_format == "random" or drawn_by_default
+
+    def tokenizer_folder(self, model_path: Path) -> Path:
+        """Where tokenizer.json and the chat template are, if there is one, and the setting names a folder."""
+        return Path(self.tokenizer) if self.tokenizer else model_path
+
     def engine_config(self, model_path: Path) -> EngineConfig:
         """The part of the settings that crosses to the engine."""
         shared = {
@@ -149,7 +181,13 @@ class Settings(BaseSettings):
             for name in EngineConfig.__struct_fields__
             if name in type(self).model_fields
         }
-        return EngineConfig(**{**shared, "model_path": str(model_path), "cache_dir": str(self.cache_dir)})
+        resolved = {
+            "model_path": str(model_path),
+            "cache_dir": str(self.cache_dir),
+            "load_format": "random" if self.is_random else "safetensors",
+            "tokenizer": "" if self.tokenizer == NO_TOKENIZER else self.tokenizer,
+        }
+        return EngineConfig(**{**shared, **resolved})
 
 
 def keys_in(text: str) -> list[str]:

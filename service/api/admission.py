@@ -46,6 +46,8 @@ async def admit_completion(
         if texts
         else [checked_ids(prompt, info) for prompt in batch if isinstance(prompt, list)]
     )
+    if not request.return_token_ids:
+        codec.require_text("text")
     echo = bool(request.echo)
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if not max_tokens and not echo:
@@ -60,7 +62,9 @@ async def admit_completion(
     echoes = tuple(
         prompt if isinstance(prompt, str) else codec.decode(prompt) for prompt in (batch if echo else ())
     )
-    return Admission(plan_of(request, context, prompts, sampling, info), wanted_of(request, top, echoes))
+    return Admission(
+        plan_of(request, context, prompts, sampling, info), wanted_of(request, codec, top, echoes)
+    )
 
 
 async def admit_chat(
@@ -84,7 +88,7 @@ async def admit_chat(
         )
     top = (request.top_logprobs or 0) if request.logprobs else -1
     sampling = sampling_of(request, max(room, 1) if limit is None else limit, top, -1, info)
-    return Admission(plan_of(request, context, [prompt], sampling, info), wanted_of(request, top, ()))
+    return Admission(plan_of(request, context, [prompt], sampling, info), wanted_of(request, codec, top, ()))
 
 
 def plan_of(
@@ -137,7 +141,13 @@ def sampling_of(
     )
 
 
-def wanted_of(request: GenerationRequest, num_top_logprobs: int, echoes: tuple[str, ...]) -> Wanted:
+def wanted_of(
+    request: GenerationRequest, codec: TextCodec, num_top_logprobs: int, echoes: tuple[str, ...]
+) -> Wanted:
+    if request.stop:
+        codec.require_text("stop")
+    if num_top_logprobs >= 0:
+        codec.require_text("logprobs")
     options = request.stream_options
     if options is not None and not request.stream:
         raise RequestError(

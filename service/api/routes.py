@@ -139,6 +139,7 @@ def make_router(server: Server) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         typed = parse(DetokenizeRequest, context_of(request).body)
         admission.check_model(typed.model, settings)
+        codec.require_text("tokens")
         if any(id >= codec.num_tokens for id in typed.tokens):
             raise RequestError(
                 f"`tokens` holds an id beyond the tokenizer's; accepted are 0 to {codec.num_tokens - 1}",

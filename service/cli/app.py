@@ -25,13 +25,15 @@ app = typer.Typer(
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="`demo`, a local folder, or a hub id such as ORG/NAME. (default demo)", show_default=False
+        help="`demo`, a local folder, a hub id such as ORG/NAME, or `preset:NAME`. (default demo)",
+        show_default=False,
     ),
 ]
 HTTP_SETTINGS = (
     *("host", "port", "metrics_port", "api_key", "served_model_name", "chat_template"),
     *("max_queue_requests", "max_body_bytes", "max_n", "max_prompts", "drain_timeout_s"),
 )
+DRAWN = ("load_format", "load_seed", "random_outliers", "tokenizer")
 
 
 @app.callback(invoke_without_command=True)
@@ -54,7 +56,7 @@ def serve(model: Model = None, **settings: Any) -> None:
 
 
 @app.command()
-@with_settings(without=["model", "precision", *HTTP_SETTINGS])
+@with_settings(without=["model", "precision", "save", *HTTP_SETTINGS])
 def compare(
     model: Model = None,
     *,
@@ -81,7 +83,7 @@ def compare(
 
 
 @app.command()
-@with_settings(without=["model", "precision", *HTTP_SETTINGS])
+@with_settings(without=["model", "precision", "save", *DRAWN, *HTTP_SETTINGS])
 def quantize(
     model: Model = None,
     *,
@@ -99,7 +101,7 @@ def quantize(
 
 
 @app.command("eval")
-@with_settings(without=["model", *HTTP_SETTINGS])
+@with_settings(without=["model", "save", *HTTP_SETTINGS])
 def evaluate(
     model: Model = None,
     *,

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from service import logs
 from service.cli.display import Display
+from service.cli.model import find_model
 from service.cli.serve import check_calibration, check_precision
 from service.compare.job import run_compare
 from service.compare.plan import CompareOptions
 from service.config import Settings
 from service.disk import told_disk_errors
 from service.errors import HalftoneError
-from service.model.hub import resolve
 from service.precision.spec import split_list
 
 
@@ -23,7 +23,7 @@ def compare(settings: Settings, precisions: str, out: Path, *, text: str, prompt
         check_precision(mode)
     check_calibration(settings.calibration, modes)
     with Display() as display:
-        model_path = resolve(settings.model, settings.revision, settings.cache_dir, display)
+        settings, model_path = find_model(settings, display, needs_text=True)
     options = CompareOptions(text=text, prompts=prompts, seed=seed)
     with told_disk_errors(out):
         report = run_compare(settings, model_path, modes, out, options)

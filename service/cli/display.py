@@ -25,6 +25,7 @@ NAMES = {
     "verify": "Verifying",
     "calibrate": "Calibrating",
     "quantize": "Quantizing",
+    "save": "Saving",
     "load": "Loading",
     "warm": "Warming up",
     "evaluate": "Evaluating",

@@ -15,14 +15,15 @@ from rich.table import Table
 
 from service import __version__, logs
 from service.cli.display import Display, show_loading
+from service.cli.model import find_model
 from service.cli.serve import check_calibration, check_precision, create_app
+from service.compare.assemble import NO_VERDICT
 from service.compare.windows import EvaluationText
 from service.config import Settings
 from service.disk import megabytes, told_disk_errors
 from service.errors import SystemProblem
 from service.front.host import Host, run_to_end
 from service.messages import EngineInfo, Evaluated
-from service.model.hub import resolve
 
 
 def evaluate(
@@ -36,8 +37,9 @@ def evaluate(
     if out is not None and out.exists():
         raise SystemProblem(f"`--out {out}` exists", hint="name a new file")
     with Display() as display:
-        model_path = resolve(settings.model, settings.revision, settings.cache_dir, display)
-        windows = EvaluationText.prepare(text, settings.calibration, model_path, num_windows, window_tokens)
+        settings, model_path = find_model(settings, display, needs_text=True)
+        folder = settings.tokenizer_folder(model_path)
+        windows = EvaluationText.prepare(text, settings.calibration, folder, num_windows, window_tokens)
         # nobody but this process talks to the engine
         quiet = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "metrics_port": 0})
         info, evaluated = run_to_end(run(quiet, model_path, windows, reference, display))
@@ -97,11 +99,13 @@ def result_of(
         "protocol": windows.protocol,
         "text": windows.text.provenance,
         "calibration": info.calibration,
+        "random_weights": info.random_weights,
     }
 
 
 def table_of(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['precision']} on {result['device']}", caption=result["protocol"])
+    caption = NO_VERDICT if result["random_weights"] else result["protocol"]
+    table = Table(title=f"{result['precision']} on {result['device']}", caption=caption)
     table.add_column("weights", justify="right")
     table.add_column("perplexity", justify="right")
     row = [megabytes(result["weight_bytes"]), f"{result['perplexity']:.3f}"]

@@ -6,11 +6,12 @@ from rich.console import Console
 
 from service import logs
 from service.cli.display import Display
+from service.cli.model import find_model
 from service.cli.serve import check_calibration, check_precision
 from service.config import Settings
 from service.disk import folder_bytes, megabytes, told_disk_errors
-from service.model.hub import resolve
-from service.quantize import quantize_to
+from service.errors import SettingError
+from service.quantize import own_tokenizer, quantize_to
 
 
 def quantize(settings: Settings, precision: str, out: Path) -> None:
@@ -19,7 +20,14 @@ def quantize(settings: Settings, precision: str, out: Path) -> None:
     check_precision(precision)
     check_calibration(settings.calibration, [precision])
     with Display() as display:
-        source = resolve(settings.model, settings.revision, settings.cache_dir, display)
+        if settings.is_random:
+            raise SettingError(
+                f"`{settings.model}` has random weights, which there is nothing to calibrate on",
+                hint="`halftone serve --load-format random --precision awq --save DIR` draws AWQ weights",
+            )
+        settings, source = find_model(settings, display)
+        if settings.tokenizer:
+            raise own_tokenizer(settings.tokenizer)
         with told_disk_errors(out):
             quantize_to(source, precision, out, settings.calibration, display, settings.device)
     before, after = megabytes(folder_bytes(source)), megabytes(folder_bytes(out))

@@ -5,12 +5,14 @@ import contextlib
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from service import __version__, logs
 from service.cli.display import Display, show_loading
-from service.config import Settings
+from service.cli.model import find_model
+from service.config import NO_TOKENIZER, Settings
 from service.disk import megabytes
 from service.errors import PrecisionError, SettingError
 from service.front.chat_template import ChatTemplate
@@ -19,7 +21,6 @@ from service.front.host import ASGIApp, Host, bind, run_loop
 from service.front.text import TextCodec
 from service.messages import EngineInfo
 from service.metrics import Metrics
-from service.model.hub import resolve
 from service.precision import CALIBRATED, TABLE
 from service.precision.spec import PrecisionSpec
 
@@ -36,7 +37,7 @@ def serve(settings: Settings) -> None:
     with bind(settings.host, settings.port, "port"):
         pass
     with Display() as display:
-        model_path = resolve(settings.model, settings.revision, settings.cache_dir, display)
+        settings, model_path = find_model(settings, display, may_save=True)
         run_loop(run(settings, model_path, display))
 
 
@@ -99,25 +100,33 @@ def ready_lines(host: Host, info: EngineInfo) -> str:
     """URL, model, precision, bytes, room, and one command that works as pasted."""
     settings = host.settings
     size = f"{info.architecture}, {info.num_parameters / 1e6:,.1f} M parameters"
-    has_chat = ChatTemplate.load(host.model_path, settings.chat_template) is not None
+    drawn = f", random (seed {info.random_weights['seed']})" if info.random_weights else ""
+    has_text = settings.tokenizer != NO_TOKENIZER
+    folder = settings.tokenizer_folder(host.model_path)
+    has_chat = has_text and ChatTemplate.load(folder, settings.chat_template) is not None
     return "\n".join(
         [
             f"Halftone {__version__} is ready at {host.url}",
             f"  model      {settings.name} ({size})",
             f"  precision  {info.precision} on {info.device} ({info.device_name}), activations {info.dtype}",
-            f"  weights    {megabytes(info.weight_bytes)}",
+            f"  weights    {megabytes(info.weight_bytes)}{drawn}",
             f"  KV cache   {info.kv_tokens:,} tokens; up to {info.max_context_tokens:,} in one request",
+            *([] if has_text else ["  tokenizer  none: prompts and answers are token ids"]),
             *([f"  metrics    {host.metrics_url}/metrics"] if settings.metrics_port else []),
             *([] if settings.is_local or settings.api_keys else [OPEN_TO_ALL.format(settings.host)]),
             "",
-            curl_line(host.url, settings.name, has_chat, bool(settings.api_key)),
+            curl_line(host.url, settings.name, bool(settings.api_key), has_chat=has_chat, has_text=has_text),
         ]
     )
 
 
-def curl_line(url: str, model: str, has_chat: bool, has_key: bool) -> str:
-    """A streamed answer: a chat where the checkpoint has a template, else a completion."""
-    question = {"messages": [{"role": "user", "content": QUESTION}]} if has_chat else {"prompt": QUESTION}
+def curl_line(url: str, model: str, has_key: bool, *, has_chat: bool, has_text: bool = True) -> str:
+    """A streamed answer: a chat where the checkpoint has a template, else a completion, of ids if need be."""
+    question: dict[str, Any] = {"prompt": QUESTION}
+    if has_chat:
+        question = {"messages": [{"role": "user", "content": QUESTION}]}
+    elif not has_text:
+        question = {"prompt": [1, 2, 3], "return_token_ids": True}
     body = json.dumps(
         {"model": model, **question, "max_tokens": 100, "temperature": 0, "stream": True}, ensure_ascii=False
     )

@@ -18,6 +18,10 @@ from service.compare.report import FORMAT, Device, Model, Report, Row, Text, Wor
 from service.compare.windows import EvaluationText
 from service.cores import physical_cores
 
+NO_VERDICT = (
+    "The weights are random: there is no verdict on quality. Perplexity, divergence and agreement show that "
+    "the instrument runs, and nothing about a precision."
+)
 RATE_RULE = "half of the request rate that the first mode reached with the most streams"
 
 
@@ -100,7 +104,7 @@ def build_report(
 def first_line(plan: Plan, model: Model, device: Device, workload: Workload) -> str:
     """Model, device, workload."""
     size = (
-        f" ({model.architecture}, {model.num_parameters / 1e6:.1f} M parameters)"
+        f" ({model.architecture}, {model.num_parameters / 1e6:.1f} M {parameters(model)})"
         if model.architecture
         else ""
     )
@@ -111,8 +115,17 @@ def first_line(plan: Plan, model: Model, device: Device, workload: Workload) -> 
     )
 
 
+def parameters(model: Model) -> str:
+    return "random parameters" if model.random_weights else "parameters"
+
+
 def supports(plan: Plan, model: Model) -> str:
     """What the figures can carry. Speed is one run; the demo model is an instrument check."""
+    if model.random_weights:
+        return (
+            f"{NO_VERDICT} Speed and bytes hold for the shape of {model.name} on this device and load. "
+            "Each speed is one run without repeats, so a difference of a few percent is not evidence."
+        )
     if plan.settings.model == "demo":
         return (
             "This is the demo model: the report shows the instrument, not the answer. What a precision costs "

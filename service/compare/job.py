@@ -52,7 +52,11 @@ def run_compare(
     check(options)
     plan = Plan.make(settings, model_path, precisions, options)
     text = EvaluationText.prepare(
-        options.text, settings.calibration, model_path, options.num_windows, options.window_tokens
+        options.text,
+        settings.calibration,
+        settings.tokenizer_folder(model_path),
+        options.num_windows,
+        options.window_tokens,
     )
     prompts = load_prompts(options)
     claim(out, plan)

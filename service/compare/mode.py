@@ -127,6 +127,7 @@ async def measure(job: Job, advance: Advance) -> Measured:
         path=str(job.plan.model_path),
         architecture=info.architecture,
         num_parameters=info.num_parameters,
+        random_weights=info.random_weights,
     )
     return Measured(row, model, info.device, info.device_name, info.torch_version, rate_per_s)
 

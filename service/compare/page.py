@@ -114,18 +114,24 @@ def sentence(report: Report, row: Row) -> str:
     assert row.memory is not None
     if base is None or base.memory is None or not (base.perplexity and base.tokens_per_s and base.tpot):
         return f"{row.precision} is measured, and there is no reference to tell it against."
+    is_random = bool(report.model.random_weights)
     if row is base:
+        quality = "its weights are random" if is_random else f"perplexity {row.perplexity:.2f}"
         return (
             f"{row.precision} is the reference: {row.memory.weight_bytes / 1e6:,.0f} MB of weights, "
-            f"{row.tokens_per_s:,.0f} tokens/s, perplexity {row.perplexity:.2f}."
+            f"{row.tokens_per_s:,.0f} tokens/s, {quality}."
         )
     bytes_ratio = row.memory.weight_bytes / base.memory.weight_bytes
     speed = (row.tokens_per_s or 0.0) / base.tokens_per_s
     loss = 100 * ((row.perplexity or 0.0) / base.perplexity - 1)
+    quality = (
+        "there is no verdict on its quality"
+        if is_random
+        else f"its perplexity is {abs(loss):.1f} % {'higher' if loss >= 0 else 'lower'}"
+    )
     said = (
         f"{row.precision} holds its weights in {100 * bytes_ratio:.0f} % of the bytes of {base.precision}, "
-        f"writes {speed:.2f} times as many tokens/s, and its perplexity is {abs(loss):.1f} % "
-        f"{'higher' if loss >= 0 else 'lower'}."
+        f"writes {speed:.2f} times as many tokens/s, and {quality}."
     )
     if row.purchase and row.purchase.more_kv_tokens:
         gained = row.purchase.more_kv_tokens

@@ -173,6 +173,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     architecture: str
     num_parameters: int
+    random_weights: Annotated[
+        dict[str, str], described("What the weights were drawn with; empty: trained")
+    ] = msgspec.field(default_factory=dict)
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):

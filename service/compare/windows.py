@@ -30,15 +30,15 @@ class EvaluationText:
 
     @classmethod
     def prepare(
-        cls, path: str, calibration: str, model_path: Path, num_windows: int, window_tokens: int
+        cls, path: str, calibration: str, tokenizer: Path, num_windows: int, window_tokens: int
     ) -> "EvaluationText":
-        """Files, or halves of the interpreter's documentation where they name none.
+        """Files, or halves of the interpreter's documentation where they name none; `tokenizer`: its folder.
 
         Raises SettingError where the text is too short, or shares words with the calibration text.
         """
         text, calibrated = evaluation_text(path), calibration_text(calibration)
         refuse_overlap(calibrated, text)
-        windows = token_windows(text, TextCodec.load(model_path).tokenizer, window_tokens)
+        windows = token_windows(text, TextCodec.load(tokenizer).tokenizer, window_tokens)
         if len(windows) < num_windows:
             raise SettingError(
                 f"text `{text.name}` has {len(windows)} windows of {window_tokens} tokens; "

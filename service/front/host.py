@@ -22,12 +22,12 @@ from typing import Any, Self, TypeVar
 
 import uvicorn
 
-from service.config import Settings
+from service.config import NO_TOKENIZER, Settings
 from service.errors import HalftoneError, SettingError, SystemProblem
 from service.front.engine_client import SHUTTING_DOWN, EngineClient
 from service.front.http_protocol import HTTPProtocol
 from service.front.supervisor import ENGINE_COMMAND, Supervisor
-from service.front.text import TextCodec
+from service.front.text import IdsOnly, TextCodec
 from service.messages import EngineInfo
 from service.metrics import CONTENT_TYPE, Metrics
 
@@ -97,7 +97,7 @@ class Host:
             exits.push_async_callback(self.supervisor.stop)
             self.supervisor.start()
             # the tokenizer is read while the engine loads
-            codec = await asyncio.to_thread(TextCodec.load, self.model_path, settings.chat_template)
+            codec = await asyncio.to_thread(self._load_codec)
             app = self._app_factory(settings, self.client, codec, self.metrics)
             self.url = self.metrics_url = url_of(listener)
             await self._serve(exits, app, listener)
@@ -166,6 +166,12 @@ class Host:
         self.client.end_all(SHUTTING_DOWN)
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _load_codec(self) -> TextCodec:
+        settings = self.settings
+        if settings.tokenizer == NO_TOKENIZER:
+            return IdsOnly()
+        return TextCodec.load(settings.tokenizer_folder(self.model_path), settings.chat_template)
 
     def _on_signal(self) -> None:
         if self._stop_asked.is_set():

@@ -61,7 +61,8 @@ class TextCodec:
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(
                 f"`{path}` cannot be read as a tokenizer: {error}",
-                hint="halftone reads the `tokenizers` format; other formats are converted by transformers",
+                hint="halftone reads the `tokenizers` format, which transformers converts others to; name a "
+                "folder with one by `--tokenizer`, or serve token ids alone with `--tokenizer none`",
             ) from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -106,6 +107,9 @@ class TextCodec:
         originals = self._originals
         return [originals.get(id, id) for id in ids]
 
+    def require_text(self, param: str) -> None:
+        """Returns: `param` of a request can be read or answered as text."""
+
     def _twin(self, match: re.Match[str]) -> str:
         return self._twins[match[0]]
 
@@ -114,6 +118,37 @@ class TextCodec:
 
     def _unshield(self, match: re.Match[str]) -> str:
         return self._unshielded[match[0]]
+
+
+class IdsOnly(TextCodec):
+    """Where there is no tokenizer: prompts and answers are token ids, and all that needs text is refused."""
+
+    def __init__(self) -> None:
+        self.template = None
+        self.special_ids = frozenset()
+        self.pieces = self.spellings = []
+        self.num_tokens = 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        raise no_tokenizer("prompt")
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        raise no_tokenizer("messages")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise no_tokenizer("echo")
+
+    def require_text(self, param: str) -> None:
+        raise no_tokenizer(param)
+
+
+def no_tokenizer(param: str) -> RequestError:
+    return RequestError(
+        f"this server has no tokenizer, and `{param}` needs one",
+        hint="send token ids and `return_token_ids`: true, or start the server with `--tokenizer FOLDER`",
+        param=param,
+        code="no_tokenizer",
+    )
 
 
 def any_of(texts: Any) -> re.Pattern[str]:

@@ -1,4 +1,4 @@
-"""MODEL as the user writes it -> local folder: `demo`, a folder, or a hub id by the hub's own conventions.
+"""MODEL as the user writes it -> local folder: `demo`, a folder, `preset:NAME`, or a hub id by its rules.
 
 HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold as everywhere; only safetensors are ever fetched.
 """
@@ -6,11 +6,12 @@ HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold as everywhere; only safet
 import fnmatch
 import io
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from service.config import PRESET_PREFIX
 from service.disk import require_free, told_disk_errors
 from service.errors import CheckpointError, SettingError, SystemProblem
 from service.model.demo import Progress, ensure_demo
@@ -18,34 +19,75 @@ from service.model.demo import Progress, ensure_demo
 if TYPE_CHECKING:
     from huggingface_hub import DryRunFileInfo
 
-WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*")
+PRESETS = Path(__file__).parent / "presets"
+WEIGHTS = "*.safetensors"
+WANTED = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*")
 # the same weights again in other shapes and places
 UNWANTED = ("original/*", "onnx/*", "consolidated*", "*/*.safetensors")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def resolve(model: str, revision: str, cache: Path, progress: Progress) -> Path:
-    """Folder with config.json and safetensors. Raises CheckpointError, SystemProblem or SettingError, each
-    with its fix."""
+def resolve(
+    model: str, revision: str, cache: Path, progress: Progress, *, needs_weights: bool = True
+) -> Path:
+    """Folder with config.json and, where they are needed, safetensors.
+
+    Raises CheckpointError, SystemProblem or SettingError, each with its fix.
+    """
     folder = Path(model).expanduser()
-    if revision != "main" and (model == "demo" or folder.is_dir()):
+    is_preset = model.startswith(PRESET_PREFIX)
+    if revision != "main" and (model == "demo" or is_preset or folder.is_dir()):
         raise SettingError(
             f"setting `revision` = `{revision}` is of no use to `{model}`, which is no hub id",
             hint="leave it out, or name a model of the hub: ORG/NAME",
         )
     if model == "demo":
         return ensure_demo(cache, progress)
+    if is_preset:
+        return preset(model, needs_weights)
     if folder.is_dir():
-        require_formats(
-            model, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-        )
+        if needs_weights:
+            require_formats(
+                model, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+            )
         return folder.resolve()
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or folder.exists():
         raise CheckpointError(
             f"model folder `{model}` does not exist",
             hint="give a folder with config.json and *.safetensors, a hub id such as ORG/NAME, or `demo`",
         )
-    return from_hub(model, revision, progress)
+    return from_hub(model, revision, progress, (WEIGHTS, *WANTED) if needs_weights else WANTED)
+
+
+def preset(model: str, needs_weights: bool) -> Path:
+    """Folder with the config.json of a shape that comes with this package."""
+    names = sorted(path.name for path in PRESETS.iterdir() if path.is_dir())
+    name = model.removeprefix(PRESET_PREFIX)
+    if name not in names:
+        raise CheckpointError(
+            f"preset `{name}` does not exist; there are {', '.join(names)}",
+            hint="for another shape, name a folder with its config.json and add `--load-format random`",
+        )
+    if needs_weights:
+        raise CheckpointError(
+            f"`{model}` is a shape without weights",
+            hint="leave `--load-format` out to serve it with random ones, or name a checkpoint",
+        )
+    return PRESETS / name
+
+
+def resolve_tokenizer(tokenizer: str, cache: Path, progress: Progress) -> Path:
+    """`demo`, a folder with tokenizer.json, or that file -> the folder. Raises SettingError."""
+    if tokenizer == "demo":
+        return ensure_demo(cache, progress)
+    path = Path(tokenizer).expanduser()
+    folder = path.parent if path.name == "tokenizer.json" else path
+    if not (folder / "tokenizer.json").is_file():
+        raise SettingError(
+            f"setting `tokenizer` = `{tokenizer}`: there is no tokenizer.json",
+            hint="name a folder that holds one, the file itself, or `demo`",
+        )
+    return folder.resolve()
 
 
 def require_formats(model: str, files: Collection[str]) -> None:
@@ -74,16 +116,16 @@ def require_formats(model: str, files: Collection[str]) -> None:
     )
 
 
-def from_hub(model: str, revision: str, progress: Progress) -> Path:
+def from_hub(model: str, revision: str, progress: Progress, wanted: Sequence[str]) -> Path:
     """Snapshot folder in the hub's own cache; what is there already is not fetched again."""
     from huggingface_hub import constants, snapshot_download
 
     cache = Path(constants.HF_HUB_CACHE)
     with told_hub_errors(model, revision), told_disk_errors(cache):
         listed = list_files(model, revision)
-        if listed:
+        if listed and WEIGHTS in wanted:
             require_formats(model, {file.filename for file in listed})
-        missing = [file for file in listed if file.will_download and is_wanted(file.filename)]
+        missing = [file for file in listed if file.will_download and is_wanted(file.filename, wanted)]
         needed = sum(file.file_size or 0 for file in missing)
         require_free(cache, needed, f"model `{model}`")
         if needed:
@@ -91,11 +133,12 @@ def from_hub(model: str, revision: str, progress: Progress) -> Path:
         path = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=list(WANTED),
+            allow_patterns=list(wanted),
             ignore_patterns=list(UNWANTED),
             tqdm_class=reporting_bar(progress, needed),
         )
-    require_formats(model, set(os.listdir(path)))
+    if WEIGHTS in wanted:
+        require_formats(model, set(os.listdir(path)))
     return Path(path)
 
 
@@ -114,11 +157,11 @@ def list_files(model: str, revision: str) -> "list[DryRunFileInfo]":
         return []
 
 
-def is_wanted(name: str) -> bool:
-    def matches(patterns: tuple[str, ...]) -> bool:
+def is_wanted(name: str, wanted: Sequence[str] = (WEIGHTS, *WANTED)) -> bool:
+    def matches(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
-    return matches(WANTED) and not matches(UNWANTED)
+    return matches(wanted) and not matches(UNWANTED)
 
 
 def reporting_bar(progress: Progress, total: int) -> Any:

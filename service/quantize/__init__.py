@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from service import device as devices
-from service.errors import PrecisionError, SystemProblem
+from service.errors import CheckpointError, PrecisionError, SettingError, SystemProblem
 from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint
 from service.model.config import ModelConfig
@@ -38,6 +38,8 @@ def prepare(checkpoint_path: Path, backend: Backend, config: EngineConfig, progr
     Its name has a hash of the weights, the calibration text, the options and the quantizer's code.
     Raises PrecisionError, CheckpointError, SettingError, or SystemProblem when the disk has no room.
     """
+    if config.tokenizer:
+        raise own_tokenizer(config.tokenizer)
     progress("calibrate", 0, 1, "steps")
     text = calibration_text(config.calibration)
     cache = Path(config.cache_dir)
@@ -83,6 +85,13 @@ def grid_of(config: ModelConfig, backend: Backend) -> Grid:
     return choose_grid(config, options["bits"], options["group"])
 
 
+def own_tokenizer(given: str) -> SettingError:
+    return SettingError(
+        f"setting `tokenizer` = `{given}`: calibration reads the checkpoint's own tokenizer",
+        hint="put tokenizer.json into the checkpoint's folder, or choose a mode that is not calibrated",
+    )
+
+
 def calibration_info(checkpoint_path: Path) -> dict[str, str]:
     """text, sha256, tokens, windows, and python for the documentation; empty for others' checkpoints."""
     try:
@@ -113,6 +122,11 @@ def _make(
         raise PrecisionError(
             f"`{checkpoint_path}` is quantized by `{method}` already; a 16-bit checkpoint is needed",
             hint="quantize the checkpoint that it was made from",
+        )
+    if not (checkpoint_path / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"`{checkpoint_path}` has no tokenizer.json, and `{backend.name}` is calibrated on text",
+            hint="put the model's tokenizer.json there, or choose a mode that is not calibrated",
         )
     grid = grid_of(checkpoint.config, backend)
     origin = {
