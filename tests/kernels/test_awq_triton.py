@@ -1,23 +1,18 @@
-"""The Triton kernel in its interpreter against the reference, and compiled for a GPU that is not here.
+"""The Triton kernel in its interpreter against the reference, and compiled for a GPU that is not here."""
 
-The interpreter shows numbers, not races, alignment or speed.
-"""
-
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from service.kernels.awq_linear import reference
+from tests.kernels.interpreter import interpreted
 
 pytest.importorskip("triton")
 
@@ -26,47 +21,8 @@ RELATIVE_RMS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[ModuleType]:
-    """A copy of the module made under TRITON_INTERPRET, beside whatever this process compiles."""
-    spec = importlib.util.find_spec("service.kernels.awq_linear.triton")
-    assert spec is not None
-    assert spec.origin is not None
-    copy = importlib.util.spec_from_file_location("interpreted_awq_linear", spec.origin)
-    assert copy is not None
-    assert copy.loader is not None
-    module = importlib.util.module_from_spec(copy)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        copy.loader.exec_module(module)
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        patch.setattr(InterpreterBuilder, "create_dot", dot_with_bfloat16)
-        patch.setattr(InterpreterBuilder, "create_si_to_fp", int_to_float)
+    with interpreted("service.kernels.awq_linear.triton") as module:
         yield module
-
-
-def dot_with_bfloat16(
-    builder: object, a: Any, b: Any, total: Any, precision: object, imprecise: object
-) -> Any:
-    """tl.dot of the interpreter, which (3.6) multiplies bfloat16's bits as integers, mended."""
-    from triton.runtime.interpreter import TensorHandle
-
-    product = np.matmul(as_float32(a), as_float32(b))
-    return TensorHandle(product + total.data, total.dtype.scalar)
-
-
-def int_to_float(builder: Any, source: Any, target: Any) -> Any:
-    """The same for an integer that becomes bfloat16: by way of float32, as the hardware does."""
-    from triton.language import bfloat16, float32
-
-    if target.scalar != bfloat16:
-        return builder.cast_impl(source, target)
-    return builder.create_fp_trunc(builder.cast_impl(source, float32), target)
-
-
-def as_float32(handle: Any) -> np.ndarray:
-    if handle.dtype.scalar.name == "bf16":
-        return (handle.data.astype(np.uint32) << 16).view(np.float32)
-    return handle.data.astype(np.float32)
 
 
 def random_layer(in_features: int, out_features: int, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,11 +3,40 @@
 decoder --plan_attention (once a step)--> AttentionPlan --paged_attention (each layer)--> y. K and V of the
 step are written before (kernels/rotary_kv), so a query finds its own key in the cache.
 
-The implementation is plain torch and serves every device; `reference.py` is the definition it is tested
-against.
+`reference.py` is the definition, `triton.py` serves CUDA, and plain torch (`dense.py`) every other device.
 """
 
-from service.kernels.paged_attention.dense import attention_kernel, paged_attention
+import torch
+from torch import Tensor
+
+from service.kernels.paged_attention import dense
 from service.kernels.paged_attention.plan import AttentionPlan, decode_plan, plan_attention
 
 __all__ = ["AttentionPlan", "attention_kernel", "decode_plan", "paged_attention", "plan_attention"]
+
+if torch.cuda.is_available():
+    from service.kernels.paged_attention import triton as cuda
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """q [T, heads, head_dim] -> [T, heads, head_dim], each row attending to its sequence up to itself.
+
+    `q` is contiguous. `window`: newest tokens a query sees, itself included, 0 for all. `softcap`: scores
+    become `softcap * tanh(score / softcap)`, 0 for none.
+    """
+    if q.is_cuda:
+        return cuda.paged_attention(q, key_cache, value_cache, plan, scale, window, softcap)
+    return dense.paged_attention(q, key_cache, value_cache, plan, scale, window, softcap)
+
+
+def attention_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    """Name of what serves attention without a softcap, for /version."""
+    return "triton.paged_attention" if device.type == "cuda" else dense.attention_kernel(dtype, device)

@@ -15,7 +15,7 @@ MIN_BATCHED_PRODUCTS = 4  # sequences from which two batched products beat the f
 
 
 def attention_kernel(dtype: torch.dtype, device: torch.device) -> str:
-    """Name of what serves attention without a softcap, for /version."""
+    """Name of what serves attention without a softcap on a CPU."""
     if not _has_batched_products(dtype, device):
         return "torch.scaled_dot_product_attention"
     return f"torch.scaled_dot_product_attention, torch.bmm from {MIN_BATCHED_PRODUCTS} decoding sequences"
@@ -34,11 +34,7 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """q [T, heads, head_dim] -> [T, heads, head_dim], each row attending to its sequence up to itself.
-
-    `window`: newest tokens a query sees, itself included, 0 for all.
-    `softcap`: scores become `softcap * tanh(score / softcap)`, 0 for none.
-    """
+    """See the package."""
     parts = []
     if plan.num_decode:
         _, kv_heads, block_tokens, _ = key_cache.shape

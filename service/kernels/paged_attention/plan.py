@@ -31,6 +31,7 @@ class AttentionPlan:
 
     def gathered(self, window: int, kv_heads: int, block_tokens: int, dtype: torch.dtype) -> Gathered:
         """What a decode that gathers its pages needs of this window, made once a step: `gather_plan`."""
+        assert self.context_lengths, "a plan of the device's own has no lists to gather by"
         if window not in self._gathered:
             self._gathered[window] = gather_plan(
                 self.block_tables,

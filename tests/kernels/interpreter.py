@@ -1,0 +1,72 @@
+"""Modules of Triton kernels, run in Triton's interpreter on a CPU: numbers, not races, alignment or speed."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@contextmanager
+def interpreted(name: str) -> Iterator[ModuleType]:
+    """A copy of the module made under TRITON_INTERPRET, beside whatever this process compiles."""
+    pytest.importorskip("triton")
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    copy = importlib.util.spec_from_file_location(f"interpreted_{name.replace('.', '_')}", spec.origin)
+    assert copy is not None
+    assert copy.loader is not None
+    module = importlib.util.module_from_spec(copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        copy.loader.exec_module(module)
+        import triton.language as tl
+        from triton.runtime import interpreter
+        from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+        from triton.runtime.jit import JITFunction
+
+        # what Triton itself wrote in its language (sum, max, cdiv) was made for the compiler at its import
+        for namespace in (tl.standard, tl.random, tl):
+            for function, value in list(vars(namespace).items()):
+                if isinstance(value, JITFunction):
+                    patch.setattr(namespace, function, InterpretedFunction(value.fn))
+        patched = interpreter._patch_lang_tensor
+
+        def patch_tensor(tensor: Any, scope: Any) -> None:
+            patched(tensor, scope)
+            # int() of an array of one element, which numpy no longer takes
+            scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
+
+        patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
+        patch.setattr(InterpreterBuilder, "create_dot", dot_with_bfloat16)
+        patch.setattr(InterpreterBuilder, "create_si_to_fp", int_to_float)
+        yield module
+
+
+def dot_with_bfloat16(
+    builder: object, a: Any, b: Any, total: Any, precision: object, imprecise: object
+) -> Any:
+    """tl.dot of the interpreter, which (3.6) multiplies bfloat16's bits as integers, mended."""
+    from triton.runtime.interpreter import TensorHandle
+
+    product = np.matmul(as_float32(a), as_float32(b))
+    return TensorHandle(product + total.data, total.dtype.scalar)
+
+
+def int_to_float(builder: Any, source: Any, target: Any) -> Any:
+    """The same for an integer that becomes bfloat16: by way of float32, as the hardware does."""
+    from triton.language import bfloat16, float32
+
+    if target.scalar != bfloat16:
+        return builder.cast_impl(source, target)
+    return builder.create_fp_trunc(builder.cast_impl(source, float32), target)
+
+
+def as_float32(handle: Any) -> np.ndarray:
+    if handle.dtype.scalar.name == "bf16":
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
