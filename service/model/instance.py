@@ -70,16 +70,17 @@ class ModelInstance:
         if progress:
             progress("verify", len(checkpoint.names), len(checkpoint.names), "tensors")
         num_layers = checkpoint.config.num_layers
-        decoder = Decoder(
-            checkpoint.config,
-            backend,
-            checkpoint.read,
-            device,
-            dtype or backend.activation_dtype(device, checkpoint.dtype),
-            head=head,
-            max_context_tokens=max_context_tokens,
-            progress=(lambda done: progress("load", done, num_layers, "layers")) if progress else None,
-        )
+        with checkpoint.reading(device) as read:
+            decoder = Decoder(
+                checkpoint.config,
+                backend,
+                read,
+                device,
+                dtype or backend.activation_dtype(device, checkpoint.dtype),
+                head=head,
+                max_context_tokens=max_context_tokens,
+                progress=(lambda done: progress("load", done, num_layers, "layers")) if progress else None,
+            )
         return cls(checkpoint, backend, decoder, device)
 
     def forward(self, batch: StepBatch, kv: PagedKV, observe: Observe | None = None) -> Tensor:

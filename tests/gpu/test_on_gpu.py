@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from service.engine.sampler import SamplingRows, Variant, draw
@@ -15,6 +16,8 @@ from service.kernels.paged_attention.reference import paged_attention_reference
 from service.kernels.philox import uniform
 from service.messages import EngineConfig, Sampling, Submit
 from service.model.batch import BLOCK_TOKENS
+from service.model.checkpoint import DTYPES
+from service.model.device_reader import DeviceReader, places
 from service.precision import load_backend
 from service.precision.base import LinearGroup, LinearSpec, QuantLinear
 from tests.tiny_models import make_checkpoint
@@ -181,3 +184,22 @@ def test_engine_equals_transformers_in_float32(family: str, tmp_path: Path) -> N
                 torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None
             )
         assert answers[i] == want[0, len(prompt) :].tolist()
+
+
+def test_loading_ahead_brings_the_files_own_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    tensors = {
+        f"model.layers.{layer}.w": torch.randn(1 + 700 * layer, 4096).to(dtype)
+        for layer, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.bfloat16))
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = places(tmp_path, "a.safetensors", DTYPES)
+    reader = DeviceReader(tmp_path, found, CUDA, ahead_bytes=8 << 20)
+    try:
+        for _ in range(3):  # places on the device are used again while copies are under way
+            for name, want in tensors.items():
+                got = reader.read(name)
+                assert got.is_cuda
+                assert torch.equal((got * 1).cpu(), want), name
+    finally:
+        reader.close()
