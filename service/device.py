@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from service.cores import physical_cores
 from service.errors import DeviceError
@@ -94,6 +97,40 @@ def synchronize(device: torch.device) -> None:
     """Return when all work given to the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# --- copies that nobody waits for --------------------------------------------------------------
+
+
+def upload(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """A host array on the device, behind the work that was given to it before."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor
+    # from pageable memory the copy would begin with waiting for all earlier work
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Readback:
+    """Tensors on their way to the host; a GPU's may be overwritten by work that it is given later."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        if not tensors or tensors[0].device.type != "cuda":
+            self._tensors = tensors
+            return
+        self._tensors = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            for tensor in tensors
+        ]
+        self._event = torch.cuda.Event(blocking=True)  # else the waiting thread spins on a core
+        self._event.record()
+
+    def wait(self) -> list[Tensor]:
+        """The tensors on the host, in their order."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors
 
 
 # --- memory ------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ from service.messages import Sampling, Submit, TokenLogprobs
 class Request:
     """Prompt and answer are one list of tokens; computing catches up with its end, sampling extends it.
 
+    What is launched counts as computed: the device works in order, so whatever is launched later finds it
+    done. Tokens that launched steps draw are pending until the host has read them.
+
     A request that lost its blocks starts again at token 0 with all its tokens as prompt: random numbers
     depend on (seed, sample index, position) only, so its answer goes on as if nothing had happened.
     """
@@ -17,13 +20,16 @@ class Request:
         "block_hashes",
         "blocks",
         "cache_salt",
+        "ended",
         "id",
         "max_length",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending_tokens",
         "num_prompt_tokens",
         "num_registered_blocks",
         "num_tabled_blocks",
+        "on_device",
         "phase_seconds",
         "phase_started_at",
         "prompt_logprobs",
@@ -52,6 +58,9 @@ class Request:
         self.num_registered_blocks = 0
         self.num_tabled_blocks = 0  # blocks that the runner's table knows
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
+        self.on_device = False  # a step has left its length and last token there
+        self.ended = False
         self.num_cached_tokens = -1  # of the prompt, at first admission; -1 before it
         self.row = -1  # of the runner's tables while running
         self.started = False  # has sent an Output
@@ -67,11 +76,7 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.tokens) - self.num_computed_tokens
-
-    @property
-    def num_generated_tokens(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
+        return len(self.tokens) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def scores_prompt(self) -> bool:
@@ -79,10 +84,11 @@ class Request:
         return self.sampling.prompt_logprobs >= 0 and not self.started
 
     def forget_computed(self) -> None:
-        """Back to the start, without blocks."""
+        """Back to the start, without blocks; nothing of it may be on its way."""
         self.blocks = []
         self.num_registered_blocks = 0
         self.num_tabled_blocks = 0
         self.num_computed_tokens = 0
+        self.on_device = False
         self.row = -1
         self.prompt_logprobs = []

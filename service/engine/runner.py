@@ -1,39 +1,29 @@
-"""The scheduler's chunks -> a StepBatch -> logits -> the sampler -> one result a chunk.
+"""The scheduler's chunks -> a launched step -> one result a chunk.
 
-What a request keeps for its whole life (block table, sampling parameters) lies in tables with one row for
-each running request, so a step gathers rows instead of building lists.
+engine --chunks--> Runner.launch --> Pending --collect--> StepResult
+
+`launch` gives the device its work and waits for nothing. A step in which every request decodes is a
+DecodeStep on what lies on the device already; one with parts of prompts in it is put together here, its
+decoding rows first, whose tokens the host may not know yet.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from service import device as devices
+from service.engine.decode_step import DecodeStep, Model, sampling_rows
 from service.engine.request import Request
-from service.engine.sampler import BAD_ROW, SamplingRows, Variant, draw, logprobs
+from service.engine.results import Asked, Pending, Scored
+from service.engine.sampler import Variant, draw, logprobs
 from service.engine.scheduler import Chunk
-from service.messages import TokenLogprobs
+from service.engine.state import LAST_TOKEN, DeviceState, Ints
+from service.messages import Sampling
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 
-Ints = npt.NDArray[np.int64]
-
-
-class Model(Protocol):
-    def forward(self, batch: StepBatch, kv: PagedKV) -> Tensor:
-        """-> logits [R, vocab] of the rows `batch.logit_rows`, any float type."""
-        ...
-
-
-@dataclass(slots=True)
-class StepResult:
-    """By chunk, in the chunks' order; the dictionaries hold only the chunks that asked."""
-
-    token_ids: list[int | None]  # None: nothing was drawn; BAD_ROW: the logits are broken
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+VARIANTS: tuple[Variant, ...] = ("greedy", "temperature", "full")
 
 
 class Runner:
@@ -50,183 +40,174 @@ class Runner:
         self.model = model
         self.kv = kv
         self.device = device
-        self._blocks = np.zeros((max_batch_requests, -(-max_context_tokens // BLOCK_TOKENS)), np.int32)
-        self._seeds = np.zeros(max_batch_requests, np.int64)
-        self._sample_indices = np.zeros(max_batch_requests, np.int64)
-        self._top_k = np.zeros(max_batch_requests, np.int64)
-        # temperature, top_p, min_p
-        self._fractions = np.zeros((3, max_batch_requests), np.float64)
+        self.state = DeviceState(max_batch_requests, max_context_tokens, device)
+        self.decode_step = DecodeStep(model, kv, self.state)
+        # by row, what decides which variant of a step serves it
+        self._variants = np.zeros(max_batch_requests, np.int64)
+        self._num_logprobs = np.zeros(max_batch_requests, np.int64)
+        self._min_lengths = np.zeros(max_batch_requests, np.int64)
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> StepResult:
-        """One forward pass over all chunks; those of one token come first."""
-        rows = np.array([chunk.request.row for chunk in chunks], np.int64)
-        batch, wanted = self._batch(chunks, rows)
-        result = StepResult([None] * len(chunks))
-        logits = self.model.forward(batch, self.kv)
-        if not wanted.num_rows:
-            return result
-        logits = logits.float()
-        if wanted.drawn:
-            self._draw(logits, chunks, rows, wanted, result)
-        for index, start, stop in wanted.scored:
-            self._score_prompt(logits[start:stop], chunks[index], index, result)
-        return result
-
-    def _batch(self, chunks: list[Chunk], rows: Ints) -> tuple[StepBatch, "_Wanted"]:
-        wanted = _Wanted()
-        token_ids: list[int] = []
-        computed: list[int] = []
-        query_starts = [0]
-        context_lengths: list[int] = []
-        logit_rows: list[int] = []
-        num_decode = end = 0
-        for index, chunk in enumerate(chunks):
-            request, count = chunk.request, chunk.num_tokens
+    def launch(self, chunks: list[Chunk]) -> Pending:
+        """One forward pass over all chunks; those that decode come first, then others of one token."""
+        num_decode = 0
+        for chunk in chunks:
+            request = chunk.request
             if len(request.blocks) != request.num_tabled_blocks:
                 self._table(request)
-            tokens, start = request.tokens, request.num_computed_tokens
-            stop = start + count
-            if count == 1:
-                token_ids.append(tokens[start])
+            if chunk.is_decode:
                 num_decode += 1
-            else:
-                token_ids += tokens[start:stop]
-            computed.append(start)
-            context_lengths.append(stop)
-            end += count
-            query_starts.append(end)
-            is_last = stop == len(tokens)
-            if request.scores_prompt:
-                num_scored = count - is_last  # the last token's row predicts the answer
-                if num_scored:
-                    wanted.scored.append((index, len(logit_rows), len(logit_rows) + num_scored))
-                    logit_rows += range(end - count, end - count + num_scored)
-            if is_last and request.sampling.max_tokens:
-                wanted.drawn.append(index)
-                wanted.drawn_rows.append(len(logit_rows))
-                logit_rows.append(end - 1)
-        wanted.num_rows = len(logit_rows)
-        max_blocks = -(-max(context_lengths) // BLOCK_TOKENS)
+                if not request.on_device:
+                    self.state.resume(request.row, chunk.start, request.tokens[chunk.start])
+        rows = np.array([chunk.request.row for chunk in chunks], np.int64)
+        stops = np.array([chunk.stop for chunk in chunks], np.int64)
+        if num_decode == len(chunks):
+            return self._launch_decode(chunks, rows, stops)
+        return self._launch_mixed(chunks, rows, stops, num_decode)
 
-        positions = np.array(computed, np.int64)
-        row_of_token = rows
-        if num_decode < len(chunks):
-            starts = np.array(query_starts, np.int64)
-            repeats = np.diff(starts)
-            positions = np.repeat(positions - starts[:-1], repeats) + np.arange(end)
-            row_of_token = np.repeat(rows, repeats)
-        slots = self._blocks[row_of_token, positions // BLOCK_TOKENS] * np.int64(BLOCK_TOKENS)
-        slots += positions % BLOCK_TOKENS
-        # one array, so that a device gets one copy
-        packed = np.concatenate((np.array(token_ids + logit_rows, np.int64), positions, slots))
-        parts = torch.from_numpy(packed).to(self.device, non_blocking=True)
-        tokens, wanted_rows, places, targets = parts.split([end, len(logit_rows), end, end])
+    def _launch_decode(self, chunks: list[Chunk], rows: Ints, stops: Ints) -> Pending:
+        self.state.select(rows, len(rows))
+        self.state.flush()
+        suppressed = self._suppressed(chunks, rows, stops)
+        drawn = self.decode_step(len(rows), self._variant(rows), stops.tolist(), suppressed)
+        places = list(range(len(chunks)))
+        return Pending(len(chunks), places, drawn.token_ids, self._asked(drawn.logits, drawn.token_ids, rows))
+
+    def _launch_mixed(self, chunks: list[Chunk], rows: Ints, stops: Ints, num_decode: int) -> Pending:
+        self.state.flush()
+        wanted = wanted_logits(chunks)
+        drawn_rows = rows[wanted.drawn]
+        counts = np.array([chunk.num_tokens for chunk in chunks], np.int64)
+        ends = counts.cumsum()
+        positions = np.repeat(stops - ends, counts) + np.arange(ends[-1])
+        token_ids = [0] * num_decode
+        for chunk in chunks[num_decode:]:
+            token_ids += chunk.request.tokens[chunk.start : chunk.stop]
+        columns = [
+            np.array(token_ids, np.int64),
+            positions,
+            self.state.slots(np.repeat(rows, counts), positions),
+            rows,
+            stops,
+            np.append(0, ends),
+            np.array(wanted.rows, np.int64),
+            np.array(wanted.drawn_rows, np.int64),
+            drawn_rows,
+            stops[wanted.drawn],
+        ]
+        packed = devices.upload(np.concatenate(columns), self.device)
+        tokens, places, slots, on_rows, lengths, starts, logit_rows, picked, drawing, drawn_stops = (
+            packed.split([len(column) for column in columns])
+        )
+        if num_decode:
+            tokens[:num_decode] = self.state.fields[:, LAST_TOKEN].index_select(0, on_rows[:num_decode])
+        max_blocks = -(-int(stops.max()) // BLOCK_TOKENS)
         batch = StepBatch(
             token_ids=tokens,
             positions=places,
-            slots=targets,
-            query_starts=query_starts,
-            context_lengths=context_lengths,
-            block_tables=self._to_device(self._blocks[rows, :max_blocks]),
-            num_decode=num_decode,
-            logit_rows=wanted_rows,
+            slots=slots,
+            query_starts=[0, *ends.tolist()],
+            context_lengths=stops.tolist(),
+            block_tables=self.state.tables[:, :max_blocks].index_select(0, on_rows),
+            num_decode=int((counts == 1).sum()),
+            logit_rows=logit_rows,
+            lengths=lengths.to(torch.int32),
+            starts=starts.to(torch.int32),
         )
-        return batch, wanted
+        logits = self.model.forward(batch, self.kv)
+        if not wanted.rows:
+            return Pending(len(chunks), [], None)
+        logits = logits.float()
+        scored = [self._score(logits[start:stop], chunks[i], i) for i, start, stop in wanted.scored]
+        if not wanted.drawn:
+            return Pending(len(chunks), [], None, None, scored)
+        if scored:
+            logits = logits.index_select(0, picked)
+        fields = self.state.fields.index_select(0, drawing)
+        suppressed = self._suppressed([chunks[i] for i in wanted.drawn], drawn_rows, stops[wanted.drawn])
+        token_ids_drawn = draw(
+            logits, sampling_rows(fields, drawn_stops, self._variant(drawn_rows)), suppressed
+        )
+        self.state.advance(drawing, drawn_stops, token_ids_drawn)
+        asked = self._asked(logits, token_ids_drawn, drawn_rows)
+        return Pending(len(chunks), wanted.drawn, token_ids_drawn, asked, scored)
 
     def _table(self, request: Request) -> None:
-        """Brings the request's row of the tables up to date."""
+        """Brings the request's row up to date."""
         row, known = request.row, request.num_tabled_blocks
         if known == 0:
             sampling = request.sampling
-            seed = sampling.seed & 0xFFFFFFFFFFFFFFFF
-            self._seeds[row] = seed - (seed >> 63 << 64)
-            self._sample_indices[row] = sampling.sample_index
-            self._top_k[row] = sampling.top_k
-            self._fractions[:, row] = sampling.temperature, sampling.top_p, sampling.min_p
-        self._blocks[row, known : len(request.blocks)] = request.blocks[known:]
+            self.state.seat(row, sampling)
+            self._variants[row] = VARIANTS.index(variant_of(sampling))
+            self._num_logprobs[row] = sampling.logprobs
+            self._min_lengths[row] = request.num_prompt_tokens + sampling.min_tokens
+        self.state.extend(row, known, request.blocks[known:])
         request.num_tabled_blocks = len(request.blocks)
 
-    def _draw(
-        self, logits: Tensor, chunks: list[Chunk], rows: Ints, wanted: "_Wanted", result: StepResult
-    ) -> None:
-        if wanted.num_rows != len(wanted.drawn):
-            logits = logits[wanted.drawn_rows]
-        requests = [chunks[index].request for index in wanted.drawn]
-        if len(requests) != len(chunks):
-            rows = rows[wanted.drawn]
-        drawn = draw(logits, self._sampling_rows(requests, rows), suppressed_stops(requests))
-        token_ids: list[int] = drawn.tolist()
-        asking = [i for i, request in enumerate(requests) if request.sampling.logprobs >= 0]
-        asking = [i for i in asking if token_ids[i] != BAD_ROW]
-        if asking:
-            counts = [requests[i].sampling.logprobs for i in asking]
-            entries = described(logits[asking], [token_ids[i] for i in asking], counts)
-            result.logprobs = {wanted.drawn[i]: entry for i, entry in zip(asking, entries, strict=True)}
-        for index, token_id in zip(wanted.drawn, token_ids, strict=True):
-            result.token_ids[index] = token_id
+    def _variant(self, rows: Ints) -> Variant:
+        return VARIANTS[self._variants[rows].max()]
 
-    def _sampling_rows(self, requests: list[Request], rows: Ints) -> SamplingRows:
-        fractions = self._fractions[:, rows]
-        temperature, top_p, min_p = fractions
-        top_k = self._top_k[rows]
-        variant: Variant = "greedy"
-        if temperature.any():
-            variant = "full" if top_k.any() or (top_p < 1).any() or min_p.any() else "temperature"
-        none = torch.empty(0)
-        if variant == "greedy":
-            return SamplingRows(variant, none, none, none, none, none, none, none)
-        positions = np.array([len(request.tokens) for request in requests], np.int64)
-        integers = np.stack((self._seeds[rows], positions, self._sample_indices[rows], top_k))
-        seeds, places, samples, limits = self._to_device(integers)
-        temperatures, nuclei, floors = self._to_device(fractions)
-        return SamplingRows(variant, temperatures.float(), seeds, places, samples, limits, nuclei, floors)
+    def _suppressed(self, chunks: list[Chunk], rows: Ints, stops: Ints) -> tuple[Tensor, Tensor] | None:
+        """(place, token id) of each stop id that may not be drawn yet."""
+        places: list[int] = []
+        token_ids: list[int] = []
+        for place in np.flatnonzero(stops < self._min_lengths[rows]).tolist():
+            stop_ids = chunks[place].request.stop_token_ids
+            places += [place] * len(stop_ids)
+            token_ids += stop_ids
+        if not places:
+            return None
+        where, which = devices.upload(np.array((places, token_ids), np.int64), self.device)
+        return where, which
 
-    def _score_prompt(self, logits: Tensor, chunk: Chunk, index: int, result: StepResult) -> None:
+    def _asked(self, logits: Tensor, token_ids: Tensor, rows: Ints) -> Asked | None:
+        counts = self._num_logprobs[rows]
+        places = np.flatnonzero(counts >= 0)
+        if not len(places):
+            return None
+        index = devices.upload(places, self.device)
+        # a broken row has no token; what is computed for it instead is not told
+        found = logprobs(logits[index], token_ids[index].clamp(min=0), int(counts.max()))
+        return Asked(places.tolist(), counts[places].tolist(), found)
+
+    def _score(self, logits: Tensor, chunk: Chunk, index: int) -> Scored:
         request = chunk.request
-        first = request.num_computed_tokens + 1
-        entries = described(
-            logits,
-            request.tokens[first : first + len(logits)],
-            [request.sampling.prompt_logprobs] * len(logits),
-        )
-        if all(np.isfinite(entry.logprob) for entry in entries):
-            result.prompt_logprobs[index] = entries
-        else:
-            result.token_ids[index] = BAD_ROW
-
-    def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        token_ids = request.tokens[chunk.start + 1 : chunk.start + 1 + len(logits)]
+        num_top = request.sampling.prompt_logprobs
+        targets = devices.upload(np.array(token_ids, np.int64), self.device)
+        return Scored(index, token_ids, num_top, logprobs(logits, targets, num_top))
 
 
 @dataclass(slots=True)
-class _Wanted:
-    """Which rows of logits are for what."""
+class Wanted:
+    """Which rows of a step's logits are wanted, and for what."""
 
+    rows: list[int] = field(default_factory=list)
     drawn: list[int] = field(default_factory=list)  # chunks that get a token
-    drawn_rows: list[int] = field(default_factory=list)  # their rows of logits
-    scored: list[tuple[int, int, int]] = field(default_factory=list)  # chunk, first and last + 1 row
-    num_rows: int = 0
+    drawn_rows: list[int] = field(default_factory=list)  # where their logits are among `rows`
+    scored: list[tuple[int, int, int]] = field(default_factory=list)  # chunk, first and last + 1 of `rows`
 
 
-def suppressed_stops(requests: list[Request]) -> tuple[list[int], list[int]] | None:
-    """(row, token id) of each stop id that may not be drawn yet."""
-    rows: list[int] = []
-    token_ids: list[int] = []
-    for row, request in enumerate(requests):
-        min_tokens = request.sampling.min_tokens
-        if min_tokens and request.num_generated_tokens < min_tokens:
-            rows += [row] * len(request.stop_token_ids)
-            token_ids += request.stop_token_ids
-    return (rows, token_ids) if rows else None
+def wanted_logits(chunks: list[Chunk]) -> Wanted:
+    wanted = Wanted()
+    end = 0
+    for index, chunk in enumerate(chunks):
+        start, end = end, end + chunk.num_tokens
+        if chunk.request.scores_prompt:
+            num_scored = chunk.num_tokens - chunk.is_last  # the last token's row predicts the answer
+            if num_scored:
+                wanted.scored.append((index, len(wanted.rows), len(wanted.rows) + num_scored))
+                wanted.rows += range(start, start + num_scored)
+        if chunk.draws:
+            wanted.drawn.append(index)
+            wanted.drawn_rows.append(len(wanted.rows))
+            wanted.rows.append(end - 1)
+    return wanted
 
 
-def described(logits: Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprobs]:
-    """float32 [rows, vocab] and each row's token and number of alternatives -> what the client is told."""
-    found = logprobs(logits, torch.tensor(token_ids, device=logits.device), max(counts))
-    columns = (found.chosen, found.ranks, found.top_ids, found.top_logprobs)
-    chosen, ranks, top_ids, top_logprobs = (column.tolist() for column in columns)
-    return [
-        TokenLogprobs(token_id, chosen[i], ranks[i], top_ids[i][:count], top_logprobs[i][:count])
-        for i, (token_id, count) in enumerate(zip(token_ids, counts, strict=True))
-    ]
+def variant_of(sampling: Sampling) -> Variant:
+    """The least variant that serves it."""
+    if sampling.temperature == 0:
+        return "greedy"
+    is_filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    return "full" if is_filtered else "temperature"

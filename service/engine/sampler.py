@@ -38,10 +38,10 @@ class SamplingRows:
     min_p: Tensor  # float64 [rows], 0 is off
 
 
-def draw(logits: Tensor, rows: SamplingRows, suppressed: tuple[list[int], list[int]] | None = None) -> Tensor:
+def draw(logits: Tensor, rows: SamplingRows, suppressed: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """float32 [rows, vocab] -> int64 [rows].
 
-    `suppressed` lists (row, token id) pairs, as two lists, that must not be drawn. `logits` stay as they are.
+    `suppressed`: rows and token ids, int64 [pairs] each, that must not be drawn. `logits` stay as they are.
     """
     finite = torch.isfinite(logits.sum(-1))
     if suppressed is not None:
@@ -95,6 +95,9 @@ class Logprobs:
     ranks: Tensor  # int64 [rows], 1 is the likeliest
     top_ids: Tensor  # int64 [rows, num_top], likeliest first
     top_logprobs: Tensor  # float32 [rows, num_top]
+
+    def columns(self) -> list[Tensor]:
+        return [self.chosen, self.ranks, self.top_ids, self.top_logprobs]
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:

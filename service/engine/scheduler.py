@@ -1,6 +1,6 @@
 """Who runs in the next step, within one token budget and the KV blocks there are. No tensors.
 
-engine --add--> waiting --admit--> running --schedule--> Plan --(runner)--> advance
+engine --add--> waiting --admit--> running --schedule--> Plan --(runner)--> advance --(result)--> register
 
 Decode comes first. Of what is left, the oldest unfinished prompt keeps at least half, so that nothing
 starves; the rest goes to the prompts with the fewest tokens left, so that a short request need not wait
@@ -21,21 +21,39 @@ MAX_SCORED_TOKENS = 256
 
 @dataclass(slots=True)
 class Chunk:
-    """The next `num_tokens` uncomputed tokens of a request."""
+    """The uncomputed tokens `start` to `stop` - 1 of a request."""
 
     request: Request
-    num_tokens: int
+    start: int
+    stop: int
+    is_last: bool  # nothing of it is left to compute after this
+    draws: bool  # a token comes of it
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_decode(self) -> bool:
+        return self.draws and self.stop - self.start == 1
+
+
+def next_chunk(request: Request, num_tokens: int) -> Chunk:
+    start = request.num_computed_tokens
+    is_last = num_tokens == request.num_uncomputed_tokens
+    return Chunk(request, start, start + num_tokens, is_last, is_last and request.sampling.max_tokens > 0)
 
 
 @dataclass(slots=True)
 class Plan:
-    """One step. Chunks of one token come first."""
+    """One step. Chunks that decode come first, then others of one token."""
 
     chunks: list[Chunk] = field(default_factory=list)
     num_decode_tokens: int = 0
     num_prefill_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    is_short: bool = False  # blocks are lacking, and whoever gives them up must not be on the way
 
 
 class Scheduler:
@@ -62,43 +80,64 @@ class Scheduler:
         else:
             self._stop(request)
 
-    def schedule(self) -> Plan:
-        """The next step's work; empty where nobody can run."""
+    def schedule(self, may_preempt: bool = True) -> Plan:
+        """The next step's work; empty where nobody can run.
+
+        Without `may_preempt` a plan that blocks do not suffice for is empty and `is_short`.
+        """
         plan = Plan()
-        self._plan_decode(plan)
+        self._plan_decode(plan, may_preempt)
+        if plan.is_short:
+            return plan
         self._plan_prefill(plan)
-        plan.chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
+        if plan.num_prefill_tokens or not all(chunk.draws for chunk in plan.chunks):
+            plan.chunks.sort(key=lambda chunk: (not chunk.is_decode, chunk.num_tokens > 1))
         return plan
 
     def advance(self, chunks: list[Chunk]) -> None:
-        """After a step: what it computed counts, and full blocks may be shared."""
+        """After a launch: what it computes counts, and a prompt's full blocks may be shared.
+
+        Whoever shares them is launched later, and the device works in order.
+        """
         for chunk in chunks:
             request = chunk.request
-            request.num_computed_tokens += chunk.num_tokens
-            num_full = request.num_computed_tokens // BLOCK_TOKENS
-            if self.prefix_cache and num_full > request.num_registered_blocks:
-                extend_hashes(request.block_hashes, request.tokens, request.cache_salt)
-                for index in range(request.num_registered_blocks, num_full):
-                    self.cache.register(request.blocks[index], request.block_hashes[index])
-                request.num_registered_blocks = num_full
+            request.num_computed_tokens = chunk.stop
+            request.num_pending_tokens += chunk.draws
+            request.on_device = chunk.draws
+            if chunk.stop - chunk.start > 1:
+                self.register(request)
 
-    def _plan_decode(self, plan: Plan) -> None:
+    def register(self, request: Request) -> None:
+        """Makes its full blocks findable whose tokens are known."""
+        num_full = min(request.num_computed_tokens, len(request.tokens)) // BLOCK_TOKENS
+        if num_full > request.num_registered_blocks and self.prefix_cache:
+            extend_hashes(request.block_hashes, request.tokens, request.cache_salt)
+            for index in range(request.num_registered_blocks, num_full):
+                self.cache.register(request.blocks[index], request.block_hashes[index])
+            request.num_registered_blocks = num_full
+
+    def _plan_decode(self, plan: Plan, may_preempt: bool) -> None:
         chunks, running = plan.chunks, self.running
         index = 0
         while index < len(running):  # preemption takes from the end of the list
             request = running[index]
-            if len(request.tokens) - request.num_computed_tokens == 1:
-                if request.num_computed_tokens >= len(request.blocks) * BLOCK_TOKENS and not self._grow(
-                    request, plan
-                ):
-                    break
-                chunks.append(Chunk(request, 1))
             index += 1
+            start, length = request.num_computed_tokens, len(request.tokens) + request.num_pending_tokens
+            if length - start != 1 or (request.num_pending_tokens and length >= request.max_length):
+                continue
+            if start >= len(request.blocks) * BLOCK_TOKENS and not self._grow(request, plan, may_preempt):
+                break
+            chunks.append(Chunk(request, start, length, True, request.sampling.max_tokens > 0))
+        if plan.is_short:
+            chunks.clear()
         plan.num_decode_tokens = len(chunks)
 
-    def _grow(self, request: Request, plan: Plan) -> bool:
-        """One more block; False where the request itself had to give way."""
+    def _grow(self, request: Request, plan: Plan, may_preempt: bool) -> bool:
+        """One more block; False where the request itself had to give way, or none is left to take."""
         while (blocks := self.cache.allocate((), 1)) is None:
+            if not may_preempt:
+                plan.is_short = True
+                return False
             victim = self.running[-1]
             self._stop(victim)
             victim.forget_computed()
@@ -152,7 +191,7 @@ class Scheduler:
                     may_admit = False  # those after it are longer
                     continue
             num_tokens = min(limit, request.num_uncomputed_tokens)
-            plan.chunks.append(Chunk(request, num_tokens))
+            plan.chunks.append(next_chunk(request, num_tokens))
             plan.num_prefill_tokens += num_tokens
             budget -= num_tokens
             if request.scores_prompt:
@@ -161,7 +200,7 @@ class Scheduler:
         if oldest_tokens:
             more = min(budget, scored) if oldest.scores_prompt else budget
             oldest_tokens += min(more, oldest.num_uncomputed_tokens - oldest_tokens)
-            plan.chunks.append(Chunk(oldest, oldest_tokens))
+            plan.chunks.append(next_chunk(oldest, oldest_tokens))
             plan.num_prefill_tokens += oldest_tokens
 
     def _sharable_hashes(self, request: Request) -> list[bytes]:

@@ -22,6 +22,10 @@ class StepBatch:
     block_tables: Tensor  # int32 [S, max blocks], rows padded with 0
     num_decode: int  # the first `num_decode` sequences have one new token each
     logit_rows: Tensor  # int64 [R], rows of which logits are wanted
+    # The lists' contents as tensors, where the device has them. A decode step whose tensors change between
+    # replays has no `context_lengths`: it is empty.
+    lengths: Tensor | None = None  # int32 [S]
+    starts: Tensor | None = None  # int32 [S + 1]
 
 
 class PagedKV:

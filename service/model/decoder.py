@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.dense_linear import pack_weight
 from service.kernels.gated_silu import gated_silu
-from service.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention
+from service.kernels.paged_attention import AttentionPlan, decode_plan, paged_attention, plan_attention
 from service.kernels.rotary_kv import rotary_kv
 from service.model.batch import PagedKV, StepBatch
 from service.model.config import ModelConfig
@@ -210,5 +210,15 @@ class Decoder(nn.Module):
 
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
         """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, delta, step)`."""
-        plan = plan_attention(batch.block_tables, batch.query_starts, batch.context_lengths, batch.num_decode)
+        if batch.lengths is not None and not batch.context_lengths:
+            plan = decode_plan(batch.block_tables, batch.lengths)
+        else:
+            plan = plan_attention(
+                batch.block_tables,
+                batch.query_starts,
+                batch.context_lengths,
+                batch.num_decode,
+                batch.lengths,
+                batch.starts,
+            )
         return Step(batch, kv, self.cos, self.sin, plan)

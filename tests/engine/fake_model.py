@@ -15,6 +15,7 @@ from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 VOCAB_SIZE = 29
 UNSAID = VOCAB_SIZE  # an id that prompts may hold, but no logits speak for
 CPU = torch.device("cpu")
+DEPTH = 0  # of engines whose maker does not say
 
 
 def prefix_logits(token_ids: list[int]) -> Tensor:
@@ -68,6 +69,7 @@ def fake_engine(
     prefix_cache: bool = True,
     eos: int = 0,
     model: FakeModel | None = None,
+    depth: int | None = None,
 ) -> Engine:
     limits = Limits(
         max_context_tokens or (num_blocks - 1) * BLOCK_TOKENS,
@@ -76,7 +78,13 @@ def fake_engine(
         VOCAB_SIZE + 1,
     )
     return Engine(
-        model or FakeModel(), fake_kv(num_blocks), limits, CPU, frozenset([eos]), prefix_cache=prefix_cache
+        model or FakeModel(),
+        fake_kv(num_blocks),
+        limits,
+        CPU,
+        frozenset([eos]),
+        prefix_cache=prefix_cache,
+        depth=DEPTH if depth is None else depth,
     )
 
 
@@ -103,7 +111,9 @@ def expected_answer(submit: Submit, max_context_tokens: int, eos: int = 0) -> tu
     answer: list[int] = []
     while len(answer) < sampling.max_tokens and len(tokens) < max_context_tokens:
         early = len(answer) < sampling.min_tokens
-        suppressed = ([0] * len(stops), list(stops)) if early and stops else None
+        suppressed = None
+        if early and stops:
+            suppressed = (torch.zeros(len(stops), dtype=torch.int64), torch.tensor(list(stops)))
         token = int(
             draw(prefix_logits(tokens).unsqueeze(0), sampling_rows(sampling, len(tokens)), suppressed)
         )

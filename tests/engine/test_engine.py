@@ -2,6 +2,7 @@
 
 import math
 
+import fake_model
 import pytest
 import torch
 from fake_model import UNSAID, VOCAB_SIZE, Client, FakeModel, expected_answer, fake_engine, prefix_logits
@@ -18,6 +19,13 @@ from service.engine.engine import (
 from service.messages import Sampling, Submit
 
 GREEDY = Sampling(8, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True, params=[0, 1], ids=["in turn", "ahead"])
+def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The whole file is true of an engine that runs one step ahead of its results too."""
+    monkeypatch.setattr(fake_model, "DEPTH", request.param)
+    return int(request.param)
 
 
 def prompt(num_tokens: int, start: int = 1) -> list[int]:
@@ -177,7 +185,7 @@ def test_broken_numbers_end_one_request_and_are_never_reused() -> None:
     assert client.endings[2].finish_reason == "length"
     engine.add(Submit(3, [UNSAID, *prompt(40)], GREEDY))
     assert Client().run(engine).endings[3].finish_reason == "error"
-    assert len(model.batches[-1].token_ids) == 41
+    assert 41 in [len(batch.token_ids) for batch in model.batches[-2:]]
 
 
 def test_a_repeated_prefix_computes_one_block_and_its_tail() -> None:
@@ -255,15 +263,15 @@ def test_a_large_prompt_gets_its_turn_when_blocks_are_short() -> None:
     assert client.order.index(1) < 3
 
 
-def test_figures_add_up() -> None:
+def test_figures_add_up(depth: int) -> None:
     engine = fake_engine()
     for request_id in range(3):
         engine.add(Submit(request_id, prompt(33, request_id), greedy(5)))
     client = Client().run(engine)
     stats = [step.stats for step in client.steps]
     assert sum(s.num_prefill_tokens + s.num_decode_tokens for s in stats) == 3 * (33 + 4)
-    assert stats[0].num_running == 2
-    assert stats[0].num_waiting == 1
+    assert stats[0].num_running == 2 + depth
+    assert stats[0].num_waiting == 1 - depth
     assert stats[-1].kv_used_tokens == 0
     assert stats[-1].kv_cached_tokens == 3 * 32
     assert all(s.step_seconds > 0 for s in stats)

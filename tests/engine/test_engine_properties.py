@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pytest
 from fake_model import VOCAB_SIZE, Client, expected_answer, fake_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,9 +68,14 @@ def play(engine_events: Sequence[tuple[str, int] | Submit], **limits: int | bool
 
 
 @settings(max_examples=60, deadline=None)
-@given(events(), st.integers(3, 16), st.integers(1, 6), st.integers(0, 40), st.booleans())
+@given(events(), st.integers(3, 16), st.integers(1, 6), st.integers(0, 40), st.booleans(), st.integers(0, 1))
 def test_each_request_is_answered_once_and_as_if_alone(
-    made: list[tuple[str, int] | Submit], num_blocks: int, requests: int, more_tokens: int, prefix_cache: bool
+    made: list[tuple[str, int] | Submit],
+    num_blocks: int,
+    requests: int,
+    more_tokens: int,
+    prefix_cache: bool,
+    depth: int,
 ) -> None:
     client = play(
         made,
@@ -77,6 +83,7 @@ def test_each_request_is_answered_once_and_as_if_alone(
         max_batch_requests=requests,
         max_batch_tokens=requests + more_tokens,
         prefix_cache=prefix_cache,
+        depth=depth,
     )
     room = (num_blocks - 1) * 16
     submits = [event for event in made if isinstance(event, Submit)]
@@ -101,24 +108,26 @@ def test_each_request_is_answered_once_and_as_if_alone(
     assert all(1 <= len(phases) <= 3 and min(phases) >= 0 for phases in told)
 
 
-def test_preemption_changes_no_answer() -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_preemption_changes_no_answer(depth: int) -> None:
     """Six growing answers over room for three: blocks run out again and again."""
     submits = [
         Submit(i, [i + 1, 2, 3], Sampling(60, temperature=i % 2, seed=i, ignore_eos=True, logprobs=1))
         for i in range(6)
     ]
-    client = play(submits, num_blocks=12, prefix_cache=False)
+    client = play(submits, num_blocks=12, prefix_cache=False, depth=depth)
     assert client.num_preemptions > 3
     for submit in submits:
         assert client.answers[submit.id] == expected_answer(submit, 10_000)[0]
 
 
-def test_a_preempted_prompt_score_is_told_once_and_whole() -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_preempted_prompt_score_is_told_once_and_whole(depth: int) -> None:
     """The scored request is the newest, so growth of the others throws it out in the middle of its prompt."""
     growing = [Submit(i, [i + 1], Sampling(90, temperature=0, ignore_eos=True)) for i in range(2)]
     scored = Submit(9, SHARED[:70], Sampling(4, temperature=0, ignore_eos=True, prompt_logprobs=0))
     made = [*growing, ("step", 12), scored]
-    client = play(made, num_blocks=10, max_batch_tokens=4, max_batch_requests=3)
+    client = play(made, num_blocks=10, max_batch_tokens=4, max_batch_requests=3, depth=depth)
     assert client.num_preemptions > 0
     scores = client.firsts[9].prompt_logprobs
     assert scores is not None

@@ -1,0 +1,112 @@
+"""A decode step as a function of tensors alone: the rows' state -> one more token for each row.
+
+runner, graphs --num_rows--> DecodeStep --> drawn token ids; lengths and last tokens have moved on
+
+Nothing in it looks at a value on the host, so that it can be captured once and replayed for other requests,
+and so that it can be launched before the step that it continues is done.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from service.engine.sampler import SamplingRows, Variant, draw
+from service.engine.state import (
+    LAST_TOKEN,
+    LENGTH,
+    MIN_P,
+    SAMPLE_INDEX,
+    SEED,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    DeviceState,
+)
+from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
+
+
+class Model(Protocol):
+    def forward(self, batch: StepBatch, kv: PagedKV) -> Tensor:
+        """-> logits [R, vocab] of the rows `batch.logit_rows`, any float type."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step leaves on the device."""
+
+    token_ids: Tensor  # int64 [rows], BAD_ROW where the logits are broken
+    logits: Tensor  # float32 [rows, vocab]
+
+
+class DecodeStep:
+    """Bound to one model, one KV cache and one state, whose `rows` it reads."""
+
+    def __init__(self, model: Model, kv: PagedKV, state: DeviceState) -> None:
+        self._model = model
+        self._kv = kv
+        self._state = state
+        places = len(state.rows)
+        self._starts = torch.arange(places + 1, dtype=torch.int32, device=state.device)
+        self._logit_rows = torch.arange(places, device=state.device)
+        self._start_list = list(range(places + 1))
+
+    def __call__(
+        self,
+        num_rows: int,
+        variant: Variant,
+        context_lengths: list[int],
+        suppressed: tuple[Tensor, Tensor] | None = None,
+    ) -> Drawn:
+        """One token for each of the first `num_rows` places of `state.rows`.
+
+        `context_lengths` are the rows' after this step, or empty: then the step may be captured.
+        `suppressed`: (places, token ids) that may not be drawn.
+        """
+        state = self._state
+        rows = state.rows[:num_rows]
+        fields = state.fields.index_select(0, rows)
+        tables = state.tables
+        if context_lengths:
+            tables = tables[:, : -(-max(context_lengths) // BLOCK_TOKENS)]
+        tables = tables.index_select(0, rows)
+        positions = fields[:, LENGTH].long()
+        lengths = fields[:, LENGTH] + 1
+        blocks = tables.gather(1, (positions // BLOCK_TOKENS).unsqueeze(1)).squeeze(1)
+        batch = StepBatch(
+            token_ids=fields[:, LAST_TOKEN].long(),
+            positions=positions,
+            slots=blocks.long() * BLOCK_TOKENS + positions % BLOCK_TOKENS,
+            query_starts=self._start_list[: num_rows + 1],
+            context_lengths=context_lengths,
+            block_tables=tables,
+            num_decode=num_rows,
+            logit_rows=self._logit_rows[:num_rows],
+            lengths=lengths,
+            starts=self._starts[: num_rows + 1],
+        )
+        logits = self._model.forward(batch, self._kv).float()
+        token_ids = draw(logits, sampling_rows(fields, positions + 1, variant), suppressed)
+        state.advance(rows, lengths, token_ids)
+        return Drawn(token_ids, logits)
+
+
+def sampling_rows(fields: Tensor, positions: Tensor, variant: Variant) -> SamplingRows:
+    """int32 [rows, words] of the state, int64 [rows] of the tokens to draw -> what the sampler reads."""
+    if variant == "greedy":
+        none = torch.empty(0)
+        return SamplingRows(variant, none, none, none, none, none, none, none)
+    wide = fields.view(torch.int64)
+    fractions = fields.view(torch.float64)
+    return SamplingRows(
+        variant,
+        temperature=fields.view(torch.float32)[:, TEMPERATURE],
+        seeds=wide[:, SEED],
+        positions=positions,
+        sample_indices=fields[:, SAMPLE_INDEX].long(),
+        top_k=fields[:, TOP_K].long(),
+        top_p=fractions[:, TOP_P],
+        min_p=fractions[:, MIN_P],
+    )
