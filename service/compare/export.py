@@ -27,6 +27,7 @@ from service.compare.report import (
 )
 
 NOTHING = "-"
+NO_VERDICT = "no verdict"  # on quality, where the weights are random
 Cell = Callable[[Report, Row], str]
 
 
@@ -63,14 +64,22 @@ def peak_cell(report: Report, row: Row) -> str:
 
 def perplexity_cell(report: Report, row: Row) -> str:
     assert row.perplexity is not None
+    if not report.judges_quality:
+        return NO_VERDICT
     base = report.reference_row
     if base is None or base.perplexity is None or base is row:
         return f"{row.perplexity:.3f}"
     return f"{row.perplexity:.3f} ({change(row.perplexity, base.perplexity)})"
 
 
+def divergence_cell(report: Report, row: Row) -> str:
+    return f"{row.kl or 0:.4f}" if report.judges_quality else NO_VERDICT
+
+
 def top1_cell(report: Report, row: Row) -> str:
     assert row.quality is not None
+    if not report.judges_quality:
+        return NO_VERDICT
     return f"{100 * row.quality.top1_agreement:.1f} %"
 
 
@@ -101,7 +110,7 @@ COLUMNS: dict[str, Cell] = {
     "TPOT ms p50 / p95": lambda report, row: milliseconds(row.tpot),
     "tokens/s": lambda report, row: f"{row.tokens_per_s or 0:.1f}",
     "perplexity": perplexity_cell,
-    "KL": lambda report, row: f"{row.kl or 0:.4f}",
+    "KL": divergence_cell,
     "top-1": top1_cell,
     "decode M=1 vs prefill": decode_cell("M=1"),
     "decode M=8 vs prefill": decode_cell("M=8"),

@@ -36,7 +36,11 @@ def render_page(report: Report) -> str:
         base=report.reference_row,
         good=good,
         places=places,
-        plots={name: Markup(svg) for name, svg in plots(good, places).items()},
+        plots={
+            name: Markup(svg)
+            for name, svg in plots(good, places).items()
+            if name != "quality" or report.judges_quality
+        },
         sentences=[sentence(report, row) for row in good],
         load_ids=list(dict.fromkeys(load.id for row in good for load in row.loads)),
     )
@@ -114,9 +118,8 @@ def sentence(report: Report, row: Row) -> str:
     assert row.memory is not None
     if base is None or base.memory is None or not (base.perplexity and base.tokens_per_s and base.tpot):
         return f"{row.precision} is measured, and there is no reference to tell it against."
-    is_random = bool(report.model.random_weights)
     if row is base:
-        quality = "its weights are random" if is_random else f"perplexity {row.perplexity:.2f}"
+        quality = f"perplexity {row.perplexity:.2f}" if report.judges_quality else "no verdict on quality"
         return (
             f"{row.precision} is the reference: {row.memory.weight_bytes / 1e6:,.0f} MB of weights, "
             f"{row.tokens_per_s:,.0f} tokens/s, {quality}."
@@ -125,9 +128,9 @@ def sentence(report: Report, row: Row) -> str:
     speed = (row.tokens_per_s or 0.0) / base.tokens_per_s
     loss = 100 * ((row.perplexity or 0.0) / base.perplexity - 1)
     quality = (
-        "there is no verdict on its quality"
-        if is_random
-        else f"its perplexity is {abs(loss):.1f} % {'higher' if loss >= 0 else 'lower'}"
+        f"its perplexity is {abs(loss):.1f} % {'higher' if loss >= 0 else 'lower'}"
+        if report.judges_quality
+        else "there is no verdict on its quality"
     )
     said = (
         f"{row.precision} holds its weights in {100 * bytes_ratio:.0f} % of the bytes of {base.precision}, "

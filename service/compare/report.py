@@ -224,6 +224,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     seconds: Annotated[float, described("Sum over the rows")]
 
     @property
+    def judges_quality(self) -> bool:
+        """Do perplexity and divergence mean anything? Not for weights that nobody trained."""
+        return not self.model.random_weights
+
+    @property
     def reference_row(self) -> Row | None:
         """The row that others are told against; None where it failed or is still to come."""
         return next((row for row in self.rows if row.ok and row.precision == self.reference), None)

@@ -230,6 +230,23 @@ def test_the_page_has_every_row_and_fetches_nothing(three: Report) -> None:
     assert "+0.400 ± 0.100 % – apart" in reader.text
 
 
+def test_random_weights_get_no_verdict_on_quality(three: Report) -> None:
+    model = msgspec.structs.replace(three.model, random_weights={"seed": "0"})
+    random = msgspec.structs.replace(three, model=model)
+    reader = Reader()
+    reader.feed(render_page(random))
+    assert "no verdict: random weights" in reader.text
+    assert "there is no verdict on its quality" in reader.text
+    assert "% higher" not in reader.text
+    assert "Quality against bytes" not in reader.text
+    for written in (reader.text, markdown(random)):
+        assert "19.5 %" not in written
+        assert "95.0 %" not in written
+    rows = [line for line in markdown(random).splitlines() if line.startswith("| nf4")]
+    assert rows[0].count(" no verdict ") == 3
+    assert "no verdict" not in markdown(three) + render_page(three)
+
+
 def test_a_page_of_failures_is_still_a_page() -> None:
     failed = report(Row(precision="bf16", status="failed", error="no memory"))
     reader = Reader()

@@ -215,3 +215,9 @@ def test_a_local_folder_is_used_where_it_lies(tmp_path: Path) -> None:
 )
 def test_which_files_are_fetched(name: str, wanted: bool) -> None:
     assert is_wanted(name) == wanted
+
+
+def test_random_weights_fetch_no_weights(hub: Hub) -> None:
+    hub.files = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": b"w" * 50_000}
+    folder = resolve("org/model", "main", Path("/unused"), lambda *_: None, needs_weights=False)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json"} == set(hub.fetched)
