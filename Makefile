@@ -61,12 +61,12 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
 ifeq ($(TORCH),cpu)
-	@echo "Installing into .venv: about 0.35 GB to download the first time"
+	@echo "Installing into .venv: 0.30 GB to download the first time"
 	$(PIP) install -c constraints.txt torch --extra-index-url https://download.pytorch.org/whl/cpu
 	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || { \
 		echo ".venv has a torch with CUDA already"; echo "  hint: make clean install TORCH=cpu"; exit 4; }
 else
-	@echo "Installing into .venv: about 2.9 GB to download the first time (torch with CUDA; TORCH=cpu: 0.35 GB)"
+	@echo "Installing into .venv: 2.84 GB to download the first time (torch with CUDA; TORCH=cpu: 0.30 GB)"
 	$(PIP) install -c constraints.txt torch
 endif
 	$(PIP) install -q -c constraints.txt -e .
