@@ -129,7 +129,7 @@ class ModelInstance:
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
         return names | {
             "lm_head": self.decoder.head.kernel,
-            "attention": attention_kernel(self.dtype, self.device),
+            "attention": attention_kernel(self.dtype, self.device, self.config.head_dim),
         }
 
     def layers(self) -> list[DecoderLayer]:

@@ -54,8 +54,9 @@ def test_kernels_name_every_layer_class(folder: Path) -> None:
     assert set(kernels) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head", "attention"}
     assert all(kernels.values())
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        expected = attention_kernel(dtype, torch.device("cpu"))
-        assert load_instance(folder, precision).kernels()["attention"] == expected
+        instance = load_instance(folder, precision)
+        expected = attention_kernel(dtype, torch.device("cpu"), instance.config.head_dim)
+        assert instance.kernels()["attention"] == expected
 
 
 def test_progress_ends_at_its_total(folder: Path) -> None:

@@ -6,17 +6,25 @@ decoder --hidden, delta--> (hidden, x), where x goes into the next linear. Sourc
 import torch
 from torch import Tensor
 
-from service.kernels.add_rms_norm import reference
+from service.kernels.add_rms_norm import native, reference
 
 __all__ = ["add_rms_norm"]
 
 library = torch.library.Library("halftone", "FRAGMENT")
 library.define("add_rms_norm(Tensor hidden, Tensor? delta, Tensor weight, float eps) -> (Tensor, Tensor)")
 library.impl("add_rms_norm", reference.add_rms_norm, "CompositeExplicitAutograd")
+library.impl("add_rms_norm", native.add_rms_norm, "CPU")
+
+if torch.cuda.is_available():
+    from service.kernels.add_rms_norm import triton as cuda
+
+    library.impl("add_rms_norm", cuda.add_rms_norm, "CUDA")
 
 _add_rms_norm = torch.ops.halftone.add_rms_norm.default
 
 
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[T, n], the same or None for nothing to add, [n] -> (hidden + delta, its RMSNorm times weight)."""
+    if hidden.is_cpu:  # the dispatcher takes longer than a row's kernel
+        return native.add_rms_norm(hidden, delta, weight, eps)
     return _add_rms_norm(hidden, delta, weight, eps)

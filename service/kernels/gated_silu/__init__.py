@@ -6,18 +6,26 @@ gate_up_proj --[T, 2 n]--> gated_silu --[T, n]--> down_proj
 import torch
 from torch import Tensor
 
-from service.kernels.gated_silu import reference
+from service.kernels.gated_silu import native, reference
 
 __all__ = ["gated_silu"]
 
 library = torch.library.Library("halftone", "FRAGMENT")
 library.define("gated_silu(Tensor gate_up) -> Tensor")
 library.impl("gated_silu", reference.gated_silu, "CompositeExplicitAutograd")
+library.impl("gated_silu", native.gated_silu, "CPU")
+
+if torch.cuda.is_available():
+    from service.kernels.gated_silu import triton as cuda
+
+    library.impl("gated_silu", cuda.gated_silu, "CUDA")
 
 _gated_silu = torch.ops.halftone.gated_silu.default
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """[T, 2 n], gate and up side by side -> silu(gate) * up [T, n]."""
+    if gate_up.is_cpu:  # the dispatcher takes longer than a row's kernel
+        return native.gated_silu(gate_up)
     y: Tensor = _gated_silu(gate_up)
     return y

@@ -1,4 +1,5 @@
-"""Paged attention in plain torch: gather the pages of K and V, then one dense attention.
+"""Paged attention in plain torch, but for a decode that `native.py` serves: gather the pages, one dense
+attention.
 
 A page of one head is one row of the cache viewed as [block * kv_heads, 16 * head_dim], so one
 `index_select` brings a batch's keys into [batch, kv_heads, tokens, head_dim]. Query heads that share a
@@ -9,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.kernels.paged_attention import native
 from service.kernels.paged_attention.plan import AttentionPlan
 
 MIN_BATCHED_PRODUCTS = 4  # sequences from which two batched products beat the fused attention on a CPU
 
 
-def attention_kernel(dtype: torch.dtype, device: torch.device) -> str:
+def attention_kernel(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
     """Name of what serves attention without a softcap on a CPU."""
+    if device.type == "cpu" and native.has_kernel(dtype, head_dim):
+        return "native.decode_attention, torch.scaled_dot_product_attention in prefill"
     if not _has_batched_products(dtype, device):
         return "torch.scaled_dot_product_attention"
     return f"torch.scaled_dot_product_attention, torch.bmm from {MIN_BATCHED_PRODUCTS} decoding sequences"
@@ -37,9 +41,16 @@ def paged_attention(
     """See the package."""
     parts = []
     if plan.num_decode:
-        _, kv_heads, block_tokens, _ = key_cache.shape
-        rows, mask = plan.gathered(window, kv_heads, block_tokens, q.dtype)
-        parts.append(_decode(q[: plan.num_decode], key_cache, value_cache, rows, mask, scale, softcap))
+        decoding = q[: plan.num_decode]
+        if native.serves(decoding, key_cache, value_cache):
+            tables, lengths = plan.block_tables, plan.lengths
+            parts.append(
+                native.decode(decoding, key_cache, value_cache, tables, lengths, scale, window, softcap)
+            )
+        else:
+            _, kv_heads, block_tokens, _ = key_cache.shape
+            rows, mask = plan.gathered(window, kv_heads, block_tokens, q.dtype)
+            parts.append(_decode(decoding, key_cache, value_cache, rows, mask, scale, softcap))
     for sequence in range(plan.num_decode, plan.num_sequences):
         rows_of_q = slice(plan.query_starts[sequence], plan.query_starts[sequence + 1])
         table, length = plan.block_tables[sequence], plan.context_lengths[sequence]

@@ -6,7 +6,7 @@ qkv_proj --[T, (heads + 2 kv_heads) * head_dim]--> rotary_kv --q--> paged_attent
 import torch
 from torch import Tensor
 
-from service.kernels.rotary_kv import reference
+from service.kernels.rotary_kv import native, reference
 
 __all__ = ["rotary_kv"]
 
@@ -16,6 +16,12 @@ library.define(
     "Tensor? k_norm, float eps, Tensor(a!) key_cache, Tensor(b!) value_cache) -> Tensor"
 )
 library.impl("rotary_kv", reference.rotary_kv, "CompositeExplicitAutograd")
+library.impl("rotary_kv", native.rotary_kv, "CPU")
+
+if torch.cuda.is_available():
+    from service.kernels.rotary_kv import triton as cuda
+
+    library.impl("rotary_kv", cuda.rotary_kv, "CUDA")
 
 _rotary_kv = torch.ops.halftone.rotary_kv.default
 
@@ -39,5 +45,7 @@ def rotary_kv(
     `q_norm` and `k_norm` [head_dim] or None; caches [block, kv_head, token, head_dim].
     Rotated in float32, rounded once.
     """
+    if qkv.is_cpu:  # the dispatcher takes longer than a row's kernel
+        return native.rotary_kv(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache)
     q: Tensor = _rotary_kv(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache)
     return q
