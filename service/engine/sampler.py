@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from service.kernels.greedy import greedy
 from service.kernels.philox import uniform
 
-BAD_ROW = -1
+BAD_ROW = -1  # as `greedy` marks it
 # A full sort of the vocabulary costs twenty times a top-256, which most nuclei fit into.
 NUCLEUS_WIDTHS = (256, 4096)
 MIN_TEMPERATURE = 1e-30  # below, float32 would divide by zero; the largest logit has won long before
@@ -43,6 +44,8 @@ def draw(logits: Tensor, rows: SamplingRows, suppressed: tuple[Tensor, Tensor] |
 
     `suppressed`: rows and token ids, int64 [pairs] each, that must not be drawn. `logits` stay as they are.
     """
+    if rows.variant == "greedy" and suppressed is None:
+        return greedy(logits)
     finite = torch.isfinite(logits.sum(-1))
     if suppressed is not None:
         logits = logits.clone()
