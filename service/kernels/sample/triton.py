@@ -1,0 +1,101 @@
+"""A draw on CUDA in three passes: the largest logit of each chunk, the mass of each, the chunk hit."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from service.kernels.greedy.triton import CHUNK, likeliest, likeliest_of_chunks
+from service.kernels.sample.reference import MIN_TEMPERATURE
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def mass_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,  # any float [rows, vocab]
+    temperature_ptr,  # float32 [rows]
+    highest_ptr,  # float32 [rows, CHUNKS]
+    token_ids_ptr,  # int32 [rows, CHUNKS]
+    masses_ptr,  # float64 [rows, CHUNKS]
+    vocab,
+    min_temperature,
+    CHUNKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Each chunk's sum of exponentials; nothing for a row that does not draw."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    temperature = tl.load(temperature_ptr + row)
+    if temperature > 0:
+        highest, _ = likeliest_of_chunks(highest_ptr, token_ids_ptr, row, CHUNKS, PADDED)
+        token_ids = chunk * CHUNK + tl.arange(0, CHUNK)
+        logits = tl.load(logits_ptr + row * vocab + token_ids, mask=token_ids < vocab, other=float("-inf"))
+        scaled = (logits.to(tl.float32) - highest) / tl.maximum(temperature, min_temperature)
+        tl.store(masses_ptr + row * CHUNKS + chunk, tl.sum(tl.exp(scaled).to(tl.float64), 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def draw_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    temperature_ptr,
+    seeds_ptr,  # int64 [rows]
+    positions_ptr,
+    sample_indices_ptr,
+    highest_ptr,
+    token_ids_ptr,
+    masses_ptr,
+    out_ptr,  # int64 [rows]
+    vocab,
+    min_temperature,
+    CHUNKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row)
+    highest, token_id = likeliest_of_chunks(highest_ptr, token_ids_ptr, row, CHUNKS, PADDED)
+    if (temperature > 0) & (token_id >= 0):
+        # the first word of Philox4x32-10, as kernels/philox has it
+        position = tl.load(positions_ptr + row).to(tl.uint32)
+        sample_index = tl.load(sample_indices_ptr + row).to(tl.uint32)
+        zero = sample_index ^ sample_index
+        word, _, _, _ = tl.philox(tl.load(seeds_ptr + row), position, sample_index, zero, zero)
+        share = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2 to the -32
+        chunks = tl.arange(0, PADDED)
+        masses = tl.load(masses_ptr + row * CHUNKS + chunks, mask=chunks < CHUNKS, other=0.0)
+        target = share * tl.sum(masses, 0)
+        # what rounding leaves over belongs to the last that has any mass
+        last = tl.max(tl.where(masses > 0, chunks, 0), 0)
+        hit = tl.minimum(tl.sum((tl.cumsum(masses, 0) <= target).to(tl.int32), 0), last)
+        before = tl.sum(tl.where(chunks < hit, masses, 0.0), 0)
+        places = tl.arange(0, CHUNK)
+        token_ids = hit * CHUNK + places
+        logits = tl.load(logits_ptr + row * vocab + token_ids, mask=token_ids < vocab, other=float("-inf"))
+        scaled = (logits.to(tl.float32) - highest) / tl.maximum(temperature, min_temperature)
+        weights = tl.exp(scaled).to(tl.float64)
+        last = tl.max(tl.where(weights > 0, places, 0), 0)
+        place = tl.sum((before + tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
+        token_id = hit * CHUNK + tl.minimum(place, last)
+    tl.store(out_ptr + row, token_id.to(tl.int64))
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, sample_indices: Tensor
+) -> Tensor:
+    """See the package."""
+    logits, temperature = logits.contiguous(), temperature.contiguous()
+    rows, vocab = logits.shape
+    highest, token_ids = likeliest(logits)
+    chunks = highest.shape[1]
+    padded = triton.next_power_of_2(chunks)
+    masses = torch.empty(rows, chunks, dtype=torch.float64, device=logits.device)
+    mass_kernel[(rows, chunks)](
+        logits, temperature, highest, token_ids, masses, vocab, MIN_TEMPERATURE, chunks, padded, CHUNK,
+        num_warps=4,
+    )  # fmt: skip
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    draw_kernel[(rows,)](
+        logits, temperature, seeds.contiguous(), positions.contiguous(), sample_indices.contiguous(),
+        highest, token_ids, masses, out, vocab, MIN_TEMPERATURE, chunks, padded, CHUNK, num_warps=8,
+    )  # fmt: skip
+    return out
