@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from service import device as devices
-from service.engine.engine import Engine, Limits
+from service.engine.engine import NO_MEMORY, Engine, Limits
 from service.engine.link import Throttle
+from service.engine.shortage import MIB, shortage, told_shortage, weight_bytes
 from service.errors import DeviceError, PrecisionError, SettingError
 from service.messages import EngineConfig, EngineInfo, Loading, Sampling, Submit
 from service.model.batch import BLOCK_TOKENS, PagedKV
@@ -25,7 +26,6 @@ from service.precision.base import Backend
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CPU_KV_TOKENS = 16384  # where the user did not say; memory is the users' own there
-MIB = 1 << 20
 PROGRESS_INTERVAL_S = 0.1
 
 
@@ -67,19 +67,15 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     """
     stages = Stages(send, started_at)
     device = devices.resolve(config.device)
-    try:
-        source, backend = open_model(config, config.precision, device, stages)
-        if config.save and isinstance(source, RandomWeights):
+    source, backend = open_model(config, config.precision, device, stages)
+    if config.save and isinstance(source, RandomWeights):
+        with told_shortage(device, "a tensor of the random weights"):
             save_random(source, Path(config.tokenizer or source.path), Path(config.save), stages)
-        model = load(config, source, backend, device, stages, DTYPES.get(config.dtype))
-        max_batch_tokens, max_batch_requests = batch_limits(config, device)
-        stages("warm", 0, 1, "steps")
-        warm_up(model, max_batch_tokens if device.type == "cuda" else 2 * BLOCK_TOKENS)
-        kv = model.new_kv(num_kv_blocks(config, model) + 1)
-        for tensor in (*kv.keys, *kv.values):
-            tensor.zero_()  # makes a CPU's pages resident now, so that memory is what the ledger says
-    except torch.OutOfMemoryError:
-        raise out_of_memory(device) from None
+    model = load(config, source, backend, device, stages, DTYPES.get(config.dtype))
+    max_batch_tokens, max_batch_requests = batch_limits(config, device)
+    stages("warm", 0, 1, "steps")
+    warm_up(model, max_batch_tokens if device.type == "cuda" else 2 * BLOCK_TOKENS)
+    kv = make_kv(config, model)
     limits = Limits(
         context_tokens(config, model, kv), max_batch_tokens, max_batch_requests, model.config.vocab_size
     )
@@ -119,7 +115,10 @@ def open_model(
 
         if isinstance(source, RandomWeights):
             return source.quantized(packing(source.config, backend)), backend
-        source = Checkpoint(prepare(source.path, backend, config, progress))
+        told = f"the 16-bit weights that `{backend.canonical}` is made from"
+        with told_shortage(device, told, lambda: source.num_parameters * source.dtype.itemsize):
+            path = prepare(source.path, backend, config, progress)
+        source = Checkpoint(path)
     return source, backend
 
 
@@ -131,16 +130,19 @@ def load(
     progress: Progress,
     dtype: torch.dtype | None,
 ) -> ModelInstance:
-    return ModelInstance.load(
-        source,
-        backend,
-        device,
-        dtype,
-        head=config.head,
-        max_context_tokens=config.max_context_tokens,
-        tokenizer=Path(config.tokenizer) if config.tokenizer else None,
-        progress=progress,
-    )
+    dtype = dtype or backend.activation_dtype(device, source.dtype)
+    told = f"the weights in `{backend.canonical}`"
+    with told_shortage(device, told, lambda: weight_bytes(source, backend, dtype, config.head)):
+        return ModelInstance.load(
+            source,
+            backend,
+            device,
+            dtype,
+            head=config.head,
+            max_context_tokens=config.max_context_tokens,
+            tokenizer=Path(config.tokenizer) if config.tokenizer else None,
+            progress=progress,
+        )
 
 
 def choose_backend(precision: str, checkpoint: TensorSource, device: torch.device) -> Backend:
@@ -183,6 +185,9 @@ def warm_up(model: ModelInstance, num_tokens: int) -> None:
     engine.add(Submit(0, [0] * (num_tokens - 1), Sampling(2, top_p=0.5, ignore_eos=True)))
     while engine.has_work:
         for output in engine.step().outputs:
+            if output.error == NO_MEMORY:
+                told = f"a step of {num_tokens} tokens beside {model.weight_bytes // MIB} MiB of weights"
+                raise shortage(model.device, told)
             if output.error:
                 raise PrecisionError(
                     f"precision `{model.backend.canonical}` fails on its first tokens: {output.error}",
@@ -216,6 +221,17 @@ def num_kv_blocks(config: EngineConfig, model: ModelInstance) -> int:
     return blocks
 
 
+def make_kv(config: EngineConfig, model: ModelInstance) -> PagedKV:
+    """The cache that requests share, and block 0 beside it."""
+    num_blocks = num_kv_blocks(config, model)
+    told = f"a KV cache of {num_blocks * BLOCK_TOKENS} tokens"
+    with told_shortage(model.device, told, lambda: (num_blocks + 1) * model.kv_block_bytes):
+        kv = model.new_kv(num_blocks + 1)
+        for tensor in (*kv.keys, *kv.values):
+            tensor.zero_()  # makes a CPU's pages resident now, so that memory is what the ledger says
+    return kv
+
+
 def context_tokens(config: EngineConfig, model: ModelInstance, kv: PagedKV) -> int:
     """Longest prompt and answer: what was asked, what the model allows, what the cache can hold."""
     room = (kv.num_blocks - 1) * BLOCK_TOKENS
@@ -228,16 +244,6 @@ def context_tokens(config: EngineConfig, model: ModelInstance, kv: PagedKV) -> i
             hint=f"at most {limit}" + (", or raise `kv_tokens`" if limit == room else ""),
         )
     return config.max_context_tokens
-
-
-def out_of_memory(device: torch.device) -> DeviceError:
-    free, total = devices.memory_free_bytes(device), devices.memory_total_bytes(device)
-    held = devices.memory_used_bytes(device)
-    return DeviceError(
-        f"device `{device}` ran out of memory while loading: {free // MIB} MiB free of {total // MIB} MiB, "
-        f"{held // MIB} MiB held by this process",
-        hint="end other processes on the device, or choose a smaller model, precision or `kv_tokens`",
-    )
 
 
 def engine_info(
