@@ -94,6 +94,11 @@ class Settings(BaseSettings):
         0.9, gt=0, le=0.98, description="Share of free device memory for `kv_tokens=0`."
     )
     prefix_cache: bool = Field(True, description="Reuse KV blocks of repeated prefixes.")
+    cuda_graphs: Literal["on", "off"] = Field(
+        "on",
+        description="On a GPU: capture decode steps before ready and replay them; `off` launches kernel by "
+        "kernel, as always where a precision cannot be captured.",
+    )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: one per core.")
     # HTTP
     host: str = Field("127.0.0.1", description="Address to bind.")

@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,8 +90,13 @@ def device_name(device: torch.device) -> str:
 
 
 def batch_defaults(device: torch.device) -> BatchDefaults:
-    """A CPU step stays short enough to stream; a GPU needs a wide one to be busy."""
-    return BatchDefaults(8192, 256) if device.type == "cuda" else BatchDefaults(512, 64)
+    """A step stays short enough for the others to stream on; a GPU needs a wide one to be busy."""
+    return BatchDefaults(1024, 256) if device.type == "cuda" else BatchDefaults(512, 64)
+
+
+def runs_behind(device: torch.device) -> bool:
+    """Does the host go on while the device computes?"""
+    return device.type == "cuda"
 
 
 def synchronize(device: torch.device) -> None:
@@ -112,12 +118,12 @@ def upload(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 class Readback:
-    """Tensors on their way to the host; a GPU's may be overwritten by work that it is given later."""
+    """Tensors on their way to the host; work that is given to the device later may overwrite them."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._event: torch.cuda.Event | None = None
         if not tensors or tensors[0].device.type != "cuda":
-            self._tensors = tensors
+            self._tensors = [tensor.clone() for tensor in tensors]
             return
         self._tensors = [
             torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -131,6 +137,47 @@ class Readback:
         if self._event is not None:
             self._event.synchronize()
         return self._tensors
+
+
+# --- captured work -----------------------------------------------------------------------------
+
+
+class Captured:
+    """Work that the device repeats by itself, on the tensors that it was captured with."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, result: Tensor) -> None:
+        self._graph = graph
+        self._result = result
+
+    def replay(self) -> Tensor:
+        """-> the same tensor each time, with new contents once the device is done."""
+        self._graph.replay()
+        return self._result
+
+
+class GraphPool:
+    """Captures work; all that it has captured shares memory, so one of them may run at a time."""
+
+    def __init__(self) -> None:
+        self._handle = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def capture(self, run: Callable[[], Tensor]) -> Captured:
+        """Runs it once, so that its kernels are compiled and loaded, then captures it.
+
+        `torch.cuda.graph` would collect garbage and empty the allocator's cache around each capture.
+        """
+        run()
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            try:
+                result = run()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return Captured(graph, result)
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -167,6 +214,17 @@ def memory_peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     return _status_bytes("VmHWM") or _peak_resident_bytes()
+
+
+def extra_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """Most bytes of tensors that `run` holds on a GPU beside those held before; 0 on a CPU."""
+    if device.type != "cuda":
+        run()
+        return 0
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return int(torch.cuda.max_memory_allocated(device)) - before
 
 
 def reset_memory_peak(device: torch.device) -> bool:

@@ -32,6 +32,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int = 0  # size of the KV cache; 0: by device memory
     kv_memory_fraction: float = 0.9  # share of free device memory that `kv_tokens = 0` may take
     prefix_cache: bool = True
+    cuda_graphs: Literal["on", "off"] = "on"  # decode steps captured once, on a GPU
     head: Literal["16bit", "int8"] = "16bit"  # precision of lm_head
     calibration: str = ""  # text file for calibrated modes; empty: the interpreter's documentation
     cache_dir: str = ""
@@ -99,12 +100,15 @@ FrontMessage = Submit | Abort | Evaluate | Shutdown
 
 
 class Loading(msgspec.Struct, tag="loading", array_like=True):
-    """Progress on the way to ready; `stage`: import, verify, calibrate, quantize, save, load or warm."""
+    """Progress on the way to ready.
+
+    `stage` is one of import, verify, calibrate, quantize, save, load, warm, capture.
+    """
 
     stage: str
     done: int
     total: int
-    unit: str  # bytes, layers
+    unit: str  # bytes, layers, graphs
 
 
 class EngineInfo(msgspec.Struct, kw_only=True):

@@ -28,6 +28,7 @@ NAMES = {
     "save": "Saving",
     "load": "Loading",
     "warm": "Warming up",
+    "capture": "Capturing graphs",
     "evaluate": "Evaluating",
 }
 

@@ -7,6 +7,7 @@ DecodeStep on what lies on the device already; one with parts of prompts in it i
 decoding rows first, whose tokens the host may not know yet.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from service import device as devices
 from service.engine.decode_step import DecodeStep, Model, sampling_rows
+from service.engine.graphs import Graphs
 from service.engine.request import Request
 from service.engine.results import Asked, Pending, Scored
 from service.engine.sampler import Variant, draw, logprobs
@@ -42,10 +44,25 @@ class Runner:
         self.device = device
         self.state = DeviceState(max_batch_requests, max_context_tokens, device)
         self.decode_step = DecodeStep(model, kv, self.state)
+        self.graphs: Graphs | None = None
         # by row, what decides which variant of a step serves it
         self._variants = np.zeros(max_batch_requests, np.int64)
         self._num_logprobs = np.zeros(max_batch_requests, np.int64)
         self._min_lengths = np.zeros(max_batch_requests, np.int64)
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """The largest decode step, on padding: what its buffers take."""
+        self.state.select(np.empty(0, np.int64), self.state.padding)
+        self.state.flush()
+        self.decode_step(self.state.padding, "temperature", [1] * self.state.padding)
+
+    def capture(self, progress: Callable[[int, int], None] = lambda *_: None) -> None:
+        """From now on a step in which every request decodes is replayed, if it has a graph.
+
+        Raises DeviceError where the model's kernels cannot be captured.
+        """
+        self.graphs = Graphs(self.decode_step, self.state, progress)
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Pending:
@@ -66,12 +83,19 @@ class Runner:
         return self._launch_mixed(chunks, rows, stops, num_decode)
 
     def _launch_decode(self, chunks: list[Chunk], rows: Ints, stops: Ints) -> Pending:
-        self.state.select(rows, len(rows))
-        self.state.flush()
+        count = len(rows)
+        places = list(range(count))
+        variant = self._variant(rows)
         suppressed = self._suppressed(chunks, rows, stops)
-        drawn = self.decode_step(len(rows), self._variant(rows), stops.tolist(), suppressed)
-        places = list(range(len(chunks)))
-        return Pending(len(chunks), places, drawn.token_ids, self._asked(drawn.logits, drawn.token_ids, rows))
+        graph = None
+        if self.graphs and suppressed is None and self._num_logprobs[rows].max() < 0:
+            graph = self.graphs.find(count, variant)
+        self.state.select(rows, graph.num_rows if graph else count)
+        self.state.flush()
+        if graph:
+            return Pending(count, places, graph.replay()[:count])
+        drawn = self.decode_step(count, variant, stops.tolist(), suppressed)
+        return Pending(count, places, drawn.token_ids, self._asked(drawn.logits, drawn.token_ids, rows))
 
     def _launch_mixed(self, chunks: list[Chunk], rows: Ints, stops: Ints, num_decode: int) -> Pending:
         self.state.flush()

@@ -73,14 +73,21 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
             save_random(source, Path(config.tokenizer or source.path), Path(config.save), stages)
     model = load(config, source, backend, device, stages, DTYPES.get(config.dtype))
     max_batch_tokens, max_batch_requests = batch_limits(config, device)
+    is_gpu = devices.runs_behind(device)
+    is_captured = is_gpu and config.cuda_graphs == "on" and model.backend.capturable
     stages("warm", 0, 1, "steps")
-    warm_up(model, max_batch_tokens if device.type == "cuda" else 2 * BLOCK_TOKENS)
-    kv = make_kv(config, model)
+    warm = warm_up(model, max_batch_tokens if is_gpu else 2 * BLOCK_TOKENS, max_batch_requests)
+    graph_bytes = devices.extra_bytes(device, warm.runner.rehearse) if is_captured else 0
+    del warm
+    kv = make_kv(config, model, graph_bytes)
     limits = Limits(
         context_tokens(config, model, kv), max_batch_tokens, max_batch_requests, model.config.vocab_size
     )
-    engine = Engine(model, kv, limits, device, frozenset(model.config.eos_token_ids), config.prefix_cache)
+    eos_token_ids = frozenset(model.config.eos_token_ids)
+    engine = Engine(model, kv, limits, device, eos_token_ids, config.prefix_cache, depth=int(is_gpu))
     stages("warm", 1, 1, "steps")
+    if is_captured:
+        engine.runner.capture(lambda done, total: stages("capture", done, total, "graphs"))
     stages.close()
     return Serving(engine, model, kv, engine_info(config, model, kv, engine, stages.seconds))
 
@@ -176,11 +183,14 @@ def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def warm_up(model: ModelInstance, num_tokens: int) -> None:
-    """A largest step of one prompt, and one decode step: what layers and allocators do once is done."""
+def warm_up(model: ModelInstance, num_tokens: int, num_requests: int) -> Engine:
+    """A largest step of one prompt, and one decode step: what layers and allocators do once is done.
+
+    -> the engine that did them, over a KV cache of its own.
+    """
     num_tokens = max(2, min(num_tokens, model.decoder.cos.shape[0] - 1))
     kv = model.new_kv(num_tokens // BLOCK_TOKENS + 2)
-    limits = Limits(num_tokens + 1, num_tokens, 1, model.config.vocab_size)
+    limits = Limits(num_tokens + 1, num_tokens, min(num_requests, num_tokens), model.config.vocab_size)
     engine = Engine(model, kv, limits, model.device)
     engine.add(Submit(0, [0] * (num_tokens - 1), Sampling(2, top_p=0.5, ignore_eos=True)))
     while engine.has_work:
@@ -194,11 +204,12 @@ def warm_up(model: ModelInstance, num_tokens: int) -> None:
                     hint="try another `--precision` or `--dtype`, and look at the log above",
                 )
     devices.synchronize(model.device)
+    return engine
 
 
-def num_kv_blocks(config: EngineConfig, model: ModelInstance) -> int:
-    """Blocks that requests can hold, by `kv_tokens` or by the memory that is free now."""
-    free = devices.memory_free_bytes(model.device)
+def num_kv_blocks(config: EngineConfig, model: ModelInstance, graph_bytes: int) -> int:
+    """Blocks that requests can hold, by `kv_tokens` or by the memory that is free now, less the graphs'."""
+    free = devices.memory_free_bytes(model.device) - graph_bytes
     block_bytes = model.kv_block_bytes
     if config.kv_tokens:
         wanted = -(-config.kv_tokens // BLOCK_TOKENS)
@@ -221,9 +232,9 @@ def num_kv_blocks(config: EngineConfig, model: ModelInstance) -> int:
     return blocks
 
 
-def make_kv(config: EngineConfig, model: ModelInstance) -> PagedKV:
+def make_kv(config: EngineConfig, model: ModelInstance, graph_bytes: int) -> PagedKV:
     """The cache that requests share, and block 0 beside it."""
-    num_blocks = num_kv_blocks(config, model)
+    num_blocks = num_kv_blocks(config, model, graph_bytes)
     told = f"a KV cache of {num_blocks * BLOCK_TOKENS} tokens"
     with told_shortage(model.device, told, lambda: (num_blocks + 1) * model.kv_block_bytes):
         kv = model.new_kv(num_blocks + 1)

@@ -1,12 +1,15 @@
 """A model without weights whose logits are a hash of every token it can see through the KV cache."""
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from service import device as devices
 from service.engine.engine import Engine, Limits
 from service.engine.sampler import SamplingRows, draw
 from service.messages import Output, Sampling, Step, Submit
@@ -36,7 +39,17 @@ class FakeModel:
     def forward(self, batch: StepBatch, kv: PagedKV) -> Tensor:
         self.batches.append(batch)
         pages = kv.keys[0].view(-1)
-        assert (batch.slots >= BLOCK_TOKENS).all(), "block 0 is written"
+        lengths = batch.context_lengths
+        if not lengths:  # as it is captured: only then may there be padding
+            assert batch.lengths is not None
+            lengths = batch.lengths.tolist()
+            assert all(length == 1 for length, slot in zip(lengths, batch.slots, strict=True) if slot == 0)
+        assert (
+            (batch.slots >= BLOCK_TOKENS)
+            .logical_or(batch.slots == (-1 if batch.context_lengths else 0))
+            .all()
+        ), "block 0 is written"
+        assert (batch.token_ids >= 0).all(), "a broken row's token is looked up"
         pages[batch.slots] = batch.token_ids
         starts = batch.query_starts
         assert starts[-1] == len(batch.token_ids) == len(batch.positions)
@@ -45,7 +58,7 @@ class FakeModel:
         for row in batch.logit_rows.tolist():
             sequence = next(i for i in range(len(starts) - 1) if starts[i] <= row < starts[i + 1])
             position = int(batch.positions[row])
-            assert position == batch.context_lengths[sequence] - (starts[sequence + 1] - row)
+            assert position == lengths[sequence] - (starts[sequence + 1] - row)
             slots = (batch.block_tables[sequence].long() * BLOCK_TOKENS).unsqueeze(1) + torch.arange(16)
             seen = pages[slots.view(-1)[: position + 1]].tolist()
             if self.poison in seen:
@@ -53,6 +66,22 @@ class FakeModel:
             logits = prefix_logits(seen)
             rows.append(torch.full_like(logits, torch.nan) if self.broken in seen else logits)
         return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
+
+
+class FakeGraphPool:
+    """Stands for `devices.GraphPool`: what a replay would do on a GPU is done by running the step again."""
+
+    def capture(self, run: Callable[[], Tensor]) -> "FakeCaptured":
+        return FakeCaptured(run)
+
+
+class FakeCaptured:
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self._run = run
+        self._result = run()
+
+    def replay(self) -> Tensor:
+        return self._result.copy_(self._run())
 
 
 def fake_kv(num_blocks: int) -> PagedKV:
@@ -70,6 +99,7 @@ def fake_engine(
     eos: int = 0,
     model: FakeModel | None = None,
     depth: int | None = None,
+    captured: bool = False,
 ) -> Engine:
     limits = Limits(
         max_context_tokens or (num_blocks - 1) * BLOCK_TOKENS,
@@ -77,7 +107,7 @@ def fake_engine(
         max_batch_requests,
         VOCAB_SIZE + 1,
     )
-    return Engine(
+    engine = Engine(
         model or FakeModel(),
         fake_kv(num_blocks),
         limits,
@@ -86,6 +116,10 @@ def fake_engine(
         prefix_cache=prefix_cache,
         depth=DEPTH if depth is None else depth,
     )
+    if captured:
+        with patch.object(devices, "GraphPool", FakeGraphPool):
+            engine.runner.capture()
+    return engine
 
 
 def sampling_rows(sampling: Sampling, position: int) -> SamplingRows:

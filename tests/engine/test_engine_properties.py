@@ -68,7 +68,15 @@ def play(engine_events: Sequence[tuple[str, int] | Submit], **limits: int | bool
 
 
 @settings(max_examples=60, deadline=None)
-@given(events(), st.integers(3, 16), st.integers(1, 6), st.integers(0, 40), st.booleans(), st.integers(0, 1))
+@given(
+    events(),
+    st.integers(3, 16),
+    st.integers(1, 6),
+    st.integers(0, 40),
+    st.booleans(),
+    st.integers(0, 1),
+    st.booleans(),
+)
 def test_each_request_is_answered_once_and_as_if_alone(
     made: list[tuple[str, int] | Submit],
     num_blocks: int,
@@ -76,6 +84,7 @@ def test_each_request_is_answered_once_and_as_if_alone(
     more_tokens: int,
     prefix_cache: bool,
     depth: int,
+    captured: bool,
 ) -> None:
     client = play(
         made,
@@ -84,6 +93,7 @@ def test_each_request_is_answered_once_and_as_if_alone(
         max_batch_tokens=requests + more_tokens,
         prefix_cache=prefix_cache,
         depth=depth,
+        captured=captured,
     )
     room = (num_blocks - 1) * 16
     submits = [event for event in made if isinstance(event, Submit)]
