@@ -16,11 +16,12 @@ from torch import Tensor
 
 from service.kernels.greedy import greedy
 from service.kernels.philox import uniform
+from service.kernels.sample import pick, sample, scaled
 
-BAD_ROW = -1  # as `greedy` marks it
+BAD_ROW = -1  # as `greedy` and `sample` mark it
 # A full sort of the vocabulary costs twenty times a top-256, which most nuclei fit into.
 NUCLEUS_WIDTHS = (256, 4096)
-MIN_TEMPERATURE = 1e-30  # below, float32 would divide by zero; the largest logit has won long before
+SUPPRESSED = -1e30  # a logit that never wins; whole rows of it still have a finite sum
 
 Variant = Literal["greedy", "temperature", "full"]
 
@@ -44,23 +45,18 @@ def draw(logits: Tensor, rows: SamplingRows, suppressed: tuple[Tensor, Tensor] |
 
     `suppressed`: rows and token ids, int64 [pairs] each, that must not be drawn. `logits` stay as they are.
     """
-    if rows.variant == "greedy" and suppressed is None:
-        return greedy(logits)
-    finite = torch.isfinite(logits.sum(-1))
     if suppressed is not None:
         logits = logits.clone()
-        logits[suppressed[0], suppressed[1]] = -torch.inf
-    token_ids = logits.argmax(-1)
-    if rows.variant != "greedy":
-        temperature = rows.temperature.clamp(min=MIN_TEMPERATURE).unsqueeze(1)
-        scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-        if rows.variant == "full":
-            scaled = scaled.masked_fill(~kept(scaled, rows.top_k, rows.top_p, rows.min_p), -torch.inf)
-        cumulative = scaled.exp().cumsum(-1, dtype=torch.float64)
-        share = uniform(rows.seeds, rows.positions, rows.sample_indices).unsqueeze(1)
-        drawn = torch.searchsorted(cumulative, share * cumulative[:, -1:], right=True).squeeze(1)
-        token_ids = torch.where(rows.temperature > 0, drawn, token_ids)
-    return torch.where(finite, token_ids, BAD_ROW)
+        logits[suppressed[0], suppressed[1]] = SUPPRESSED
+    if rows.variant == "greedy":
+        return greedy(logits)
+    if rows.variant == "temperature":
+        return sample(logits, rows.temperature, rows.seeds, rows.positions, rows.sample_indices)
+    over = scaled(logits, rows.temperature)
+    over = over.masked_fill(~kept(over, rows.top_k, rows.top_p, rows.min_p), -torch.inf)
+    drawn = pick(over, uniform(rows.seeds, rows.positions, rows.sample_indices))
+    token_ids = torch.where(rows.temperature > 0, drawn, logits.argmax(-1))
+    return torch.where(torch.isfinite(logits.sum(-1)), token_ids, BAD_ROW)
 
 
 def kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
