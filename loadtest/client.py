@@ -1,19 +1,21 @@
 """One request over one socket: bytes out, a Record back.
 
-drive --Client.send(body, record)--> server, and Answer's events --Recorder--> Record
+drive --Client.send(body, record)--> server, and Exchange's events --Recorder--> Record
 
 Each request opens its own connection, so connecting is part of what it waits for. Anything that ends a
 request early is written into its record as an error; nothing is retried and nothing is dropped.
 """
 
 import asyncio
+import contextlib
 import ssl
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
 
+from loadtest.errors import LoadTestError
 from loadtest.statistics import Record
 from loadtest.wire import Answer, WireError
 
@@ -28,7 +30,6 @@ class Recorder:
         self.record = record
         self.done = False
         self._tokens = 0
-        self._chunks = 0
 
     def event(self, data: bytes, now_s: float) -> None:
         """One `data:` payload that arrived at `now_s`."""
@@ -45,110 +46,193 @@ class Recorder:
             return
         usage = message.get("usage")
         if usage:
-            self.record.prompt_tokens = usage.get("prompt_tokens", 0)
-            self.record.output_tokens = usage.get("completion_tokens", 0)
+            self._usage(usage)
         for choice in message.get("choices", ()):
-            self._choice(choice, usage, now_s)
+            if usage:  # this server counts each event
+                self.record.counted_by = "server"
+                tokens = usage.get("completion_tokens", 0)
+            else:
+                tokens = self._tokens + bool(choice.get("text") or (choice.get("delta") or {}).get("content"))
+            if tokens > self._tokens:
+                self._tokens = tokens
+                self.record.arrivals.append((now_s, tokens))
+            if choice.get("finish_reason"):
+                self.record.finish_reason = choice["finish_reason"]
+                self.record.finished_s = now_s
 
-    def _choice(self, choice: dict[str, Any], usage: dict[str, Any] | None, now_s: float) -> None:
-        if usage:
-            self.record.counted_by = "server"
-            tokens = usage.get("completion_tokens", 0)
-        else:
-            text = choice.get("text") or (choice.get("delta") or {}).get("content")
-            self._chunks += bool(text)
-            tokens = self._chunks
-        if tokens > self._tokens:
-            self._tokens = tokens
-            self.record.arrivals.append((now_s, tokens))
-        if choice.get("finish_reason"):
-            self.record.finish_reason = choice["finish_reason"]
-            self.record.finished_s = now_s
+    def _usage(self, usage: dict[str, Any]) -> None:
+        record = self.record
+        record.prompt_tokens = usage.get("prompt_tokens", 0)
+        record.output_tokens = usage.get("completion_tokens", 0)
+        record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        if record.counted_by == "events":
+            record.counted_by = "usage"
 
-    def end(self) -> None:
+    def end(self, now_s: float) -> None:
         """The stream is over: a request without a finish reason or without a token is an error."""
         record = self.record
-        if record.error:
-            return
+        if not record.error:
+            if not record.finish_reason:
+                record.error = "the stream ended without a finish reason"
+            elif not record.arrivals:
+                record.error = "no token came"
+            elif not record.output_tokens:
+                record.output_tokens = self._tokens
         if not record.finish_reason:
-            record.error = "the stream ended without a finish reason"
-        elif not record.arrivals:
-            record.error = "no token came"
-        elif not record.output_tokens:
-            record.output_tokens = self._tokens
+            record.finished_s = now_s
 
 
 def error_text(error: Any) -> str:
     """OpenAI's error object, or whatever stands in its place -> one short line."""
     text = error.get("message", "") if isinstance(error, dict) else str(error)
-    return (text or "error without a message").splitlines()[0][:200]
+    return (str(text) or "error without a message").splitlines()[0][:200]
 
 
-def body_error(answer: Answer) -> str:
+def body_error(status: int, body: bytes) -> str:
     """A non-streamed answer -> one line with its status."""
     try:
-        parsed = orjson.loads(bytes(answer.body))
+        parsed = orjson.loads(body)
         text = error_text(parsed.get("error", parsed))
     except (orjson.JSONDecodeError, AttributeError):
-        text = bytes(answer.body[:120]).decode("utf-8", "replace")
-    return f"HTTP {answer.status}: {text}"
+        text = body[:120].decode("utf-8", "replace")
+    return f"HTTP {status}: {text}"
 
 
-@dataclass(frozen=True)
+class Exchange(asyncio.BufferedProtocol):
+    """One connection: writes the request, hands each event on with its time, and ends.
+
+    A BufferedProtocol reads into one buffer that all connections of a client share; any other has asyncio
+    allocate a quarter of a megabyte for every read, which costs more than all else here together.
+    """
+
+    def __init__(
+        self,
+        request: bytes,
+        buffer: memoryview,
+        clock: Callable[[], float],
+        recorder: Recorder | None,
+    ) -> None:
+        self.answer = Answer()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._request, self._buffer, self._clock, self._recorder = request, buffer, clock, recorder
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self._request)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        now_s = self._clock()
+        try:
+            events = self.answer.feed(bytes(self._buffer[:nbytes]))
+        except WireError as error:
+            self._end(error)
+            return
+        if self._recorder is not None:
+            for event in events:
+                self._recorder.event(event, now_s)
+        if self.answer.complete or (self._recorder is not None and self._recorder.done):
+            self._end()
+
+    def eof_received(self) -> None:
+        try:
+            self.answer.end()
+        except WireError as error:
+            self._end(error)
+        else:
+            self._end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(exc or WireError("the connection was closed in the middle of the answer"))
+
+    def _end(self, error: Exception | None = None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+
 class Client:
-    """Where requests go. `url` is the server's root, with or without `/v1`."""
+    """Where requests go. `url` is the server's root, with or without `/v1`; else LoadTestError."""
 
-    url: str
-    endpoint: str
-    api_key: str = ""
-    timeout_s: float = 600.0
+    def __init__(
+        self, url: str, endpoint: str = "completions", api_key: str = "", timeout_s: float = 600.0
+    ) -> None:
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise LoadTestError(f"`--url` {url}: {error}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise LoadTestError(
+                f"`--url` {url} is not the address of a server", hint="such as http://127.0.0.1:8000"
+            )
+        self.endpoint = endpoint
+        self._timeout_s = timeout_s
+        self._host = parts.hostname
+        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self._address = (self._host, port or (443 if self._ssl else 80))
+        self._root = parts.path.rstrip("/").removesuffix("/v1")
+        lines = [f"Host: {parts.netloc.rpartition('@')[2]}", "Connection: close"]
+        if api_key:
+            lines.append(f"Authorization: Bearer {api_key}")
+        self._headers = "".join(f"{line}\r\n" for line in lines)
+        self._buffer = memoryview(bytearray(READ_BYTES))
+
+    async def locate(self) -> None:
+        """Look the name up once, and keep the address that takes connections. Raises OSError."""
+        transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, *self._address)
+        self._address = transport.get_extra_info("peername")[:2]
+        transport.close()
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """-> status and body. Raises OSError, TimeoutError and WireError."""
+        request = f"GET {self._root}{path} HTTP/1.1\r\n{self._headers}\r\n".encode("latin-1")
+        async with asyncio.timeout(self._timeout_s):
+            async with self._exchange(request, None) as exchange:
+                await exchange.ended
+        return exchange.answer.status, bytes(exchange.answer.body)
 
     async def send(self, body: bytes, record: Record) -> int:
         """Fill `record` from one streamed answer; -> HTTP status, 0 where none came."""
         loop = asyncio.get_running_loop()
-        answer, recorder = Answer(), Recorder(record)
+        recorder = Recorder(record)
+        head = (
+            f"POST {self._root}{PATHS[self.endpoint]} HTTP/1.1\r\n{self._headers}"
+            "Content-Type: application/json\r\nAccept: text/event-stream\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        answer: Answer | None = None
         record.sent_s = loop.time()
         try:
-            async with asyncio.timeout(self.timeout_s):
-                reader, writer = await self._connect()
-                try:
-                    writer.write(self._head(len(body)) + body)
-                    while not answer.complete and not recorder.done:
-                        data = await reader.read(READ_BYTES)
-                        now_s = loop.time()
-                        if not data:
-                            answer.end()
-                        for event in answer.feed(data):
-                            recorder.event(event, now_s)
-                finally:
-                    writer.close()
+            async with asyncio.timeout(self._timeout_s):
+                async with self._exchange(head.encode("latin-1") + body, recorder) as exchange:
+                    answer = exchange.answer
+                    await exchange.ended
         except TimeoutError:
-            record.error = f"no end of the answer within {self.timeout_s:g} s"
+            record.error = record.error or f"no end of the answer within {self._timeout_s:g} s"
         except (OSError, WireError) as error:
             record.error = record.error or f"{type(error).__name__}: {error}"
-        if answer.status and not answer.event_stream and not record.error:
-            record.error = body_error(answer)
-        recorder.end()
-        return answer.status
+        if answer is not None and answer.status and not answer.event_stream and not record.error:
+            record.error = body_error(answer.status, bytes(answer.body))
+        recorder.end(loop.time())
+        return answer.status if answer is not None else 0
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        parts = urlsplit(self.url)
-        secure = parts.scheme == "https"
-        port = parts.port or (443 if secure else 80)
-        context = ssl.create_default_context() if secure else None
-        return await asyncio.open_connection(parts.hostname, port, ssl=context)
-
-    def _head(self, num_bytes: int) -> bytes:
-        parts = urlsplit(self.url)
-        path = parts.path.rstrip("/").removesuffix("/v1") + PATHS[self.endpoint]
-        lines = [
-            f"POST {path} HTTP/1.1",
-            f"Host: {parts.netloc}",
-            "Content-Type: application/json",
-            f"Content-Length: {num_bytes}",
-            "Accept: text/event-stream",
-            "Connection: close",
-        ]
-        if self.api_key:
-            lines.append(f"Authorization: Bearer {self.api_key}")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+    @contextlib.asynccontextmanager
+    async def _exchange(self, request: bytes, recorder: Recorder | None) -> AsyncIterator[Exchange]:
+        loop = asyncio.get_running_loop()
+        exchange = Exchange(request, self._buffer, loop.time, recorder)
+        transport, _ = await loop.create_connection(
+            lambda: exchange,
+            *self._address,
+            ssl=self._ssl,
+            server_hostname=self._host if self._ssl else None,
+        )
+        try:
+            yield exchange
+        finally:
+            transport.close()

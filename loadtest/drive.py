@@ -1,53 +1,46 @@
 """Requests at their times: a closed loop of so many streams, or an open loop that waits for nobody.
 
-workload --closed_loop, open_loop--> client.send, and records --> statistics
+worker --closed_loop, open_loop--> client.send, and records --> worker
 
 The clock is the event loop's, so a test can run these loops on virtual time.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from loadtest.statistics import Record, describe
+from loadtest.statistics import Record
 
-Send = Callable[[int, Record], Awaitable[None]]
+Send = Callable[[Record], Awaitable[object]]
 LAG_PERIOD_S = 0.01
 
 
-async def closed_loop(send: Send, num_warmup: int, num_requests: int, concurrency: int) -> list[Record]:
-    """`concurrency` streams, each sending its next request when its last has ended.
-
-    Warm-up requests all end before the first measured one starts. A request is due when a stream is free.
-    """
+async def closed_loop(send: Send, indices: Sequence[int], streams: Sequence[int]) -> list[Record]:
+    """The named streams, each sending the next request when its last has ended. A request is due when a
+    stream is free."""
     loop = asyncio.get_running_loop()
+    waiting = deque(indices)
     records: list[Record] = []
 
-    async def stream(indices: "asyncio.Queue[int]", warmup: bool) -> None:
-        while not indices.empty():
-            index = indices.get_nowait()
-            record = Record(index, scheduled_s=loop.time(), warmup=warmup)
+    async def run(stream: int) -> None:
+        while waiting:
+            record = Record(waiting.popleft(), scheduled_s=loop.time(), stream=stream)
             records.append(record)
-            await send(index, record)
+            await send(record)
 
-    for first, count, warmup in ((0, num_warmup, True), (num_warmup, num_requests, False)):
-        indices: asyncio.Queue[int] = asyncio.Queue()
-        for index in range(first, first + count):
-            indices.put_nowait(index)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, count)):
-                group.create_task(stream(indices, warmup))
+    async with asyncio.TaskGroup() as group:
+        for stream in streams:
+            group.create_task(run(stream))
     return records
 
 
-async def open_loop(send: Send, arrivals_s: Sequence[float], num_warmup: int) -> list[Record]:
-    """One request at each arrival time, however many are still open; the first `num_warmup` are discarded."""
+async def open_loop(send: Send, arrivals: Sequence[tuple[int, float]]) -> list[Record]:
+    """(index, time it is due) of each request, in order -> a request at each time, however many are open."""
     loop = asyncio.get_running_loop()
-    start_s = loop.time()
-    records = [
-        Record(index, start_s + due_s, warmup=index < num_warmup) for index, due_s in enumerate(arrivals_s)
-    ]
+    records = [Record(index, scheduled_s=due_s) for index, due_s in arrivals]
     async with asyncio.TaskGroup() as group:
         for record in records:
             await asyncio.sleep(max(0.0, record.scheduled_s - loop.time()))
@@ -56,33 +49,33 @@ async def open_loop(send: Send, arrivals_s: Sequence[float], num_warmup: int) ->
 
 
 async def _sent(send: Send, record: Record) -> None:
-    await send(record.index, record)
+    await send(record)
 
 
 @dataclass
 class OwnLoad:
-    """What the generator itself cost: its share of one core, and how late its event loop woke up."""
+    """What a client process itself cost: its share of one core, and how late its event loop woke up."""
 
     lags_s: list[float] = field(default_factory=list)
     cpu_s: float = 0.0
     wall_s: float = 0.0
 
-    async def watch(self) -> None:
-        """Until cancelled: sleep a little, and note by how much it was longer."""
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Measures while the block runs."""
         loop = asyncio.get_running_loop()
         cpu_start_s, wall_start_s = time.process_time(), loop.time()
+        watch = asyncio.create_task(self._watch(loop))
         try:
-            while True:
-                before_s = loop.time()
-                await asyncio.sleep(LAG_PERIOD_S)
-                self.lags_s.append(loop.time() - before_s - LAG_PERIOD_S)
+            yield
         finally:
+            watch.cancel()
             self.cpu_s = time.process_time() - cpu_start_s
             self.wall_s = loop.time() - wall_start_s
 
-    def summary(self, records: Sequence[Record]) -> dict[str, object]:
-        return {
-            "cpu_share": self.cpu_s / self.wall_s if self.wall_s else 0.0,
-            "lag_s": describe(self.lags_s),
-            "dispatch_delay_s": describe(record.sent_s - record.scheduled_s for record in records),
-        }
+    async def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Until cancelled: sleep a little, and note by how much it was longer."""
+        while True:
+            before_s = loop.time()
+            await asyncio.sleep(LAG_PERIOD_S)
+            self.lags_s.append(loop.time() - before_s - LAG_PERIOD_S)

@@ -1,12 +1,14 @@
 """Bytes of one HTTP/1.1 answer -> status and server-sent events; no I/O and no clock.
 
-socket --read()--> Answer.feed() --data events--> client.Recorder
+client.Exchange --read bytes--> Answer.feed() --data events--> client.Recorder
 
 The generator's own CPU must not show in the latencies it measures, so this reads what a streaming completion
-needs and nothing more: a status line, `Content-Length` or chunked bodies, and `data:` lines of SSE.
+needs and nothing more: a status line, `Content-Length` or chunked bodies, and `data:` lines of SSE. The usual
+read, one whole chunk that holds one whole event, is sliced once and never copied into a buffer.
 """
 
 MAX_HEAD_BYTES = 65536
+MAX_CHUNK_LINE_BYTES = 1024  # the size in hexadecimal, and extensions that nobody sends
 
 
 class WireError(Exception):
@@ -21,30 +23,26 @@ class Answer:
         self.headers: dict[str, str] = {}
         self.body = bytearray()  # kept whole where the answer is not an event stream
         self.complete = False
-        self._raw = bytearray()
-        self._events = bytearray()
-        self._chunk_left = 0
+        self.chunked = False
+        self.event_stream = False
+        self._raw = b""  # of the headers, then of a chunk that is not whole yet
+        self._event = b""  # the beginning of an event
         self._length_left: int | None = None
-
-    @property
-    def chunked(self) -> bool:
-        return "chunked" in self.headers.get("transfer-encoding", "").lower()
-
-    @property
-    def event_stream(self) -> bool:
-        return self.headers.get("content-type", "").startswith("text/event-stream")
 
     def feed(self, data: bytes) -> list[bytes]:
         """bytes from the socket -> payloads of the events that they complete."""
-        self._raw += data
-        if not self.status and not self._read_head():
-            return []
-        plain = self._unchunk() if self.chunked else self._take_plain()
-        if not self.event_stream:
-            self.body += plain
-            return []
-        self._events += plain
-        return self._split_events()
+        if self._raw:
+            data = self._raw + data
+            self._raw = b""
+        if not self.status:
+            data = self._read_head(data)
+            if not self.status:
+                return []
+        plain = self._unchunk(data) if self.chunked else self._take_plain(data)
+        if self.event_stream:
+            return self._split_events(plain)
+        self.body += plain
+        return []
 
     def end(self) -> None:
         """The socket is at its end: fine only where the body's length was left open."""
@@ -53,72 +51,85 @@ class Answer:
         if not self.complete:
             raise WireError("the connection was closed in the middle of the answer")
 
-    def _read_head(self) -> bool:
-        end = self._raw.find(b"\r\n\r\n")
+    def _read_head(self, data: bytes) -> bytes:
+        """-> what stands behind the headers; `status` stays 0 where they are not whole yet."""
+        end = data.find(b"\r\n\r\n")
         if end < 0:
-            if len(self._raw) > MAX_HEAD_BYTES:
+            if len(data) > MAX_HEAD_BYTES:
                 raise WireError(f"no end of headers within {MAX_HEAD_BYTES} bytes")
-            return False
-        lines = bytes(self._raw[:end]).decode("latin-1").split("\r\n")
-        del self._raw[: end + 4]
+            self._raw = data
+            return b""
+        lines = data[:end].decode("latin-1").split("\r\n")
         version, _, rest = lines[0].partition(" ")
         code = rest[:3]
-        if not version.startswith("HTTP/1.") or not code.isdigit():
+        if not version.startswith("HTTP/1.") or not code.isdecimal():
             raise WireError(f"`{lines[0][:80]}` is not an HTTP/1.1 status line")
         for line in lines[1:]:
             name, _, value = line.partition(":")
             self.headers[name.strip().lower()] = value.strip()
-        if "content-length" in self.headers:
-            self._length_left = int(self.headers["content-length"])
-        self.status = int(code)
-        return True
-
-    def _take_plain(self) -> bytes:
-        if self._length_left is None:
-            plain = bytes(self._raw)
-        else:
-            plain = bytes(self._raw[: self._length_left])
-            self._length_left -= len(plain)
+        self.chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
+        self.event_stream = self.headers.get("content-type", "").startswith("text/event-stream")
+        length = self.headers.get("content-length")
+        if length is not None:
+            if not length.isdecimal():
+                raise WireError(f"content-length `{length[:20]}` is not a number")
+            self._length_left = int(length)
             self.complete = self._length_left == 0
-        self._raw.clear()
+        self.status = int(code)
+        return data[end + 4 :]
+
+    def _take_plain(self, data: bytes) -> bytes:
+        if self._length_left is None:
+            return data
+        plain = data[: self._length_left]
+        self._length_left -= len(plain)
+        self.complete = self._length_left == 0
         return plain
 
-    def _unchunk(self) -> bytes:
-        plain = bytearray()
+    def _unchunk(self, data: bytes) -> bytes:
+        """-> the data of all whole chunks, joined; the rest waits for the next read."""
+        at, parts = 0, []
         while not self.complete:
-            if self._chunk_left > 2:  # the two bytes after a chunk's data are its line end
-                data = self._raw[: self._chunk_left - 2]
-                plain += data
-                del self._raw[: len(data)]
-                self._chunk_left -= len(data)
-            if self._chunk_left > 2 or len(self._raw) < self._chunk_left:
-                break
-            del self._raw[: self._chunk_left]
-            self._chunk_left = 0
-            line_end = self._raw.find(b"\r\n")
+            line_end = data.find(b"\r\n", at, at + MAX_CHUNK_LINE_BYTES)
             if line_end < 0:
+                if len(data) - at >= MAX_CHUNK_LINE_BYTES:
+                    raise WireError(f"no end of a chunk's size within {MAX_CHUNK_LINE_BYTES} bytes")
                 break
-            size_text = bytes(self._raw[:line_end]).partition(b";")[0]
-            try:
-                size = int(size_text, 16)
-            except ValueError:
-                raise WireError(
-                    f"chunk size `{size_text[:20].decode('latin-1')}` is not hexadecimal"
-                ) from None
-            del self._raw[: line_end + 2]
+            size = chunk_size(data[at:line_end])
             if size == 0:
                 self.complete = True
-            self._chunk_left = size + 2
-        return bytes(plain)
+                break
+            end = line_end + 2 + size
+            if len(data) < end + 2:
+                break
+            parts.append(data[line_end + 2 : end])
+            at = end + 2
+        if not self.complete:
+            self._raw = data[at:]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _split_events(self) -> list[bytes]:
-        if b"\r" in self._events:
-            self._events = self._events.replace(b"\r\n", b"\n")
-        *blocks, rest = bytes(self._events).split(b"\n\n")
-        self._events = bytearray(rest)
-        events = []
-        for block in blocks:
-            lines = [line[5:].lstrip(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
-            if lines:
-                events.append(b"\n".join(lines))
-        return events
+    def _split_events(self, plain: bytes) -> list[bytes]:
+        text = self._event + plain if self._event else plain
+        if b"\r" in text:
+            text = text.replace(b"\r\n", b"\n")
+        *blocks, self._event = text.split(b"\n\n")
+        return [event for block in blocks if (event := payload(block)) is not None]
+
+
+def chunk_size(line: bytes) -> int:
+    """A chunk's first line -> the bytes in it."""
+    try:
+        size = int(line.partition(b";")[0], 16)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise WireError(f"chunk size `{line[:20].decode('latin-1')}` is not hexadecimal")
+    return size
+
+
+def payload(block: bytes) -> bytes | None:
+    """The lines of one event -> its data; None for a comment, which keeps a connection awake."""
+    if block.startswith(b"data: ") and b"\n" not in block:
+        return block[6:]
+    lines = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines) if lines else None

@@ -1,9 +1,9 @@
 """A seed -> the same requests at the same times, whatever is measured with them.
 
-options --Workload--> requests (body, scheduled time) --drive--> server
+bench --Workload, as JSON--> worker --bodies--> drive --> server
 
-Prompts come from a file of texts (our own `prompts.jsonl` unless another is named) or are random token ids.
-Each text starts with a number of its own, so that no request is answered from the prefix cache of another.
+Prompts are random token ids, or come from a file of texts (our own `prompts.jsonl` is one). Each text starts
+with a number of its own, so that no request is answered from the prefix cache of another.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ Endpoint = Literal["completions", "chat"]
 class Prompts:
     """Texts by a file's lines, stamped with the hash of its bytes."""
 
-    texts: list[str]
+    texts: tuple[str, ...]
     source: str
     sha256: str
 
@@ -43,7 +43,7 @@ class Prompts:
             texts.append(text)
         if not texts:
             raise ValueError(f"`{path}` holds no prompt")
-        return cls(texts, path.name, hashlib.sha256(raw).hexdigest())
+        return cls(tuple(texts), path.name, hashlib.sha256(raw).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -51,27 +51,29 @@ class Workload:
     """What is asked, apart from when: `request(i)` depends on the seed and `i` alone."""
 
     model: str
-    prompts: Prompts
+    texts: tuple[str, ...]  # empty where prompts are random ids
     output_tokens: int
     endpoint: Endpoint = "completions"
     seed: int = 0
-    prompt_tokens: int = 0  # > 0: that many random token ids instead of a text
+    input_tokens: int = 0  # > 0: that many random token ids instead of a text
     vocab_size: int = 0  # ids are drawn below it
+    ignore_eos: bool = True
+    continuous_usage: bool = False  # the server's count on every event: exact, and work for the server
 
     def prompt(self, index: int) -> str | list[int]:
         """index of a request -> its prompt, as text or token ids."""
-        if self.prompt_tokens:
+        if self.input_tokens:
             draw = random.Random(f"{self.seed}:{index}")
-            return [draw.randrange(self.vocab_size) for _ in range(self.prompt_tokens)]
-        order = list(range(len(self.prompts.texts)))
+            return draw.choices(range(self.vocab_size), k=self.input_tokens)
+        order = list(range(len(self.texts)))
         turn, place = divmod(index, len(order))
         random.Random(f"{self.seed}:order:{turn}").shuffle(order)
-        return f"({self.seed}-{index}) {self.prompts.texts[order[place]]}"
+        return f"({self.seed}-{index}) {self.texts[order[place]]}"
 
-    def body(self, index: int, *, ignore_eos: bool, continuous_usage: bool) -> bytes:
+    def body(self, index: int) -> bytes:
         """index of a request -> its JSON body: greedy, streamed, of fixed output length."""
         options: dict[str, Any] = {"include_usage": True}
-        if continuous_usage:
+        if self.continuous_usage:
             options["continuous_usage_stats"] = True
         fields: dict[str, Any] = {
             "model": self.model,
@@ -80,7 +82,7 @@ class Workload:
             "stream": True,
             "stream_options": options,
         }
-        if ignore_eos:
+        if self.ignore_eos:
             fields["ignore_eos"] = True
         prompt = self.prompt(index)
         if self.endpoint == "chat":

@@ -136,6 +136,17 @@ def doctor(**settings: Any) -> None:
     raise typer.Exit(doctor(checked))
 
 
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def bench(context: typer.Context) -> None:
+    """Measure a running server under load. It may be any with OpenAI's API; `halftone bench --help`."""
+    from loadtest.__main__ import main
+
+    # its flags are its own: it knows the API, and nothing of this server
+    raise typer.Exit(main(context.args, "halftone bench"))
+
+
 @app.command(hidden=True)
 def reference(table: Annotated[Literal["settings", "metrics"], typer.Argument()]) -> None:
     """Print docs/settings.md or docs/metrics.md, which tests compare with the code."""

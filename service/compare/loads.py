@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from loadtest.statistics import Record, percentile
+from loadtest.workload import DEFAULT_PROMPTS
 from service.compare.plan import Phase
 from service.compare.report import Latency, Load
 from service.errors import HalftoneError
@@ -42,8 +43,9 @@ async def run_load(
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "loadtest", "--url", url, "--model", model, *arrivals),
         *("--requests", str(phase.num_requests), "--warmup", str(phase.num_warmup)),
-        *("--output-tokens", str(output_tokens), "--seed", str(phase.seed), "--json", str(raw.absolute())),
-        *(("--prompts", str(Path(prompts).absolute())) if prompts else ()),
+        *("--output-tokens", str(output_tokens), "--seed", str(phase.seed), "--clients", "1"),
+        *("--prompts", str(Path(prompts or DEFAULT_PROMPTS).absolute()), "--continuous-usage"),
+        *("--json", str(raw.absolute()), "--records"),
         cwd=package_folder(),
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         stdin=asyncio.subprocess.DEVNULL,
@@ -59,14 +61,18 @@ async def run_load(
                 process.kill()
             await process.wait()
     if process.returncode not in (0, 3):  # 3: some requests failed, and the result says which
-        said = complaint.decode("utf-8", "replace").strip().splitlines()
-        raise HalftoneError(f"load phase `{phase.id}` failed: {said[-1] if said else process.returncode}")
+        said = complaint.decode("utf-8", "replace").strip()
+        raise HalftoneError(
+            f"load phase `{phase.id}` failed: {said.removeprefix('error: ') or process.returncode}"
+        )
     return load_of(msgspec.json.decode(raw.read_bytes()), phase, f"{raw.parent.name}/{raw.name}")
 
 
 def load_of(result: dict[str, Any], phase: Phase, raw: str) -> Load:
     """loadtest's JSON -> the report's figures."""
-    summary, client = result["summary"], result["client"]
+    (level,) = result["levels"]
+    (run,) = level["runs"]
+    summary, client = run["summary"], run["client"]
 
     def latency(name: str) -> Latency | None:
         return msgspec.convert(summary[name], Latency) if summary[name] else None
@@ -74,10 +80,10 @@ def load_of(result: dict[str, Any], phase: Phase, raw: str) -> Load:
     return Load(
         id=phase.id,
         concurrency=phase.concurrency,
-        rate_per_s=result["arrivals"].get("rate_per_s", 0.0),
+        rate_per_s=level["arrivals"].get("rate_per_s", 0.0),
         num_requests=phase.num_requests,
         num_warmup=phase.num_warmup,
-        output_tokens=result["output_tokens"],
+        output_tokens=result["workload"]["output_tokens"],
         num_ok=summary["num_ok"],
         num_errors=summary["num_errors"],
         num_short=summary["num_short"],
@@ -89,7 +95,7 @@ def load_of(result: dict[str, Any], phase: Phase, raw: str) -> Load:
         itl_s=latency("itl_s"),
         tpot_s=latency("tpot_s"),
         e2e_s=latency("e2e_s"),
-        itl_curve_s=gap_curve(result["requests"]),
+        itl_curve_s=gap_curve(run["requests"]),
         client_cpu_share=client["cpu_share"],
         client_lag_p99_s=(client["lag_s"] or {"p99": 0.0})["p99"],
         raw=raw,

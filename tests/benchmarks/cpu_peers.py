@@ -146,10 +146,10 @@ class Server:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, "-m", "loadtest", "--url", self.url, "--model", "bench",
                        "--concurrency", str(streams), "--requests", str(requests), "--warmup", "1",
-                       "--output-tokens", str(new), "--prompt-tokens", str(length), "--seed", str(seed),
+                       "--output-tokens", str(new), "--input-tokens", str(length), "--seed", str(seed),
                        "--vocab-size", str(VOCAB_SIZE), "--json", file.name]  # fmt: skip
             subprocess.run(command, check=True, capture_output=True)
-            summary = json.loads(Path(file.name).read_text())["summary"]
+            summary = json.loads(Path(file.name).read_text())["levels"][0]["runs"][0]["summary"]
         if case == "prefill":
             return float(PREFILL_TOKENS / summary["ttft_s"]["p50"])
         return float(summary["output_tokens_per_s"])

@@ -71,7 +71,7 @@ def test_two_modes_end_to_end(compare: Compare, tmp_path: Path) -> None:
     for name in ("precision", "ttft", "tpot", "tokens_per_s", "memory", "perplexity", "kl"):
         assert all(row[name] is not None for row in written["rows"])
     raw = json.loads((out / written["rows"][1]["loads"][2]["raw"]).read_bytes())
-    assert raw["model"] == "tiny-model"
+    assert raw["workload"]["model"] == "tiny-model"
     assert (out / "report.html").stat().st_size > 10_000
     lines = list(csv.DictReader(io.StringIO((out / "report.csv").read_text())))
     assert [line["precision"] for line in lines] == ["bf16", "int8"]
@@ -88,15 +88,15 @@ def test_every_row_gets_the_same_requests_at_the_same_times(compare: Compare, tm
     first, second = (
         [json.loads((folder / load.raw).read_bytes()) for load in row.loads] for row in report.rows
     )
-    assert first[2]["arrivals"] == second[2]["arrivals"]
-    assert first[2]["arrivals"]["rate_per_s"] == report.workload.rate_per_s > 0
+    arrivals, others = (result[2]["levels"][0]["arrivals"] for result in (first, second))
+    assert arrivals == others
+    assert arrivals["rate_per_s"] == report.workload.rate_per_s > 0
     for one, other in zip(first, second, strict=True):
-        assert one["seed"] == other["seed"]
-        assert one["prompts"] == other["prompts"]
+        assert one["workload"] == other["workload"]
         assert [r["prompt_tokens"] for r in by_index(one)] == [r["prompt_tokens"] for r in by_index(other)]
     due = [[r["scheduled_s"] for r in by_index(result[2])] for result in (first, second)]
     assert due[0] == pytest.approx(due[1])
-    assert len({result["seed"] for result in first}) == 3  # no phase repeats another's prompts
+    assert len({result["workload"]["seed"] for result in first}) == 3  # no phase repeats another's prompts
 
 
 def base_options(tmp_path: Path) -> CompareOptions:
@@ -112,7 +112,7 @@ def base_options(tmp_path: Path) -> CompareOptions:
 
 
 def by_index(result: dict[str, list[dict[str, float]]]) -> list[dict[str, float]]:
-    return sorted(result["requests"], key=lambda record: record["index"])
+    return sorted(result["levels"][0]["runs"][0]["requests"], key=lambda record: record["index"])
 
 
 def test_a_failed_mode_is_a_row_that_says_why_and_is_tried_again(compare: Compare, tmp_path: Path) -> None:

@@ -1,37 +1,25 @@
-"""The client against servers that follow a script: good ones, plain ones, broken ones."""
+"""What the client makes of a stream: good ones, plain ones, broken ones."""
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from scripted_server import event, full_answer, refusal, sse, usage_of
 
-from loadtest.__main__ import lines, main
-from loadtest.client import Recorder
+from loadtest.client import Client, Recorder
+from loadtest.errors import LoadTestError
 from loadtest.statistics import Record
-
-Reply = Callable[[dict[str, Any]], bytes]
-
-
-def event(
-    text: str = "", *, usage: int | None = None, finish: str | None = None, chat: bool = False
-) -> dict[str, Any]:
-    body = {"delta": {"content": text}} if chat else {"text": text}
-    chunk: dict[str, Any] = {"choices": [{"index": 0, **body, "finish_reason": finish}]}
-    if usage is not None:
-        chunk["usage"] = {"prompt_tokens": 7, "completion_tokens": usage}
-    return chunk
 
 
 def feed(timeline: list[tuple[float, Any]]) -> Record:
-    """[(time, event)] -> the record of a request that was due at 1.0."""
+    """[(time, event)] -> the record of a request that was due at 1.0 and over at 9.0."""
     record = Record(0, scheduled_s=1.0)
     recorder = Recorder(record)
     for now_s, message in timeline:
         recorder.event(message if isinstance(message, bytes) else json.dumps(message).encode(), now_s)
-    recorder.end()
+    recorder.end(9.0)
     return record
 
 
@@ -43,32 +31,32 @@ def test_tokens_are_counted_by_the_server() -> None:
             (1.5, event("a", usage=1, chat=True)),
             (1.6, event("b", usage=2, chat=True)),
             (1.9, event("cd", usage=4, chat=True, finish="length")),
-            (1.95, {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 4}}),
+            (1.95, {"choices": [], "usage": usage_of(4, cached=3)}),
             (2.0, b"[DONE]"),
         ]
     )
     assert record.ok
     assert record.counted_by == "server"
-    assert (record.prompt_tokens, record.output_tokens) == (7, 4)
+    assert (record.prompt_tokens, record.cached_tokens, record.output_tokens) == (7, 3, 4)
     assert record.ttft_s == pytest.approx(0.5)
     assert record.e2e_s == pytest.approx(0.9)
     assert record.tpot_s == pytest.approx(0.4 / 3)
     assert record.gaps_s() == pytest.approx([0.1, 0.15, 0.15])
 
 
-def test_without_counts_a_chunk_is_a_token_and_usage_at_the_end_holds() -> None:
-    record = feed(
-        [
-            (1.5, event("a")),
-            (1.6, event("bc")),
-            (1.7, event("", finish="stop")),
-            (1.7, {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}),
-        ]
-    )
-    assert record.counted_by == "chunks"
-    assert record.output_tokens == 3
+@pytest.mark.parametrize(("with_usage", "tokens", "counted_by"), [(True, 3, "usage"), (False, 2, "events")])
+def test_a_chunk_is_an_event_and_usage_at_the_end_holds(
+    with_usage: bool, tokens: int, counted_by: str
+) -> None:
+    timeline = [(1.5, event("a")), (1.6, event("bc")), (1.7, event("", finish="stop"))]
+    if with_usage:
+        timeline.append((1.7, {"choices": [], "usage": usage_of(3)}))
+    record = feed(timeline)
+    assert record.counted_by == counted_by
+    assert record.output_tokens == tokens
     assert record.gaps_s() == pytest.approx([0.1])
-    assert record.tpot_s == pytest.approx((0.7 - 0.5) / 2)
+    assert record.tpot_s == pytest.approx((0.7 - 0.5) / (tokens - 1))
+    assert record.tokens_by(1.55) == tokens / 2
 
 
 @pytest.mark.parametrize(
@@ -81,123 +69,82 @@ def test_without_counts_a_chunk_is_a_token_and_usage_at_the_end_holds() -> None:
     ],
 )
 def test_what_ends_early_is_an_error(timeline: list[tuple[float, Any]], error: str) -> None:
-    assert error in feed(timeline).error
+    record = feed(timeline)
+    assert error in record.error
+    assert record.finished_s == (1.5 if record.finish_reason else 9.0)
 
 
-def sse(*events: dict[str, Any]) -> bytes:
-    body = b"".join(b"data: " + json.dumps(item).encode() + b"\n\n" for item in events) + b"data: [DONE]\n\n"
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    return head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+Handle = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 
 
-def refusal(status: int, message: str) -> bytes:
-    body = json.dumps({"error": {"message": message}}).encode()
-    head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+def send(handle: Handle, timeout_s: float = 60) -> Record:
+    """One request to a server that handles a connection so."""
 
+    connections: list[asyncio.Task[Any] | None] = []
 
-def full_answer(request: dict[str, Any]) -> bytes:
-    """What a server with every extension says."""
-    count = request["max_tokens"]
-    return sse(
-        *(
-            event(f"t{n}", usage=n, finish="length" if n == count else None, chat="messages" in request)
-            for n in range(1, count + 1)
-        )
-    )
-
-
-def plain_answer(request: dict[str, Any]) -> bytes:
-    """A server that knows OpenAI's own fields only."""
-    if "ignore_eos" in request or "continuous_usage_stats" in request["stream_options"]:
-        return refusal(400, "unknown field")
-    return sse(event("a"), event("b", finish="stop"))
-
-
-def run_against(reply: Reply, out: Path, *flags: str) -> tuple[int, dict[str, Any]]:
-    """Run the command against a server on a free port -> exit status, what it wrote."""
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        length = int(head.lower().split("content-length:")[1].split()[0])
-        request = json.loads(await reader.readexactly(length))
-        request["path"] = head.split()[1]
-        writer.write(reply(request))
-        await writer.drain()
+    async def handle_whole(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(asyncio.current_task())
+        await handle(reader, writer)
         writer.close()
         await writer.wait_closed()
 
-    async def serve(work: Callable[[int], Awaitable[int]]) -> int:
-        async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
-            return await work(server.sockets[0].getsockname()[1])
+    async def exchange() -> Record:
+        async with await asyncio.start_server(handle_whole, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            client = Client(f"http://127.0.0.1:{port}/v1", api_key="k", timeout_s=timeout_s)
+            record = Record(0, asyncio.get_running_loop().time())
+            await client.send(b"{}", record)
+            await asyncio.gather(*filter(None, connections))
+            return record
 
-    async def command(port: int) -> int:
-        arguments = ["--url", f"http://127.0.0.1:{port}", "--model", "m", "--json", str(out), *flags]
-        return await asyncio.to_thread(main, arguments)
-
-    status = asyncio.run(serve(command))
-    return status, json.loads(out.read_bytes()) if out.exists() else {}
-
-
-@pytest.mark.parametrize("arrivals", [["--concurrency", "3"], ["--rate", "2000"]])
-@pytest.mark.parametrize("endpoint", ["completions", "chat"])
-def test_the_command_end_to_end(tmp_path: Path, arrivals: list[str], endpoint: str) -> None:
-    flags = [*arrivals, "--requests", "6", "--warmup", "2", "--output-tokens", "5", "--endpoint", endpoint]
-    status, result = run_against(full_answer, tmp_path / "out.json", *flags)
-    assert status == 0
-    assert result["features"] == {"ignore_eos": True, "continuous_usage": True}
-    assert result["summary"]["num_ok"] == 6
-    assert result["summary"]["output_tokens"] == 30
-    assert result["summary"]["counted_by"] == ["server"]
-    assert len(result["requests"]) == 8
-    assert result["client"]["cpu_share"] >= 0
-    assert min(record["scheduled_s"] for record in result["requests"]) == 0
-    assert "output tokens/s" in "\n".join(lines(result))
+    return asyncio.run(exchange())
 
 
-def test_a_plain_server_is_measured_and_what_it_lacks_is_said(tmp_path: Path) -> None:
-    flags = ["--concurrency", "1", "--requests", "2", "--warmup", "0", "--output-tokens", "5"]
-    status, result = run_against(plain_answer, tmp_path / "out.json", *flags)
-    assert status == 0
-    assert result["features"] == {"ignore_eos": False, "continuous_usage": False}
-    assert result["summary"]["num_short"] == 2
-    said = "\n".join(lines(result))
-    assert "gap between chunks" in said
-    assert "ignore_eos" in said
+async def answer_in_pieces(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A byte at a time, and the connection stays open behind `[DONE]`."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"POST /v1/completions HTTP/1.1\r\n")
+    assert b"Authorization: Bearer k\r\n" in head
+    for byte in full_answer({"max_tokens": 3, "stream_options": {}}).removesuffix(b"0\r\n\r\n"):
+        writer.write(bytes([byte]))
+        await writer.drain()
+    await reader.read()
 
 
-def test_errors_are_counted_shown_and_fail_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen = []
-
-    def sometimes(request: dict[str, Any]) -> bytes:
-        seen.append(request)
-        if len(seen) in (3, 5):
-            return refusal(503, "the engine is gone")
-        return full_answer(request)[:-40] if len(seen) == 4 else full_answer(request)
-
-    flags = ["--concurrency", "1", "--requests", "5", "--warmup", "1", "--output-tokens", "5"]
-    status, result = run_against(sometimes, tmp_path / "out.json", *flags)
-    assert status == 3
-    assert result["summary"]["num_errors"] == 3
-    assert result["summary"]["errors"]["HTTP 503: the engine is gone"] == 2
-    assert any("middle of the answer" in error for error in result["summary"]["errors"])
-    assert "2 x HTTP 503: the engine is gone" in capsys.readouterr().out
+def test_a_stream_torn_into_bytes_ends_at_done() -> None:
+    record = send(answer_in_pieces)
+    assert record.ok, record.error
+    assert (record.output_tokens, len(record.arrivals), record.counted_by) == (3, 3, "usage")
+    assert record.scheduled_s <= record.sent_s <= record.arrivals[0][0] <= record.finished_s
 
 
-def test_a_server_that_never_answers_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, _ = run_against(lambda _: refusal(401, "no such key"), tmp_path / "o", "--concurrency", "1")
-    assert status == 2
-    assert capsys.readouterr().err == "loadtest: HTTP 401: no such key\n"
+@pytest.mark.parametrize(
+    ("raw", "error"),
+    [
+        (sse(event("a"))[:-40], "WireError: the connection was closed in the middle"),
+        (refusal(503, "the engine is gone"), "HTTP 503: the engine is gone"),
+        (b"HTTP/1.1 502 X\r\nContent-Length: 4\r\n\r\noops", "HTTP 502: oops"),
+        (b"SSH-2.0-x\r\n\r\n", "WireError: `SSH-2.0-x` is not"),
+        (b"", "WireError: the connection was closed"),
+    ],
+)
+def test_a_broken_answer_is_an_error_of_its_request(raw: bytes, error: str) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(raw)
+
+    assert send(handle).error.startswith(error)
 
 
-def test_keys_and_paths_are_sent(tmp_path: Path) -> None:
-    paths = []
+def test_a_silent_server_is_given_up() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
 
-    def reply(request: dict[str, Any]) -> bytes:
-        paths.append(request["path"])
-        return full_answer(request)
+    assert send(handle, timeout_s=0.01).error == "no end of the answer within 0.01 s"
 
-    run_against(reply, tmp_path / "o", "--concurrency", "1", "--requests", "1", "--endpoint", "chat")
-    assert set(paths) == {"/v1/chat/completions"}
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:b", "http://[::1"])
+def test_an_address_that_is_none_is_named(url: str) -> None:
+    with pytest.raises(LoadTestError, match="--url") as caught:
+        Client(url)
+    assert url in caught.value.message

@@ -1,11 +1,14 @@
 """Figures against values worked out by hand."""
 
+from itertools import accumulate
+from pathlib import Path
+
 import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtest.statistics import Record, describe, percentile, summarize
+from loadtest.statistics import FORMULAS, TAIL_PERCENTILES, Record, describe, percentile, pool, summarize
 
 
 def record(**fields: object) -> Record:
@@ -66,6 +69,8 @@ def test_summary_counts_errors_and_leaves_out_the_warm_up() -> None:
     assert summary["requests_per_s"] == pytest.approx(2 / 2.0)
     assert summary["ttft_s"]["p50"] == pytest.approx(0.75)
     assert summary["itl_s"]["n"] == 4
+    assert summary["all_busy"] is None  # an open loop has no streams
+    assert summary["tokens_per_event"] == pytest.approx(6 / 5)
 
 
 def test_summary_of_nothing_but_errors_is_still_a_summary() -> None:
@@ -80,3 +85,80 @@ def test_rebase_moves_every_time() -> None:
     one.rebase(10.0)
     assert (one.scheduled_s, one.finished_s, one.arrivals[0]) == (0.0, 1.0, (0.5, 1))
     assert one.ttft_s == pytest.approx(0.5)
+
+
+GAPS = st.lists(st.tuples(st.floats(0, 10), st.integers(1, 8)), min_size=1, max_size=30)
+
+
+@settings(deadline=None)
+@given(st.floats(0, 100), st.floats(0, 10), GAPS)
+def test_tpot_is_the_mean_gap_where_the_first_event_brings_one_token(
+    scheduled_s: float, wait_s: float, gaps: list[tuple[float, int]]
+) -> None:
+    """Whatever the events bring: gaps counted by their tokens sum to E2E - TTFT, over n - 1 of them."""
+    first_s = scheduled_s + wait_s
+    times_s = accumulate((gap_s for gap_s, _ in gaps), initial=first_s)
+    counts = accumulate((tokens for _, tokens in gaps), initial=1)
+    arrivals = list(zip(times_s, counts, strict=True))
+    end_s, total = arrivals[-1]
+    one = record(scheduled_s=scheduled_s, arrivals=arrivals, finished_s=end_s, output_tokens=total)
+    known = one.gaps_s()
+    assert len(known) == total - 1
+    assert one.tpot_s == pytest.approx(sum(known) / len(known), abs=1e-9)
+    assert one.ttft_s == pytest.approx(wait_s, abs=1e-9)
+    assert one.tokens_by(end_s) == total
+    assert one.tokens_by(first_s - 1) == 0
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=80))
+def test_a_description_is_ordered(values: list[float]) -> None:
+    described = describe(values, TAIL_PERCENTILES)
+    assert described is not None
+    names = ("p50", "p95", "p99", "p99.9", "max")
+    assert [described[name] for name in names] == sorted(described[name] for name in names)
+    assert min(values) <= described["mean"] + 1e-9
+    assert described["n"] == len(values)
+
+
+def test_the_busy_window_ends_with_the_first_stream_that_is_done() -> None:
+    """An event is worth as many tokens as every other of its request, where only the total is known."""
+    records = [
+        record(index=0, stream=0, sent_s=0.0, arrivals=[(1.0, 1), (2.0, 2)], finished_s=2.0),  # 2 tokens each
+        record(index=1, stream=1, sent_s=0.5, arrivals=[(1.5, 1), (4.5, 2)], finished_s=4.5),
+        record(index=2, stream=0, sent_s=2.0, finished_s=4.0, error="HTTP 503", arrivals=[]),
+        record(index=3, stream=0, sent_s=0.0, finished_s=9.0, warmup=True),
+    ]
+    busy = summarize(records, 4)["all_busy"]
+    assert busy == pytest.approx({"window_s": 3.5, "output_tokens": 6, "output_tokens_per_s": 6 / 3.5})
+
+
+def test_no_stream_of_one_request_is_ever_alone_with_others() -> None:
+    apart = [
+        record(index=0, stream=0, sent_s=0.0, finished_s=1.0),
+        record(index=1, stream=1, sent_s=2.0, finished_s=3.0),
+    ]
+    assert summarize(apart, 4)["all_busy"] is None
+
+
+def test_repeats_are_pooled_by_request_and_rates_by_repeat() -> None:
+    slow = [record(index=0), record(index=1, error="HTTP 503: gone", arrivals=[], output_tokens=0)]
+    fast = [
+        record(index=0, finished_s=10.8, arrivals=[(10.1, 1), (10.8, 4)]),
+        record(index=1, finished_s=10.8, arrivals=[(10.2, 1), (10.8, 4)]),
+        record(index=2, warmup=True, arrivals=[(99.0, 1)], cached_tokens=5),
+    ]
+    figures = pool([slow, fast], output_tokens=4)
+    assert (figures["num_ok"], figures["num_errors"], figures["cached_tokens"]) == (3, 1, 0)
+    assert figures["errors"] == {"HTTP 503: gone": 1}
+    assert figures["output_tokens_per_s"] == pytest.approx({"median": 7.0, "min": 4.0, "max": 10.0})
+    assert figures["ttft_s"]["n"] == 3
+    assert figures["ttft_s"]["p50"] == pytest.approx(0.2)
+    assert figures["all_busy_tokens_per_s"] is None
+    assert figures["tokens_per_event"] == pytest.approx(12 / 7)
+
+
+def test_the_page_has_the_formulas_of_the_code() -> None:
+    page = (Path(__file__).resolve().parents[2] / "loadtest/README.md").read_text(encoding="utf-8")
+    for name, formula in FORMULAS.items():
+        assert f"| {name} | `{formula}` |" in page

@@ -1,0 +1,134 @@
+"""A bench's result for a terminal: rates, latencies, what they mean, and what to doubt.
+
+bench.measure() --result--> show()
+"""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loadtest.statistics import FORMULAS, SYMBOLS
+
+BUSY_CPU_SHARE = 0.7
+LATE_WAKE_S = 0.01
+CACHED_SHARE = 0.01
+FIGURES = ("ttft", "itl", "tpot", "e2e")
+PERCENTS = ("p50", "p95", "p99", "p99.9")
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Everything a reader needs to judge the figures."""
+    work = result["workload"]
+    given = f"{work['input_tokens']} random ids" if work["input_tokens"] else work["prompts"]
+    console.print(
+        f"{work['model']}: {given} in, {work['output_tokens']} tokens out"
+        f"{'' if work['ignore_eos'] else ' at most'}, greedy, streamed, seed {work['seed']}",
+        markup=False,
+    )
+    console.print(rates(result))
+    console.print(times(result))
+    for line in doubts(result):
+        console.print(f"warning: {line}", markup=False, style="yellow")
+    for line in notes(result):
+        console.print(f"note: {line}", markup=False)
+    formulas = "\n".join(f"  {name} = {formula}" for name, formula in FORMULAS.items())
+    console.print(f"{formulas}\n  {SYMBOLS}", markup=False, style="dim")
+
+
+def rates(result: dict[str, Any]) -> Table:
+    table = Table(
+        title="rates: median of the repeats (least to most)", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("load", no_wrap=True)
+    for name in ("output tokens/s", "while all busy", "requests/s", "answered", "failed", "client CPU"):
+        table.add_column(name, justify="right")
+    for level in result["levels"]:
+        figures, repeated = level["figures"], len(level["runs"]) > 1
+        cpu_share = max(run["client"]["cpu_share"] for run in level["runs"])
+        table.add_row(
+            escape(level["label"]),
+            rate(figures["output_tokens_per_s"], repeated),
+            rate(figures["all_busy_tokens_per_s"], repeated),
+            f"{figures['requests_per_s']['median']:,.2f}",
+            f"{figures['num_ok']:,}",
+            f"{figures['num_errors']:,}",
+            f"{level['num_clients']} x {100 * cpu_share:.0f} %",
+        )
+    return table
+
+
+def rate(figure: dict[str, float] | None, repeated: bool) -> str:
+    if figure is None:
+        return "-"
+    spread = f" ({figure['min']:,.0f} to {figure['max']:,.0f})" if repeated else ""
+    return f"{figure['median']:,.1f}{spread}"
+
+
+def times(result: dict[str, Any]) -> Table:
+    table = Table(
+        title="milliseconds, over the requests of all repeats", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("load", no_wrap=True)
+    table.add_column("figure")
+    for name in (*PERCENTS, "mean", "max", "n"):
+        table.add_column(name, justify="right")
+    for level in result["levels"]:
+        label = escape(level["label"])
+        for name in FIGURES:
+            figure = level["figures"][f"{name}_s"]
+            if figure is None:
+                continue
+            cells = [f"{1e3 * figure[p]:,.2f}" if p in figure else "" for p in (*PERCENTS, "mean", "max")]
+            table.add_row(label, name.upper(), *cells, f"{figure['n']:,}", end_section=name == FIGURES[-1])
+            label = ""
+    return table
+
+
+def doubts(result: dict[str, Any]) -> list[str]:
+    """What makes a figure wrong, or less than it seems."""
+    said = []
+    asked = result["workload"]["output_tokens"]
+    for level in result["levels"]:
+        figures, label = level["figures"], level["label"]
+        said += [f"{label}: {count} x {error}" for error, count in figures["errors"].items()]
+        if figures["num_short"]:
+            said.append(f"{label}: {figures['num_short']} answers are shorter than {asked} tokens")
+        if figures["cached_tokens"] > CACHED_SHARE * figures["prompt_tokens"]:
+            share = figures["cached_tokens"] / figures["prompt_tokens"]
+            said.append(
+                f"{label}: {100 * share:.0f} % of the prompts' tokens came from the server's prefix cache; "
+                "another `--seed` asks what it has not seen"
+            )
+        clients = [run["client"] for run in level["runs"]]
+        if not figures["num_ok"]:
+            continue
+        cpu_share = max(client["cpu_share"] for client in clients)
+        late_s = max((client["lag_s"]["p99"] for client in clients if client["lag_s"]), default=0.0)
+        if cpu_share > BUSY_CPU_SHARE or late_s > LATE_WAKE_S:
+            said.append(
+                f"{label}: a client process was {100 * cpu_share:.0f} % busy and woke {1e3 * late_s:.1f} ms "
+                "late (p99); latencies hold some of its own. More `--clients`, or another machine"
+            )
+    return said
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """How tokens were counted, wherever that is not one by one."""
+    said = []
+    for level in result["levels"]:
+        figures = level["figures"]
+        if "events" in figures["counted_by"]:
+            said.append(
+                f"{level['label']}: the server sends no usage; each event with text counts as one token"
+            )
+        elif figures["counted_by"] == ["usage"]:
+            said.append(
+                f"{level['label']}: ITL is the gap between events with text, which bring "
+                f"{figures['tokens_per_event']:.3f} tokens each; `--continuous-usage` counts every token"
+            )
+        elif figures["counted_by"]:
+            said.append(f"{level['label']}: the server counts the tokens of each event")
+    return said

@@ -1,0 +1,117 @@
+"""What the server says of itself, and whether it can be measured: every complaint before a run starts.
+
+bench --look()--> Target; bench --first_answer()--> one request that must succeed
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from loadtest.client import Client
+from loadtest.errors import LoadTestError
+from loadtest.statistics import Record
+from loadtest.wire import WireError
+from loadtest.workload import Workload
+
+OK = 200
+KEY_REFUSED = (401, 403)
+NOT_READY = 503
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server that is ready. What it does not tell is None or 0."""
+
+    model: str
+    vocab_size: int
+    max_context_tokens: int
+    version: Any  # /version as it came
+    card: Any  # the model's entry in /v1/models
+
+
+async def look(client: Client, url: str, model: str) -> Target:
+    """Ask `/ready`, `/v1/models` and `/version`; `model` empty: the first that is served.
+
+    Raises LoadTestError for a server that is not there, not ready, or does not take the key or the model.
+    """
+    try:
+        await client.locate()
+    except OSError as error:
+        raise LoadTestError(
+            f"`{url}` does not answer: {error}",
+            hint="start a server there (`halftone serve`), or name the address of one with `--url`",
+        ) from None
+    status, ready = await ask(client, "/ready")
+    if status == NOT_READY:
+        raise LoadTestError(
+            f"the server at `{url}` is not ready: {progress(ready)}",
+            hint="try again when its `/ready` says 200",
+        )
+    status, listed = await ask(client, "/v1/models")
+    if status in KEY_REFUSED:
+        raise LoadTestError(
+            f"the server at `{url}` refuses the key (HTTP {status})", hint="name it: `--api-key KEY`"
+        )
+    cards = listed.get("data") if status == OK and isinstance(listed, Mapping) else None
+    if not isinstance(cards, list) or not cards or not all(isinstance(card, Mapping) for card in cards):
+        raise LoadTestError(
+            f"`{url}/v1/models` lists no model (HTTP {status})",
+            hint="`--url` is the root of a server with OpenAI's API",
+        )
+    names = [str(card.get("id")) for card in cards]
+    if model and model not in names:
+        raise LoadTestError(f"`--model` {model} is not served there; it has {', '.join(names)}")
+    card = cards[names.index(model)] if model else cards[0]
+    status, version = await ask(client, "/version")
+    version = version if status == OK and isinstance(version, Mapping) else {}
+    engine = version.get("engine") or {}
+    return Target(
+        model=model or names[0],
+        vocab_size=int(engine.get("vocab_size") or card.get("vocab_size") or 0),
+        max_context_tokens=int(engine.get("max_context_tokens") or card.get("max_model_len") or 0),
+        version=version or None,
+        card=dict(card),
+    )
+
+
+async def ask(client: Client, path: str) -> tuple[int, Any]:
+    """-> status and the parsed body, None where it is no JSON."""
+    try:
+        status, body = await client.get(path)
+    except (OSError, TimeoutError, WireError) as error:
+        raise LoadTestError(f"`{path}` was not answered: {error or type(error).__name__}") from None
+    try:
+        return status, orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return status, None
+
+
+def progress(ready: Any) -> str:
+    """The body of a `/ready` that says no -> how far it is."""
+    if not isinstance(ready, Mapping):
+        return "HTTP 503"
+    loading = ready.get("loading")
+    if not loading:
+        return str(ready.get("error") or ready.get("state") or "HTTP 503")
+    return f"{loading['stage']}, {loading['done']} of {loading['total']} {loading['unit']}"
+
+
+async def first_answer(client: Client, workload: Workload) -> Record:
+    """One whole request of the kind that will be measured. Raises LoadTestError with what the server says."""
+    record = Record(-1, asyncio.get_running_loop().time())
+    status = await client.send(workload.body(record.index), record)
+    if record.ok:
+        return record
+    hint = ""
+    if status in KEY_REFUSED:
+        hint = "name the key: `--api-key KEY`"
+    elif "ignore_eos" in record.error:
+        hint = "`--no-ignore-eos`, and answers may be shorter than asked"
+    elif "continuous_usage" in record.error:
+        hint = "leave out `--continuous-usage`"
+    elif status in (400, 413, 422):
+        hint = "the server's window, vocabulary or body limit may be smaller than the requests"
+    raise LoadTestError(f"the first request failed: {record.error}", hint=hint)
