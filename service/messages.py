@@ -59,6 +59,16 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int = -1  # -1: none; k >= 0: the sampled token and the k likeliest
     prompt_logprobs: int = -1  # the same for each prompt token but the first
+    presence_penalty: float = 0.0  # of tokens in the answer
+    frequency_penalty: float = 0.0  # times their number in the answer
+    repetition_penalty: float = 1.0  # of tokens in prompt or answer
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)  # token id -> added to its logit
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Does it change the model's logits before a token is drawn?"""
+        is_penalised = bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
+        return is_penalised or bool(self.logit_bias)
 
 
 # --- front to engine ---------------------------------------------------------------------------

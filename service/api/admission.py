@@ -126,6 +126,9 @@ def sampling_of(
     stop_token_ids = request.stop_token_ids or []
     if any(id >= info.vocab_size for id in stop_token_ids):
         raise out_of_vocabulary("stop_token_ids", info)
+    logit_bias = request.logit_bias or {}
+    if any(id >= info.vocab_size for id in logit_bias):
+        raise out_of_vocabulary("logit_bias", info)
     return Sampling(
         max_tokens=max_tokens,
         temperature=1.0 if request.temperature is None else request.temperature,
@@ -138,6 +141,10 @@ def sampling_of(
         stop_token_ids=tuple(stop_token_ids),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        logit_bias=logit_bias,
     )
 
 

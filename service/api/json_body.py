@@ -16,7 +16,7 @@ MAX_DEPTH = 32
 MAX_CONTAINERS = 16384  # objects and arrays in one body
 MAX_STRINGS = 65536
 MAX_ITEMS = 1 << 20  # of all arrays and objects: token ids above all
-MAX_KEYS = 256  # in one object
+MAX_KEYS = 300  # in one object
 
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 ALL_SQUARE = bytes.maketrans(b"{}", b"[]")

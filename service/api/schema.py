@@ -7,171 +7,27 @@ that OpenAI knows and this server does not act on are accepted only with a value
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, LiteralString, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    StringConstraints,
-    ValidationError,
-    WithJsonSchema,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from typing_extensions import TypeAliasType
 
+from service.api.fields import (
+    MAX_TOKEN_ID,
+    MAX_TOKENS,
+    Content,
+    LogitBias,
+    ModelName,
+    Prompt,
+    Stop,
+    StopTokenIds,
+    TokenId,
+)
 from service.errors import RequestError
 
-MAX_TOKENS = 2**31 - 1
 MAX_MESSAGES = 1024
 MAX_TOP_LOGPROBS = 20
-MAX_STOP_STRINGS = 4
-MAX_STOP_CHARACTERS = 256
-MAX_STOP_TOKEN_IDS = 64
-MAX_TOKEN_ID = 2**31 - 1
-
-PROMPT_KINDS: LiteralString = "must be a string, strings, token ids or lists of token ids"
-Prompts = str | list[str] | list[int] | list[list[int]]
-
-
-def check_prompt(value: Any) -> Prompts:
-    """One pass, one error: a validator per list item would answer 99 KB of wrong items with megabytes."""
-    if isinstance(value, str):
-        if not value:
-            raise PydanticCustomError("empty_prompt", "must not be empty")
-        return value
-    if not isinstance(value, list):
-        raise PydanticCustomError("invalid_type", PROMPT_KINDS)
-    if not value:
-        raise PydanticCustomError("empty_prompt", "must not be empty")
-    kind = type(value[0])
-    if kind is int:
-        return check_token_ids(value)
-    if kind is list:
-        return [check_token_ids(item) for item in value]
-    if kind is str and set(map(type, value)) == {str}:
-        if not all(value):
-            raise PydanticCustomError("empty_prompt", "must not contain an empty prompt")
-        return value
-    raise PydanticCustomError("invalid_type", PROMPT_KINDS)
-
-
-def check_token_ids(value: Any) -> list[int]:
-    """A non-empty list of integers; `vocab_size` is the engine's business, asked when it is known."""
-    if value == []:
-        raise PydanticCustomError("empty_prompt", "must not contain an empty prompt")
-    if not isinstance(value, list) or set(map(type, value)) != {int}:
-        raise PydanticCustomError("invalid_type", PROMPT_KINDS)
-    if min(value) < 0 or max(value) > MAX_TOKEN_ID:
-        raise PydanticCustomError("invalid_token_id", "must hold token ids from 0 to the vocabulary's last")
-    return value
-
-
-def check_content(value: Any) -> str:
-    """A message's text, or its text parts joined by line ends."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise PydanticCustomError("invalid_type", "must be a string or a list of text parts")
-    texts = []
-    for number, part in enumerate(value):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise PydanticCustomError(
-                "invalid_type", "part {number} must be an object with a `type`", {"number": number}
-            )
-        if part["type"] != "text":
-            raise PydanticCustomError(
-                "unsupported_content_part",
-                "part {number} is not text; accepted is `text`",
-                {"number": number},
-            )
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise PydanticCustomError(
-                "invalid_type",
-                "part {number} must have `type` and a string `text`, no more",
-                {"number": number},
-            )
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def check_stop(value: Any) -> list[str] | None:
-    """A string, or up to four, to a list."""
-    if value is None:
-        return None
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not set(map(type, stops)) <= {str}:
-        raise PydanticCustomError("invalid_type", "must be a string or a list of strings")
-    if len(stops) > MAX_STOP_STRINGS:
-        raise PydanticCustomError(
-            "array_above_max_length", "must hold at most {most} strings", {"most": MAX_STOP_STRINGS}
-        )
-    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise PydanticCustomError(
-            "invalid_stop", "must have 1 to {most} characters each", {"most": MAX_STOP_CHARACTERS}
-        )
-    return stops
-
-
-TOKEN_ID_LIST = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
-TEXT = {"type": "string", "minLength": 1}
-Prompt = Annotated[
-    Any,
-    BeforeValidator(check_prompt),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                TEXT,
-                {"type": "array", "minItems": 1, "items": TEXT},
-                TOKEN_ID_LIST,
-                {"type": "array", "minItems": 1, "items": TOKEN_ID_LIST},
-            ]
-        }
-    ),
-]
-Content = Annotated[
-    Any,
-    BeforeValidator(check_content),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "array",
-                    "minItems": 1,
-                    "items": {
-                        "type": "object",
-                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                        "required": ["type", "text"],
-                        "additionalProperties": False,
-                    },
-                },
-            ]
-        }
-    ),
-]
-STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
-Stop = Annotated[
-    Any,
-    BeforeValidator(check_stop),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                STOP_STRING,
-                {"type": "array", "maxItems": MAX_STOP_STRINGS, "items": STOP_STRING},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-# named, because an annotation with FailFast cannot stand in a union
-StopTokenIds = TypeAliasType(
-    "StopTokenIds", Annotated[list[TokenId], FailFast(), Field(max_length=MAX_STOP_TOKEN_IDS)]
-)
-ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+MAX_REPETITION_PENALTY = 10
 
 
 class Body(BaseModel):
@@ -196,6 +52,19 @@ class GenerationRequest(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKEN_ID, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Subtracted once from each token that the answer has already."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Subtracted for each time that the answer has the token already."
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_REPETITION_PENALTY,
+        description="Divides positive, multiplies negative logits of tokens in prompt or answer; 1 is off.",
+    )
+    logit_bias: LogitBias = Field(None, description="Added to the logits of these token ids.")
     n: int | None = Field(None, ge=1, le=128, description="Answers to each prompt; default 1.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Stop = None
@@ -209,10 +78,6 @@ class GenerationRequest(Body):
 
 
 NO_OP: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (None, 0, 0.0),
-    "frequency_penalty": (None, 0, 0.0),
-    "repetition_penalty": (None, 1, 1.0),
-    "logit_bias": (None, {}),
     "priority": (None, 0),
     "prompt_logprobs": (None,),
 }

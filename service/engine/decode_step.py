@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from service.engine.penalties import Penalties
 from service.engine.sampler import SamplingRows, Variant, draw
 from service.engine.state import (
     LAST_TOKEN,
@@ -42,12 +43,13 @@ class Drawn:
 
 
 class DecodeStep:
-    """Bound to one model, one KV cache and one state, whose `rows` it reads."""
+    """Bound to one model, one KV cache and one state, whose `rows` it reads, with its penalties."""
 
-    def __init__(self, model: Model, kv: PagedKV, state: DeviceState) -> None:
+    def __init__(self, model: Model, kv: PagedKV, state: DeviceState, penalties: Penalties) -> None:
         self._model = model
         self._kv = kv
         self._state = state
+        self._penalties = penalties
         places = len(state.rows)
         self._starts = torch.arange(places + 1, dtype=torch.int32, device=state.device)
         self._logit_rows = torch.arange(places, device=state.device)
@@ -59,11 +61,14 @@ class DecodeStep:
         variant: Variant,
         context_lengths: list[int],
         suppressed: tuple[Tensor, Tensor] | None = None,
+        *,
+        shapes_logits: bool = False,
     ) -> Drawn:
         """One token for each of the first `num_rows` places of `state.rows`.
 
         `context_lengths` are the rows' after this step, or empty: then the step may be captured.
-        `suppressed`: (places, token ids) that may not be drawn.
+        `suppressed`: (places, token ids) that may not be drawn. `shapes_logits`: some row has penalties or
+        biases.
         """
         state = self._state
         rows = state.rows[:num_rows]
@@ -88,8 +93,11 @@ class DecodeStep:
             starts=self._starts[: num_rows + 1],
         )
         logits = self._model.forward(batch, self._kv).float()
-        token_ids = draw(logits, sampling_rows(fields, positions + 1, variant), suppressed)
+        shaped = self._penalties.shape(logits, rows) if shapes_logits else logits
+        token_ids = draw(shaped, sampling_rows(fields, positions + 1, variant), suppressed)
         state.advance(rows, lengths, token_ids)
+        if shapes_logits:
+            self._penalties.record(rows, token_ids)
         return Drawn(token_ids, logits)
 
 

@@ -73,7 +73,9 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache, limits.max_batch_tokens, limits.max_batch_requests, prefix_cache
         )
-        self.runner = Runner(model, kv, device, limits.max_batch_requests, limits.max_context_tokens)
+        self.runner = Runner(
+            model, kv, device, limits.max_batch_requests, limits.max_context_tokens, limits.vocab_size
+        )
         self._requests: dict[int, Request] = {}
         self._launched: deque[Launched] = deque()
         self._collected_at = 0.0
@@ -169,6 +171,9 @@ class Engine:
             self._fail(chunks[0].request, told)
             return
         for chunk in alive:
+            # the failed step may have drawn already: length, last token and counts come from the host again
+            chunk.request.on_device = False
+            chunk.request.num_tabled_blocks = 0
             is_decode = chunk.is_last and chunk.num_tokens == 1
             self._launch(Plan([chunk], is_decode, 0 if is_decode else chunk.num_tokens))
             while self._launched:
@@ -211,7 +216,8 @@ class Engine:
                     finish_reason = "length"
                 if index in result.logprobs:
                     output.logprobs = [result.logprobs[index]]
-                self.scheduler.register(request)
+                if len(tokens) % BLOCK_TOKENS <= 1:  # a border has been passed, by this token or the last
+                    self.scheduler.register(request)
             if not request.started:
                 self._start(request, output, finish_reason)
             if finish_reason:

@@ -17,6 +17,7 @@ from torch import Tensor
 from service import device as devices
 from service.engine.decode_step import DecodeStep, Model, sampling_rows
 from service.engine.graphs import Graphs
+from service.engine.penalties import Penalties
 from service.engine.request import Request
 from service.engine.results import Asked, Pending, Scored
 from service.engine.sampler import Variant, draw, logprobs
@@ -38,12 +39,14 @@ class Runner:
         device: torch.device,
         max_batch_requests: int,
         max_context_tokens: int,
+        vocab_size: int,
     ) -> None:
         self.model = model
         self.kv = kv
         self.device = device
         self.state = DeviceState(max_batch_requests, max_context_tokens, device)
-        self.decode_step = DecodeStep(model, kv, self.state)
+        self.penalties = Penalties(max_batch_requests + 1, vocab_size, device)  # as the state, with padding
+        self.decode_step = DecodeStep(model, kv, self.state, self.penalties)
         self.graphs: Graphs | None = None
         # by row, what decides which variant of a step serves it
         self._variants = np.zeros(max_batch_requests, np.int64)
@@ -87,14 +90,15 @@ class Runner:
         places = list(range(count))
         variant = self._variant(rows)
         suppressed = self._suppressed(chunks, rows, stops)
+        shapes_logits = bool(self.penalties.asking[rows].any())
         graph = None
-        if self.graphs and suppressed is None and self._num_logprobs[rows].max() < 0:
+        if self.graphs and not shapes_logits and suppressed is None and self._num_logprobs[rows].max() < 0:
             graph = self.graphs.find(count, variant)
         self.state.select(rows, graph.num_rows if graph else count)
         self.state.flush()
         if graph:
             return Pending(count, places, graph.replay()[:count])
-        drawn = self.decode_step(count, variant, stops.tolist(), suppressed)
+        drawn = self.decode_step(count, variant, stops.tolist(), suppressed, shapes_logits=shapes_logits)
         return Pending(count, places, drawn.token_ids, self._asked(drawn.logits, drawn.token_ids, rows))
 
     def _launch_mixed(self, chunks: list[Chunk], rows: Ints, stops: Ints, num_decode: int) -> Pending:
@@ -149,10 +153,14 @@ class Runner:
             logits = logits.index_select(0, picked)
         fields = self.state.fields.index_select(0, drawing)
         suppressed = self._suppressed([chunks[i] for i in wanted.drawn], drawn_rows, stops[wanted.drawn])
+        shapes_logits = bool(self.penalties.asking[drawn_rows].any())
+        shaped = self.penalties.shape(logits, drawing) if shapes_logits else logits
         token_ids_drawn = draw(
-            logits, sampling_rows(fields, drawn_stops, self._variant(drawn_rows)), suppressed
+            shaped, sampling_rows(fields, drawn_stops, self._variant(drawn_rows)), suppressed
         )
         self.state.advance(drawing, drawn_stops, token_ids_drawn)
+        if shapes_logits:
+            self.penalties.record(drawing, token_ids_drawn)
         asked = self._asked(logits, token_ids_drawn, drawn_rows)
         return Pending(len(chunks), wanted.drawn, token_ids_drawn, asked, scored)
 
@@ -162,6 +170,7 @@ class Runner:
         if known == 0:
             sampling = request.sampling
             self.state.seat(row, sampling)
+            self.penalties.seat(request)
             self._variants[row] = VARIANTS.index(variant_of(sampling))
             self._num_logprobs[row] = sampling.logprobs
             self._min_lengths[row] = request.num_prompt_tokens + sampling.min_tokens

@@ -76,6 +76,10 @@ def test_ids_alone_then_saved_then_with_a_tokenizer(shape: Path, tmp_path: Path)
         answer = ids(http)
         assert len(answer) == 32
         assert ids(http, stream=False) == answer
+        assert ids(http, logit_bias={"777": 100}) == [777] * 32
+        once = ids(http, logit_bias={"777": 50, "3": 49}, presence_penalty=2, max_tokens=4)
+        assert once == [777, 3, 777, 777]
+        assert len(set(ids(http, frequency_penalty=2, repetition_penalty=10))) == 32
         refused: dict[str, dict[str, Any]] = {
             "prompt": {"prompt": "text", "return_token_ids": True},
             "text": {},
