@@ -1,4 +1,5 @@
-"""x @ weight.T + bias for unquantized weights: packed once for oneDNN on a CPU, torch's own elsewhere.
+"""x @ weight.T + bias for unquantized weights: packed once for oneDNN on a CPU; on CUDA torch's own, but for
+a few rows.
 
 Given a plain weight, torch lets oneDNN copy it into blocks on every call. Packed at load, a step of few rows
 takes about two thirds of the time, the bytes are the same, and in float32 a row's result no longer depends
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["dense_linear", "linear_kernel", "pack_weight", "packed_bytes", "unpack_weight"]
+
+if torch.cuda.is_available():
+    from service.kernels.dense_linear import triton as cuda
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear = torch.ops.mkldnn._linear_pointwise.default
@@ -33,6 +37,8 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in] -> [T, out]; `weight` from `pack_weight`, `bias` [out]."""
+    if x.is_cuda and x.shape[0] <= cuda.MAX_ROWS and cuda.serves(weight):
+        return cuda.stream_linear(x, weight, bias)
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     if x.shape[0] == 1 and x.dtype == torch.float32:
@@ -48,6 +54,8 @@ def unpack_weight(weight: Tensor) -> Tensor:
 
 def linear_kernel(weight: Tensor) -> str:
     """Name of what `dense_linear` runs for this weight."""
+    if weight.is_cuda and cuda.serves(weight):
+        return f"triton.stream_linear up to {cuda.MAX_ROWS} rows, torch.linear"
     return "onednn.packed_linear" if weight.is_mkldnn else "torch.linear"
 
 
