@@ -278,7 +278,8 @@ def engine_info(
         max_batch_requests=limits.max_batch_requests,
         eos_token_ids=sorted(engine.eos_token_ids),
         kernels=model.kernels(),
-        memory_bytes=model.memory_bytes() | {"kv_cache": kv.bytes},
+        memory_bytes=model.memory_bytes()
+        | {"kv_cache": kv.bytes, "tables.penalties": engine.runner.penalties.bytes},
         weight_bytes=model.weight_bytes,
         load_seconds=load_seconds,
         peak_load_bytes=devices.memory_peak_bytes(model.device),
