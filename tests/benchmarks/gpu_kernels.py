@@ -1,0 +1,185 @@
+"""Microseconds of every own kernel of a step on this GPU, against the time in which its bytes can be read.
+
+    python -m tests.benchmarks.gpu_kernels [--rows 1,16,64,256] [--sweep]
+
+Shapes are Llama-3.1-8B's at 640 tokens of context, in float16. Each figure is the median of captured replays
+over 32 copies of weights and pages, so that nothing stays in the L2 cache. `--sweep` also tries other shapes
+of tiles than those that the kernels choose, which is where their constants come from.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.kernels.add_rms_norm import add_rms_norm
+from service.kernels.dense_linear import triton as linear
+from service.kernels.gated_silu import gated_silu
+from service.kernels.greedy import greedy
+from service.kernels.paged_attention import decode_plan, plan_attention
+from service.kernels.paged_attention import triton as attention
+from service.kernels.rotary_kv import rotary_kv
+from service.kernels.sample import sample
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 32, 4096, 32, 8, 128, 14336, 128256
+QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+CONTEXT, PAGE = 640, 16
+READ_BYTES_PER_SECOND = 3.04e12  # sum over 1 GiB on an H100 80GB HBM3: docs/performance.md
+LINEARS = {
+    "qkv": (HIDDEN, QKV),
+    "o": (HIDDEN, HIDDEN),
+    "gate_up": (HIDDEN, 2 * INNER),
+    "down": (INNER, HIDDEN),
+    "lm_head": (HIDDEN, VOCAB),
+}
+ATTENTION_SHAPES = ((32, 3), (64, 2), (64, 3), (64, 4))  # of a decode: keys in a tile, stages
+PREFILL_SHAPES = ((128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2))
+STREAM_SHAPES = ((64, 128, 4), (64, 256, 3), (64, 128, 6), (128, 128, 4))  # outputs, inputs, stages
+HALF, CUDA = torch.float16, torch.device("cuda")
+
+
+def microseconds(launch: Callable[[int], object], copies: int = LAYERS, repeats: int = 15) -> float:
+    """Of one launch, captured once for each copy."""
+    launch(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in range(copies):
+            launch(copy)
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / copies)
+    return statistics.median(times[3:])
+
+
+def show(rows: int, name: str, got: float, num_bytes: float = 0) -> None:
+    floor = num_bytes / READ_BYTES_PER_SECOND * 1e6
+    print(f"{rows:5d}  {name:52s} {got:8.2f} us   floor {floor:8.2f}", flush=True)
+
+
+def few_rows(rows: int, name: str, sweep: bool) -> None:
+    in_features, out_features = LINEARS[name]
+    copies = 2 if name == "lm_head" else LAYERS
+    weights = [torch.randn(out_features, in_features, device=CUDA, dtype=HALF) * 0.02 for _ in range(copies)]
+    x = torch.randn(rows, in_features, device=CUDA, dtype=HALF)
+    num_bytes = in_features * out_features * 2
+
+    def stream(splits: int) -> float:
+        return microseconds(lambda i: linear.stream_linear(x, weights[i], None, splits), copies)
+
+    show(rows, f"{name} cuBLAS", microseconds(lambda i: F.linear(x, weights[i]), copies), num_bytes)
+    show(rows, f"{name} stream", stream(0), num_bytes)
+    usual = linear.TILE_OUT, linear.TILE_IN, linear.STAGES
+    for shape in STREAM_SHAPES if sweep else ():
+        linear.TILE_OUT, linear.TILE_IN, linear.STAGES = shape
+        for splits in (1, 2, 4):
+            if in_features % (splits * linear.TILE_IN) == 0:
+                show(rows, f"{name} stream {shape} splits {splits}", stream(splits), num_bytes)
+    linear.TILE_OUT, linear.TILE_IN, linear.STAGES = usual
+
+
+def decode(rows: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> None:
+    pages = CONTEXT // PAGE
+    tables = (torch.randperm(rows * pages, device=CUDA, dtype=torch.int32) + 1).view(rows, pages)
+    tables = F.pad(tables, (0, 8192 // PAGE - pages))  # as wide as the longest request may become
+    plan = decode_plan(tables, torch.full((rows,), CONTEXT, dtype=torch.int32, device=CUDA))
+    q = torch.randn(rows, HEADS, HEAD_DIM, device=CUDA, dtype=HALF)
+    num_bytes = rows * CONTEXT * KV_HEADS * HEAD_DIM * 4
+
+    def attend(splits: int) -> Callable[[int], None]:
+        return lambda i: attention.decode(
+            q, keys[i], values[i], plan, torch.empty_like(q), 0.1, 0, 0.0, splits
+        )
+
+    show(rows, "decode attention", microseconds(attend(0)), num_bytes)
+    usual = attention.decode_shape
+    for shape in ATTENTION_SHAPES if sweep else ():
+        attention.decode_shape = lambda *_, found=shape: found
+        for splits in (1, 2, 4, 8, 16, 32):
+            if rows * KV_HEADS * splits <= 4 * attention.PROGRAMS:
+                got = microseconds(attend(splits))
+                show(rows, f"decode {shape} splits {splits}", got, num_bytes)
+    attention.decode_shape = usual
+
+
+def prefill(chunk: int, earlier: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> None:
+    pages = -(-(chunk + earlier) // PAGE)
+    tables = (torch.randperm(pages, device=CUDA, dtype=torch.int32) + 1).view(1, pages)
+    q = torch.randn(chunk, HEADS, HEAD_DIM, device=CUDA, dtype=HALF)
+    flops = 4 * HEADS * HEAD_DIM * (chunk * earlier + chunk * chunk / 2)
+
+    def attend() -> float:
+        plan = plan_attention(tables, [0, chunk], [chunk + earlier], 0)
+        # copied to the device before the capture, which could not
+        plan.tiles(attention.prefill_shape(HEAD_DIM, HALF)[0] // (HEADS // KV_HEADS))
+        return microseconds(lambda i: attention.paged_attention(q, keys[i], values[i], plan, 0.1))
+
+    def tell(label: str) -> None:
+        got = attend()
+        show(chunk, f"prefill behind {earlier}{label}: {flops / got / 1e6:.0f} TFLOP/s", got)
+
+    tell("")
+    usual = attention.prefill_shape
+    for shape in PREFILL_SHAPES if sweep else ():
+        attention.prefill_shape = lambda *_, found=shape: found
+        tell(f" {shape}")
+    attention.prefill_shape = usual
+
+
+def small(rows: int, keys: list[Tensor], values: list[Tensor]) -> None:
+    hidden, delta = torch.randn(2, rows, HIDDEN, device=CUDA, dtype=HALF)
+    weight = torch.ones(HIDDEN, device=CUDA, dtype=HALF)
+    qkv = torch.randn(rows, QKV, device=CUDA, dtype=HALF)
+    gate_up = torch.randn(rows, 2 * INNER, device=CUDA, dtype=HALF)
+    cos, sin = torch.rand(2, 1024, HEAD_DIM, device=CUDA)
+    positions, slots = (
+        torch.full((rows,), CONTEXT - 1, device=CUDA),
+        torch.randperm(rows * PAGE, device=CUDA)[:rows],
+    )
+    logits = torch.randn(rows, VOCAB, device=CUDA)
+    seeds, temperature = torch.arange(rows, device=CUDA), torch.ones(rows, device=CUDA)
+    show(rows, "add_rms_norm", microseconds(lambda _: add_rms_norm(hidden, delta, weight, 1e-5)))
+    show(rows, "gated_silu", microseconds(lambda _: gated_silu(gate_up)))
+
+    def rotate(i: int) -> Tensor:
+        return rotary_kv(qkv, cos, sin, positions, slots, None, None, 1e-5, keys[i], values[i])
+
+    show(rows, "rotary_kv", microseconds(rotate))
+    num_bytes = logits.numel() * 4
+    show(rows, "greedy", microseconds(lambda _: greedy(logits), 4), num_bytes)
+    draw = microseconds(lambda _: sample(logits, temperature, seeds, positions, seeds), 4)
+    show(rows, "sample at a temperature", draw, 2 * num_bytes)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", default="1,16,64,256")
+    parser.add_argument("--sweep", action="store_true")
+    arguments = parser.parse_args()
+    all_rows = [int(rows) for rows in arguments.rows.split(",")]
+    print(torch.cuda.get_device_name())
+    blocks = max(*all_rows, 16) * (CONTEXT // PAGE) + 1
+    shape = (LAYERS, blocks, KV_HEADS, PAGE, HEAD_DIM)
+    keys, values = (list(torch.randn(shape, device=CUDA, dtype=HALF).unbind()) for _ in range(2))
+    for rows in all_rows:
+        small(rows, keys, values)
+        decode(rows, keys, values, arguments.sweep)
+    for chunk, earlier in ((1024, 0), (512, 0), (1024, 8192)):
+        prefill(chunk, earlier, keys, values, arguments.sweep)
+    del keys, values
+    for rows in all_rows:
+        for name in LINEARS if rows <= linear.MAX_ROWS else ():
+            few_rows(rows, name, arguments.sweep)
+
+
+if __name__ == "__main__":
+    main()
