@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.kernels import dependent_launch
 from service.kernels.add_rms_norm import add_rms_norm
+from service.kernels.dense_linear import dense_linear
 from service.kernels.dense_linear import triton as linear
 from service.kernels.gated_silu import gated_silu
 from service.kernels.greedy import greedy
-from service.kernels.paged_attention import decode_plan, plan_attention
+from service.kernels.paged_attention import decode_plan, paged_attention, plan_attention
 from service.kernels.paged_attention import triton as attention
 from service.kernels.rotary_kv import rotary_kv
 from service.kernels.sample import sample
@@ -110,6 +112,37 @@ def decode(rows: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> 
     attention.decode_shape = usual
 
 
+def layers(rows: int, keys: list[Tensor], values: list[Tensor]) -> None:
+    """The decode of all layers, kernel behind kernel, with and without dependent launch."""
+    linears = [LINEARS[name] for name in ("qkv", "o", "gate_up", "down")]
+    weights = [
+        [torch.randn(shape[::-1], device=CUDA, dtype=HALF) * 0.02 for shape in linears] for _ in range(LAYERS)
+    ]
+    pages = CONTEXT // PAGE
+    tables = (torch.randperm(rows * pages, device=CUDA, dtype=torch.int32) + 1).view(rows, pages)
+    plan = decode_plan(tables, torch.full((rows,), CONTEXT, dtype=torch.int32, device=CUDA))
+    norm = torch.ones(HIDDEN, device=CUDA, dtype=HALF)
+    cos, sin = torch.rand(2, 1024, HEAD_DIM, device=CUDA)
+    positions = torch.full((rows,), CONTEXT - 1, device=CUDA)
+    slots = tables[:, -1].long() * PAGE + PAGE - 1
+    hidden = torch.randn(rows, HIDDEN, device=CUDA, dtype=HALF)
+
+    def layer(i: int) -> None:
+        total, x = add_rms_norm(hidden, hidden, norm, 1e-5)
+        x = dense_linear(x, weights[i][0])
+        q = rotary_kv(x, cos, sin, positions, slots, None, None, 1e-5, keys[i], values[i])
+        x = paged_attention(q, keys[i], values[i], plan, HEAD_DIM**-0.5).view(rows, -1)
+        _, x = add_rms_norm(total, dense_linear(x, weights[i][1]), norm, 1e-5)
+        dense_linear(gated_silu(dense_linear(x, weights[i][2])), weights[i][3])
+
+    num_bytes = sum(weight.numel() for weight in weights[0]) * 2 + rows * CONTEXT * KV_HEADS * HEAD_DIM * 4
+    for is_dependent in (False, True):
+        dependent_launch.ENABLED = is_dependent
+        label = "with" if is_dependent else "without"
+        show(rows, f"a whole layer, {label} dependent launch", microseconds(layer), num_bytes)
+    dependent_launch.ENABLED = False
+
+
 def prefill(chunk: int, earlier: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> None:
     pages = -(-(chunk + earlier) // PAGE)
     tables = (torch.randperm(pages, device=CUDA, dtype=torch.int32) + 1).view(1, pages)
@@ -173,6 +206,7 @@ def main() -> None:
     for rows in all_rows:
         small(rows, keys, values)
         decode(rows, keys, values, arguments.sweep)
+        layers(rows, keys, values)
     for chunk, earlier in ((1024, 0), (512, 0), (1024, 8192)):
         prefill(chunk, earlier, keys, values, arguments.sweep)
     del keys, values

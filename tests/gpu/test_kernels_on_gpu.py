@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.kernels import dependent_launch
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.add_rms_norm import reference as norm_reference
 from service.kernels.dense_linear import dense_linear
@@ -48,7 +49,6 @@ def seed() -> None:
 @contextmanager
 def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
     try:
         yield
     finally:
@@ -286,3 +286,49 @@ def test_a_captured_decode_equals_the_eager_one(rows: int) -> None:
     graph.replay()
     for ours, theirs in zip(captured, eager, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("is_dependent", [False, True])
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_a_captured_chain_of_layers_equals_the_eager_one(
+    rows: int, is_dependent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kernel reads what the one before has written: one that begins too early would show."""
+    heads, kv_heads, head_dim, hidden_size, inner, num_layers = 32, 8, 128, 4096, 14336, 3
+    shapes = [((heads + 2 * kv_heads) * head_dim, hidden_size), (hidden_size, hidden_size)]
+    shapes += [(2 * inner, hidden_size), (hidden_size, inner)]
+    layers = [
+        [(torch.randn(shape, device=CUDA) * 0.02).half() for shape in shapes] for _ in range(num_layers)
+    ]
+    caches = [Cache([640] * rows, kv_heads, head_dim, torch.float16) for _ in range(num_layers)]
+    lengths = torch.randint(1, 600, (rows,), device=CUDA, dtype=torch.int32)
+    weight = torch.ones(hidden_size, device=CUDA).half()
+    cos, sin = torch.rand(2, 1024, head_dim, device=CUDA)
+    start = torch.randn(rows, hidden_size, device=CUDA).half()
+    positions = lengths.long() - 1
+
+    def step() -> Tensor:
+        hidden, delta = start, None
+        for (qkv, o, gate_up, down), cache in zip(layers, caches, strict=True):
+            plan = decode_plan(cache.tables, lengths)
+            blocks = cache.tables.gather(1, (positions // PAGE).unsqueeze(1)).squeeze(1)
+            slots = blocks.long() * PAGE + positions % PAGE
+            hidden, x = add_rms_norm(hidden, delta, weight, 1e-5)
+            x = dense_linear(x, qkv)
+            q = rotary_kv(x, cos, sin, positions, slots, None, None, 1e-5, cache.keys, cache.values)
+            attended = paged_attention(q, cache.keys, cache.values, plan, 0.1)
+            delta = dense_linear(attended.view(rows, -1), o)
+            hidden, x = add_rms_norm(hidden, delta, weight, 1e-5)
+            delta = dense_linear(gated_silu(dense_linear(x, gate_up)), down)
+        return add_rms_norm(hidden, delta, weight, 1e-5)[1]
+
+    want = step().clone()
+    monkeypatch.setattr(dependent_launch, "ENABLED", is_dependent)
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for _ in range(20):
+        got.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(got, want)

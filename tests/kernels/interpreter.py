@@ -23,17 +23,20 @@ def interpreted(name: str) -> Iterator[ModuleType]:
     module = importlib.util.module_from_spec(copy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        copy.loader.exec_module(module)
         import triton.language as tl
         from triton.runtime import interpreter
         from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
         from triton.runtime.jit import JITFunction
 
-        # what Triton itself wrote in its language (sum, max, cdiv) was made for the compiler at its import
-        for namespace in (tl.standard, tl.random, tl):
+        from service.kernels import dependent_launch
+
+        # what Triton itself wrote in its language (sum, max, cdiv) was made for the compiler at its import,
+        # and so was what our kernels share
+        for namespace in (tl.standard, tl.random, tl, dependent_launch):
             for function, value in list(vars(namespace).items()):
                 if isinstance(value, JITFunction):
                     patch.setattr(namespace, function, InterpretedFunction(value.fn))
+        copy.loader.exec_module(module)
         patched = interpreter._patch_lang_tensor
 
         def patch_tensor(tensor: Any, scope: Any) -> None:

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels import dependent_launch
+from service.kernels.dependent_launch import await_predecessor
+
 ELEMENTS_PER_PROGRAM = 2048  # narrow rows share a program up to here
 ELEMENTS_PER_WARP = 512  # two 16-byte loads a thread
 
@@ -22,7 +25,9 @@ def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
@@ -51,6 +56,6 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: floa
     warps = min(16, max(1, rows * columns // ELEMENTS_PER_WARP))
     add_rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
         hidden, delta, weight, total, normed, num_rows, eps, delta is not hidden, width, columns, rows,
-        num_warps=warps,
+        dependent_launch.ENABLED, num_warps=warps, launch_pdl=dependent_launch.ENABLED,
     )  # fmt: skip
     return total, normed

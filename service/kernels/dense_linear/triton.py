@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels import dependent_launch
+from service.kernels.dependent_launch import await_predecessor
+
 MAX_ROWS = (
     16  # 157 us a layer of Llama-3.1-8B, the sum of the parts apart, to cuBLAS's 167: docs/experiments.md
 )
@@ -21,6 +24,8 @@ TILE_OUT, TILE_IN, STAGES = 64, 256, 3
 PROGRAMS = 128  # at least so many, where the shape allows it: about one for each multiprocessor of an H100
 MAX_SPLITS = 8
 MAX_TILES = 1 << 16
+LINE = 64  # values in 128 bytes
+PREFETCHED = 1024  # values of each row: the stages of its pipeline, and one more
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
@@ -40,6 +45,9 @@ def stream_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     TILE_OUT: tl.constexpr,
     TILE_IN: tl.constexpr,
+    LINE: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -49,6 +57,15 @@ def stream_kernel(  # type: ignore[no-untyped-def]
     weight_at = weight_ptr + outputs[:, None].to(tl.int64) * in_features + inputs[None, :]
     x_at = x_ptr + rows[None, :] * in_features + inputs[:, None]
     is_row = (rows < num_rows)[None, :]
+    if IS_DEPENDENT:
+        # the first tiles of the weight come into the L2 cache while the predecessor ends
+        lines = tl.arange(0, PREFETCHED // LINE) * LINE
+        begin = outputs[:, None].to(tl.int64) * in_features + split * share
+        line_at = weight_ptr + begin + tl.minimum(lines, share - LINE)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line_at], tl.int32, is_pure=False, pack=1
+        )
+    await_predecessor(IS_DEPENDENT)
     total = tl.zeros([TILE_OUT, ROWS], tl.float32)
     for _ in range(0, share, TILE_IN):
         weight = tl.load(weight_at, eviction_policy="evict_first")
@@ -117,6 +134,7 @@ def stream_linear(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int = 
     stream_kernel[(out_features // TILE_OUT, splits)](
         x, weight, weight if bias is None else bias, out, parts, arrivals(x.device), num_rows, in_features,
         in_features // splits, out_features, bias is not None, splits, MAX_ROWS, TILE_OUT, TILE_IN,
-        num_warps=4, num_stages=STAGES,
+        LINE, PREFETCHED, dependent_launch.ENABLED, num_warps=4, num_stages=STAGES,
+        launch_pdl=dependent_launch.ENABLED,
     )  # fmt: skip
     return out

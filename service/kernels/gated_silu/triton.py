@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels import dependent_launch
+from service.kernels.dependent_launch import await_predecessor
+
 TILE = 1024
 
 
@@ -13,7 +16,9 @@ def gated_silu_kernel(  # type: ignore[no-untyped-def]
     out_ptr,  # [rows, WIDTH]
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = columns < WIDTH
@@ -29,5 +34,7 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     rows, both = gate_up.shape
     width = both // 2
     out = gate_up.new_empty(rows, width)
-    gated_silu_kernel[(rows, triton.cdiv(width, TILE))](gate_up, out, width, TILE, num_warps=4)
+    gated_silu_kernel[(rows, triton.cdiv(width, TILE))](
+        gate_up, out, width, TILE, dependent_launch.ENABLED, num_warps=4, launch_pdl=dependent_launch.ENABLED
+    )
     return out

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels import dependent_launch
+from service.kernels.dependent_launch import await_predecessor
+
 CHUNK = 4096  # tokens of one program: 32 programs a row of 128k
 
 
@@ -15,8 +18,10 @@ def likeliest_kernel(  # type: ignore[no-untyped-def]
     token_ids_ptr,  # int32 [rows, chunks]
     vocab,
     CHUNK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """Each chunk's largest logit and the first token that has it, -1 where some logit is not finite."""
+    await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     token_ids = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -49,8 +54,14 @@ def likeliest_of_chunks(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def greedy_kernel(  # type: ignore[no-untyped-def]
-    highest_ptr, token_ids_ptr, out_ptr, CHUNKS: tl.constexpr, PADDED: tl.constexpr
+    highest_ptr,
+    token_ids_ptr,
+    out_ptr,
+    CHUNKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     _, token_id = likeliest_of_chunks(highest_ptr, token_ids_ptr, row, CHUNKS, PADDED)
     tl.store(out_ptr + row, token_id.to(tl.int64))
@@ -62,7 +73,10 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     chunks = triton.cdiv(vocab, CHUNK)
     highest = logits.new_empty(rows, chunks, dtype=torch.float32)
     token_ids = logits.new_empty(rows, chunks, dtype=torch.int32)
-    likeliest_kernel[(rows, chunks)](logits, highest, token_ids, vocab, CHUNK, num_warps=4)
+    likeliest_kernel[(rows, chunks)](
+        logits, highest, token_ids, vocab, CHUNK, dependent_launch.ENABLED, num_warps=4,
+        launch_pdl=dependent_launch.ENABLED,
+    )  # fmt: skip
     return highest, token_ids
 
 
@@ -71,5 +85,8 @@ def greedy(logits: Tensor) -> Tensor:
     highest, token_ids = likeliest(logits.contiguous())
     rows, chunks = highest.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    greedy_kernel[(rows,)](highest, token_ids, out, chunks, triton.next_power_of_2(chunks), num_warps=1)
+    greedy_kernel[(rows,)](
+        highest, token_ids, out, chunks, triton.next_power_of_2(chunks), dependent_launch.ENABLED,
+        num_warps=1, launch_pdl=dependent_launch.ENABLED,
+    )  # fmt: skip
     return out

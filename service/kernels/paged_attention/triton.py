@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels import dependent_launch
+from service.kernels.dependent_launch import await_predecessor
 from service.kernels.paged_attention.plan import AttentionPlan
 
 PROGRAMS = 528  # four for each multiprocessor of an H100: what its registers let run at once
@@ -45,7 +47,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -105,8 +109,10 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """The splits of one head, weighed by the softmax of their logs; which of them exist, the length tells."""
+    await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths_ptr + row // HEADS)
     first = tl.maximum(tl.where(window > 0, length - window, 0), 0)
@@ -197,7 +203,9 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = tl.load(tiles_ptr + 2 * tile)
@@ -300,12 +308,14 @@ def decode(
     decode_kernel[(rows, kv_heads, splits)](
         q, key_cache, value_cache, plan.block_tables, plan.lengths, target, logs, max_blocks, window, scale,
         softcap, group, kv_heads, head_dim, page, softcap > 0, splits, max(16, triton.next_power_of_2(group)),
-        width, tile, num_warps=4, num_stages=stages,
+        width, tile, dependent_launch.ENABLED, num_warps=4, num_stages=stages,
+        launch_pdl=dependent_launch.ENABLED,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(rows * heads,)](
-            target, logs, plan.lengths, out, window, heads, head_dim, splits, width, tile, num_warps=4
-        )
+            target, logs, plan.lengths, out, window, heads, head_dim, splits, width, tile,
+            dependent_launch.ENABLED, num_warps=4, launch_pdl=dependent_launch.ENABLED,
+        )  # fmt: skip
 
 
 def prefill(
@@ -328,5 +338,6 @@ def prefill(
     prefill_kernel[(tiles.shape[0], kv_heads)](
         q, key_cache, value_cache, plan.block_tables, plan.lengths, plan.starts, tiles, out,
         plan.block_tables.shape[1], window, scale, softcap, group, kv_heads, head_dim, page, softcap > 0,
-        rows, triton.next_power_of_2(head_dim), tile, num_warps=warps, num_stages=stages,
+        rows, triton.next_power_of_2(head_dim), tile, dependent_launch.ENABLED, num_warps=warps,
+        num_stages=stages, launch_pdl=dependent_launch.ENABLED,
     )  # fmt: skip

@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels import dependent_launch
+from service.kernels.dependent_launch import await_predecessor
+
 HEADS = 8  # of one program
 
 
@@ -31,7 +34,9 @@ def rotary_kv_kernel(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEADS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     columns = tl.arange(0, COLUMNS)
@@ -99,6 +104,7 @@ def rotary_kv(
         qkv, qkv if cos is None else cos, qkv if sin is None else sin, positions, slots,
         qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, q, key_cache, value_cache, eps,
         cos is not None, q_norm is not None, q_heads, kv_heads, head_dim, page,
-        triton.next_power_of_2(head_dim // 2), HEADS, num_warps=2,
+        triton.next_power_of_2(head_dim // 2), HEADS, dependent_launch.ENABLED, num_warps=2,
+        launch_pdl=dependent_launch.ENABLED,
     )  # fmt: skip
     return q

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels import dependent_launch
+from service.kernels.dependent_launch import await_predecessor
 from service.kernels.greedy.triton import CHUNK, likeliest, likeliest_of_chunks
 from service.kernels.sample.reference import MIN_TEMPERATURE
 
@@ -21,8 +23,10 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     CHUNKS: tl.constexpr,
     PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
     """Each chunk's sum of exponentials; nothing for a row that does not draw."""
+    await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
@@ -50,7 +54,9 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     CHUNKS: tl.constexpr,
     PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     highest, token_id = likeliest_of_chunks(highest_ptr, token_ids_ptr, row, CHUNKS, PADDED)
@@ -91,11 +97,12 @@ def sample(
     masses = torch.empty(rows, chunks, dtype=torch.float64, device=logits.device)
     mass_kernel[(rows, chunks)](
         logits, temperature, highest, token_ids, masses, vocab, MIN_TEMPERATURE, chunks, padded, CHUNK,
-        num_warps=4,
+        dependent_launch.ENABLED, num_warps=4, launch_pdl=dependent_launch.ENABLED,
     )  # fmt: skip
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     draw_kernel[(rows,)](
         logits, temperature, seeds.contiguous(), positions.contiguous(), sample_indices.contiguous(),
-        highest, token_ids, masses, out, vocab, MIN_TEMPERATURE, chunks, padded, CHUNK, num_warps=8,
+        highest, token_ids, masses, out, vocab, MIN_TEMPERATURE, chunks, padded, CHUNK,
+        dependent_launch.ENABLED, num_warps=8, launch_pdl=dependent_launch.ENABLED,
     )  # fmt: skip
     return out
