@@ -93,7 +93,11 @@ class DecodeStep:
             starts=self._starts[: num_rows + 1],
         )
         logits = self._model.forward(batch, self._kv).float()
-        shaped = self._penalties.shape(logits, rows) if shapes_logits else logits
+        shaped = logits
+        if shapes_logits:
+            # log-probabilities are told of the model's own logits; a captured step tells none
+            shaped = logits.clone() if context_lengths else logits
+            self._penalties.shape(shaped, rows)
         token_ids = draw(shaped, sampling_rows(fields, positions + 1, variant), suppressed)
         state.advance(rows, lengths, token_ids)
         if shapes_logits:

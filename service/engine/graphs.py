@@ -66,7 +66,7 @@ class Graphs:
         state.flush()
 
         def run() -> Tensor:
-            return step(size, variant, []).token_ids
+            return step(size, variant, [], shapes_logits=variant != "greedy").token_ids
 
         try:
             captured = self._pool.capture(run)

@@ -4,10 +4,7 @@ runner --seat, at a request's start--> Penalties --shape--> logits for the sampl
 
 Everything lies on the device, a row for each running request: a step may be launched before the host knows
 what the one before it drew. A row that asks for nothing has neutral factors, which leave its logits as they
-are, so neighbours that ask change nothing.
-
-Definitions: repetition by Keskar et al. (arXiv 1909.05858), multiplying negative logits as Hugging Face does,
-over prompt and answer; frequency and presence as OpenAI's API documents them, over the answer alone.
+are, so neighbours that ask change nothing. What the numbers mean: kernels/shape_logits.
 """
 
 import numpy as np
@@ -16,18 +13,17 @@ from torch import Tensor
 
 from service import device as devices
 from service.engine.request import Request
+from service.kernels.shape_logits import GENERATED, IN_PROMPT, NEUTRAL, count_tokens, shape_logits
 from service.messages import Sampling
 
 MAX_BIASES = 300  # token ids of one request; the API takes no more
-IN_PROMPT, GENERATED = 1, 2  # of `occurrences`: a bit, and what one token of the answer adds
-NEUTRAL = (1.0, 0.0, 0.0)
 
 
 class Penalties:
     """Rows 0 to `num_rows` - 1; one of them may be for padding."""
 
     occurrences: Tensor  # int32 [rows, vocab], IN_PROMPT + GENERATED * times in the answer
-    factors: Tensor  # float32 [rows, 3]: repetition, frequency, presence
+    factors: Tensor  # float32 [rows, 4]: repetition, frequency, presence, and whether the row asks
     bias_ids: Tensor  # int64 [rows, MAX_BIASES], unused places are id 0 with bias 0
     biases: Tensor  # float32 [rows, MAX_BIASES]
 
@@ -65,39 +61,19 @@ class Penalties:
         biases = sampling.logit_bias
         assert len(biases) <= MAX_BIASES
         ids = np.zeros(MAX_BIASES, np.int64)
-        values = np.zeros(3 + MAX_BIASES, np.float32)
+        values = np.zeros(4 + MAX_BIASES, np.float32)
         ids[: len(biases)] = list(biases)
         values[:3] = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
-        values[3 : 3 + len(biases)] = list(biases.values())
+        values[3] = sampling.shapes_logits
+        values[4 : 4 + len(biases)] = list(biases.values())
         uploaded = devices.upload(values, self.device)
         self.bias_ids[row] = devices.upload(ids, self.device)
-        self.factors[row], self.biases[row] = uploaded.split([3, MAX_BIASES])
+        self.factors[row], self.biases[row] = uploaded.split([4, MAX_BIASES])
 
-    def shape(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """float32 [n, vocab], int [n] -> new logits; nothing in it looks at a value on the host."""
-        return shaped(
-            logits,
-            self.occurrences.index_select(0, rows),
-            self.factors.index_select(0, rows),
-            self.bias_ids.index_select(0, rows),
-            self.biases.index_select(0, rows),
-        )
+    def shape(self, logits: Tensor, rows: Tensor) -> None:
+        """Changes float32 [n, vocab] for the rows int32 [n]; nothing in it looks at a value on the host."""
+        shape_logits(logits, rows, self.occurrences, self.factors, self.bias_ids, self.biases)
 
     def record(self, rows: Tensor, token_ids: Tensor) -> None:
-        """int [n], int64 [n]: what was drawn for these rows."""
-        # a broken row's id names no token, and its request ends
-        counted = torch.where(token_ids < 0, 0, GENERATED).to(torch.int32)
-        places = rows.long() * self.occurrences.shape[1] + token_ids.clamp(min=0)
-        self.occurrences.view(-1).index_add_(0, places, counted)
-
-
-def shaped(logits: Tensor, occurrences: Tensor, factors: Tensor, bias_ids: Tensor, biases: Tensor) -> Tensor:
-    """float32 [n, vocab] and a row of each table for each of its rows -> float32 [n, vocab].
-
-    Repetition first, then what is added or subtracted; each row by itself, an element at a time.
-    """
-    repetition, frequency, presence = factors.unsqueeze(1).unbind(-1)  # [n, 1] each
-    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    counts = occurrences // GENERATED
-    penalised = torch.where(occurrences > 0, repeated, logits) - frequency * counts - presence * (counts > 0)
-    return penalised.scatter_add_(1, bias_ids, biases)
+        """int32 [n], int64 [n]: what was drawn for these rows; BAD_ROW is nothing, for its request ends."""
+        count_tokens(self.occurrences, rows, self.factors, token_ids)

@@ -92,7 +92,7 @@ class Runner:
         suppressed = self._suppressed(chunks, rows, stops)
         shapes_logits = bool(self.penalties.asking[rows].any())
         graph = None
-        if self.graphs and not shapes_logits and suppressed is None and self._num_logprobs[rows].max() < 0:
+        if self.graphs and suppressed is None and self._num_logprobs[rows].max() < 0:
             graph = self.graphs.find(count, variant)
         self.state.select(rows, graph.num_rows if graph else count)
         self.state.flush()
@@ -154,13 +154,16 @@ class Runner:
         fields = self.state.fields.index_select(0, drawing)
         suppressed = self._suppressed([chunks[i] for i in wanted.drawn], drawn_rows, stops[wanted.drawn])
         shapes_logits = bool(self.penalties.asking[drawn_rows].any())
-        shaped = self.penalties.shape(logits, drawing) if shapes_logits else logits
+        shaped, shaped_rows = logits, drawing.to(torch.int32)
+        if shapes_logits:
+            shaped = logits.clone()
+            self.penalties.shape(shaped, shaped_rows)
         token_ids_drawn = draw(
             shaped, sampling_rows(fields, drawn_stops, self._variant(drawn_rows)), suppressed
         )
         self.state.advance(drawing, drawn_stops, token_ids_drawn)
         if shapes_logits:
-            self.penalties.record(drawing, token_ids_drawn)
+            self.penalties.record(shaped_rows, token_ids_drawn)
         asked = self._asked(logits, token_ids_drawn, drawn_rows)
         return Pending(len(chunks), wanted.drawn, token_ids_drawn, asked, scored)
 
@@ -239,8 +242,8 @@ def wanted_logits(chunks: list[Chunk]) -> Wanted:
 
 
 def variant_of(sampling: Sampling) -> Variant:
-    """The least variant that serves it."""
+    """The least variant that serves it; a captured greedy step shapes no logits."""
     if sampling.temperature == 0:
-        return "greedy"
+        return "temperature" if sampling.shapes_logits else "greedy"
     is_filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     return "full" if is_filtered else "temperature"
