@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from service.errors import PrecisionError
+from service.kernels.add_rms_norm import add_rms_norm_kernel
+from service.kernels.gated_silu import gated_silu_kernel
 from service.kernels.paged_attention import attention_kernel
+from service.kernels.rotary_kv import rotary_kv_kernel
 from service.model.batch import PagedKV, StepBatch
 from service.model.checkpoint import Checkpoint, TensorSource
 from service.model.config import ModelConfig
@@ -124,12 +127,15 @@ class ModelInstance:
         return sum(size for part, size in self.memory_bytes().items() if part.startswith("weights."))
 
     def kernels(self) -> dict[str, str]:
-        """Layer class -> the kernel that serves it, of the first layer."""
-        first = self.layers()[0]
+        """Layer class or op between layers -> the kernel that serves it, of the first layer."""
+        first, head_dim = self.layers()[0], self.config.head_dim
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
         return names | {
             "lm_head": self.decoder.head.kernel,
-            "attention": attention_kernel(self.dtype, self.device, self.config.head_dim),
+            "attention": attention_kernel(self.dtype, self.device, head_dim),
+            "add_rms_norm": add_rms_norm_kernel(self.dtype, self.device),
+            "rotary_kv": rotary_kv_kernel(self.dtype, self.device, head_dim),
+            "gated_silu": gated_silu_kernel(self.dtype, self.device),
         }
 
     def layers(self) -> list[DecoderLayer]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from service.kernels.add_rms_norm import native, reference
 
-__all__ = ["add_rms_norm"]
+__all__ = ["add_rms_norm", "add_rms_norm_kernel"]
 
 library = torch.library.Library("halftone", "FRAGMENT")
 library.define("add_rms_norm(Tensor hidden, Tensor? delta, Tensor weight, float eps) -> (Tensor, Tensor)")
@@ -28,3 +28,10 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: floa
     if hidden.is_cpu:  # the dispatcher takes longer than a row's kernel
         return native.add_rms_norm(hidden, delta, weight, eps)
     return _add_rms_norm(hidden, delta, weight, eps)
+
+
+def add_rms_norm_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    """Name of what serves, for /version."""
+    if device.type == "cuda":
+        return "triton.add_rms_norm"
+    return "native.add_rms_norm" if device.type == "cpu" and native.has_kernel(dtype) else "torch"

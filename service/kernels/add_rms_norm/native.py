@@ -39,6 +39,11 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: floa
     return total, normed
 
 
+def has_kernel(dtype: torch.dtype) -> bool:
+    """Whether rows of this type on a CPU are served here."""
+    return dtype is torch.bfloat16 and load() is not None
+
+
 @cache
 def _function(library: Library) -> Callable[[bytes], None]:
     return library.function("halftone_add_rms_norm", [c_char_p])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from service.kernels.gated_silu import native, reference
 
-__all__ = ["gated_silu"]
+__all__ = ["gated_silu", "gated_silu_kernel"]
 
 library = torch.library.Library("halftone", "FRAGMENT")
 library.define("gated_silu(Tensor gate_up) -> Tensor")
@@ -29,3 +29,10 @@ def gated_silu(gate_up: Tensor) -> Tensor:
         return native.gated_silu(gate_up)
     y: Tensor = _gated_silu(gate_up)
     return y
+
+
+def gated_silu_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    """Name of what serves, for /version."""
+    if device.type == "cuda":
+        return "triton.gated_silu"
+    return "native.gated_silu" if device.type == "cpu" and native.has_kernel(dtype) else "torch"

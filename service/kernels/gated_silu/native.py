@@ -32,6 +32,11 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     return result
 
 
+def has_kernel(dtype: torch.dtype) -> bool:
+    """Whether rows of this type on a CPU are served here."""
+    return dtype is torch.bfloat16 and load() is not None
+
+
 @cache
 def _function(library: Library) -> Callable[[bytes], None]:
     return library.function("halftone_gated_silu", [c_char_p])

@@ -67,7 +67,9 @@ def build(library: Path = LIBRARY) -> None:
             command = [cc, *FLAGS, *target, "-c", str(source), "-o", objects[-1]]
             subprocess.run(command, cwd=folder, check=True)
         subprocess.run([cc, *LINK, "-o", "library.so", *objects], cwd=folder, check=True)
-        shutil.copyfile(Path(folder, "library.so"), library)
+        fresh = library.with_suffix(".fresh")
+        shutil.copyfile(Path(folder, "library.so"), fresh)
+        fresh.replace(library)  # a process that has the old file mapped keeps it
 
 
 if __name__ == "__main__":

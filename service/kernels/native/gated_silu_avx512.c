@@ -2,7 +2,7 @@
 
 #include "vectors_avx512.h"
 
-enum { TILE_NUMBERS = 8192 };
+enum { TILE_NUMBERS = 4096 };
 
 struct gated_silu {
     const bf16 *gate_up; /* [rows, 2 * columns] */

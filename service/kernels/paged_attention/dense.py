@@ -41,16 +41,15 @@ def paged_attention(
     """See the package."""
     parts = []
     if plan.num_decode:
-        decoding = q[: plan.num_decode]
+        decoding = q if plan.num_decode == len(q) else q[: plan.num_decode]
         if native.serves(decoding, key_cache, value_cache):
             tables, lengths = plan.block_tables, plan.lengths
-            parts.append(
-                native.decode(decoding, key_cache, value_cache, tables, lengths, scale, window, softcap)
-            )
+            part = native.decode(decoding, key_cache, value_cache, tables, lengths, scale, window, softcap)
         else:
             _, kv_heads, block_tokens, _ = key_cache.shape
             rows, mask = plan.gathered(window, kv_heads, block_tokens, q.dtype)
-            parts.append(_decode(decoding, key_cache, value_cache, rows, mask, scale, softcap))
+            part = _decode(decoding, key_cache, value_cache, rows, mask, scale, softcap)
+        parts.append(part)
     for sequence in range(plan.num_decode, plan.num_sequences):
         rows_of_q = slice(plan.query_starts[sequence], plan.query_starts[sequence + 1])
         table, length = plan.block_tables[sequence], plan.context_lengths[sequence]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from service.kernels.rotary_kv import native, reference
 
-__all__ = ["rotary_kv"]
+__all__ = ["rotary_kv", "rotary_kv_kernel"]
 
 library = torch.library.Library("halftone", "FRAGMENT")
 library.define(
@@ -49,3 +49,10 @@ def rotary_kv(
         return native.rotary_kv(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache)
     q: Tensor = _rotary_kv(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache)
     return q
+
+
+def rotary_kv_kernel(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
+    """Name of what serves, for /version."""
+    if device.type == "cuda":
+        return "triton.rotary_kv"
+    return "native.rotary_kv" if device.type == "cpu" and native.has_kernel(dtype, head_dim) else "torch"

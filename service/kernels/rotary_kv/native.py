@@ -76,22 +76,38 @@ def rotary_kv(
     return q
 
 
+def has_kernel(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether heads of this kind on a CPU are served here."""
+    return dtype is torch.bfloat16 and head_dim % 32 == 0 and head_dim <= MAX_HEAD_DIM and load() is not None
+
+
 @cache
 def _function(library: Library) -> Callable[[bytes], int]:
     return library.function("halftone_rotary_kv", [c_char_p], c_int64)
 
 
 def _serves(qkv: Tensor, positions: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
-    kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
-    if head_dim % 32 or head_dim > MAX_HEAD_DIM or key_cache.shape != value_cache.shape:
-        return False
-    for tensor in (qkv, key_cache, value_cache):
-        if tensor.dtype is not torch.bfloat16 or not tensor.is_contiguous():
-            return False
-    for tensor in (positions, slots):
-        if tensor.dtype is not torch.int64 or not tensor.is_contiguous() or len(tensor) != len(qkv):
-            return False
-    return qkv.dim() == 2 and qkv.shape[1] % head_dim == 0 and qkv.shape[1] > 2 * kv_heads * head_dim
+    cache_shape, bfloat16, int64 = key_cache.shape, torch.bfloat16, torch.int64
+    head_dim = cache_shape[3]
+    return (
+        qkv.dtype is bfloat16
+        and key_cache.dtype is bfloat16
+        and value_cache.dtype is bfloat16
+        and positions.dtype is int64
+        and slots.dtype is int64
+        and qkv.dim() == 2
+        and qkv.is_contiguous()
+        and key_cache.is_contiguous()
+        and value_cache.is_contiguous()
+        and positions.is_contiguous()
+        and slots.is_contiguous()
+        and head_dim % 32 == 0
+        and head_dim <= MAX_HEAD_DIM
+        and value_cache.shape == cache_shape
+        and qkv.size(1) % head_dim == 0
+        and qkv.size(1) > 2 * cache_shape[1] * head_dim
+        and positions.numel() == slots.numel() == qkv.size(0)
+    )
 
 
 def _is_table(table: Tensor | None, cache: Tensor) -> bool:
