@@ -148,9 +148,9 @@ def test_padded_rows_of_a_decode_are_zeros() -> None:
     assert torch.isfinite(got[1]).all()
 
 
-def assert_rounded_alike(got: Tensor, want: Tensor, atol: float = 1e-6) -> None:
-    """One value in a hundred may lie one step off: sums are added in another order."""
-    steps = 8 if want.dtype == torch.float32 else 1
+def assert_rounded_alike(got: Tensor, want: Tensor, atol: float = 1e-6, roundings: int = 1) -> None:
+    """One value in a hundred may lie one step off for each rounding: sums are added in another order."""
+    steps = 8 if want.dtype == torch.float32 else roundings
     torch.testing.assert_close(got, want, rtol=steps * torch.finfo(want.dtype).eps, atol=atol)
     if want.dtype != torch.float32:
         assert (got != want).float().mean() < 0.01
@@ -170,7 +170,7 @@ def test_norm_and_gate(width: int, dtype: torch.dtype) -> None:
         want_total, want_normed = norm_reference.add_rms_norm(hidden, delta, weight, 1e-5)
         assert torch.equal(total, want_total)
         assert torch.equal(copied, hidden)
-        assert_rounded_alike(normed, want_normed)
+        assert_rounded_alike(normed, want_normed, roundings=2)  # the second turns a step into up to two
         assert_rounded_alike(gated, silu_reference.gated_silu(gate_up))
 
 
