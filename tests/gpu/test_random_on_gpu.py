@@ -54,7 +54,7 @@ def test_packed_values_are_as_on_a_cpu(precision: str) -> None:
 @pytest.mark.parametrize("preset", ["llama-3.1-8b", "qwen3-8b"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "nf4", "awq"])
 def test_an_8b_is_built_within_its_memory(preset: str, precision: str) -> None:
-    """At most the finished weights, one 16-bit decoder layer and a GiB beside each other; -s prints seconds."""
+    """At most the finished weights, one 16-bit decoder layer and a GiB; `-s` prints the seconds."""
     backend = load_backend(precision)
     gc.collect()
     torch.cuda.empty_cache()
