@@ -25,7 +25,11 @@ def cap(scores, softcap):  # type: ignore[no-untyped-def]
     return softcap - 2 * softcap / (tl.exp(scores * (2 / softcap)) + 1)
 
 
-@triton.jit(do_not_specialize=["window", "max_blocks"])  # type: ignore[untyped-decorator]
+# A kernel that is compiled anew while requests wait stalls them, so nothing that changes from step to step is
+# specialized on: lengths, and where the step's own small tensors happen to lie.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["window", "max_blocks"], do_not_specialize_on_alignment=["tables_ptr", "lengths_ptr"]
+)
 def decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr,  # [S, KV_HEADS * GROUP, DIM]
     keys_ptr,  # [blocks, KV_HEADS, PAGE, DIM]
@@ -97,7 +101,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             tl.store(logs_ptr + heads * SPLITS + split, highest + tl.log2(total), mask=is_head)
 
 
-@triton.jit(do_not_specialize=["window"])  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["window"], do_not_specialize_on_alignment=["lengths_ptr"]
+)
 def combine_kernel(  # type: ignore[no-untyped-def]
     parts_ptr,  # float32 [S, HEADS, SPLITS, DIM]
     logs_ptr,  # float32 [S, HEADS, SPLITS]
@@ -181,7 +187,10 @@ def attend(  # type: ignore[no-untyped-def]
     return highest, total, result
 
 
-@triton.jit(do_not_specialize=["window", "max_blocks"])  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["window", "max_blocks"],
+    do_not_specialize_on_alignment=["tables_ptr", "lengths_ptr", "starts_ptr", "tiles_ptr"],
+)
 def prefill_kernel(  # type: ignore[no-untyped-def]
     q_ptr,  # [T, KV_HEADS * GROUP, DIM]
     keys_ptr,  # [blocks, KV_HEADS, PAGE, DIM]

@@ -11,7 +11,7 @@ from service.kernels.greedy.triton import CHUNK, likeliest, likeliest_of_chunks
 from service.kernels.sample.reference import MIN_TEMPERATURE
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=["temperature_ptr"])  # type: ignore[untyped-decorator]
 def mass_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # any float [rows, vocab]
     temperature_ptr,  # float32 [rows]
@@ -38,7 +38,9 @@ def mass_kernel(  # type: ignore[no-untyped-def]
         tl.store(masses_ptr + row * CHUNKS + chunk, tl.sum(tl.exp(scaled).to(tl.float64), 0))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize_on_alignment=["temperature_ptr", "seeds_ptr", "positions_ptr", "sample_indices_ptr"]
+)
 def draw_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
