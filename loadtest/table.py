@@ -21,6 +21,7 @@ PERCENTS = ("p50", "p95", "p99", "p99.9")
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Everything a reader needs to judge the figures."""
+    console.print(server_line(result["server"]), markup=False)
     work = result["workload"]
     given = f"{work['input_tokens']} random ids" if work["input_tokens"] else work["prompts"]
     console.print(
@@ -36,6 +37,15 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(f"note: {line}", markup=False)
     formulas = "\n".join(f"  {name} = {formula}" for name, formula in FORMULAS.items())
     console.print(f"{formulas}\n  {SYMBOLS}", markup=False, style="dim")
+
+
+def server_line(server: dict[str, Any]) -> str:
+    """What was measured, as far as the server tells."""
+    version = server["version"] or {}
+    engine = version.get("engine") or {}
+    facts = [f"version {version['version']}"] if version.get("version") else []
+    facts += [str(engine[name]) for name in ("architecture", "precision", "device_name") if engine.get(name)]
+    return ", ".join([server["url"], *facts])
 
 
 def rates(result: dict[str, Any]) -> Table:
@@ -116,19 +126,15 @@ def doubts(result: dict[str, Any]) -> list[str]:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """How tokens were counted, wherever that is not one by one."""
+    """How tokens were counted, where that was not one by one."""
+    levels = [level["figures"] for level in result["levels"]]
     said = []
-    for level in result["levels"]:
-        figures = level["figures"]
-        if "events" in figures["counted_by"]:
-            said.append(
-                f"{level['label']}: the server sends no usage; each event with text counts as one token"
-            )
-        elif figures["counted_by"] == ["usage"]:
-            said.append(
-                f"{level['label']}: ITL is the gap between events with text, which bring "
-                f"{figures['tokens_per_event']:.3f} tokens each; `--continuous-usage` counts every token"
-            )
-        elif figures["counted_by"]:
-            said.append(f"{level['label']}: the server counts the tokens of each event")
+    if any("events" in figures["counted_by"] for figures in levels):
+        said.append("the server sends no usage; each event with text counts as one token")
+    brought = [figures["tokens_per_event"] for figures in levels if "usage" in figures["counted_by"]]
+    if brought:
+        said.append(
+            f"ITL is the gap between events with text, which bring {min(brought):.3f} to {max(brought):.3f} "
+            "tokens each; `--continuous-usage` counts every token"
+        )
     return said

@@ -109,6 +109,13 @@ class Answer:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _split_events(self, plain: bytes) -> list[bytes]:
+        if (
+            plain.endswith(b"\n\n")
+            and plain.startswith(b"data: ")
+            and not self._event
+            and plain.find(b"\n") == len(plain) - 2
+        ):
+            return [plain[6:-2]]
         text = self._event + plain if self._event else plain
         if b"\r" in text:
             text = text.replace(b"\r\n", b"\n")

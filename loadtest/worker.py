@@ -36,12 +36,12 @@ async def perform(job: Job, client: Client, bodies: dict[int, bytes], start_s: f
         record.warmup = record.index < job.num_warmup
         await client.send(bodies[record.index], record)
 
-    await asyncio.sleep(max(0.0, start_s - loop.time()))
     own = OwnLoad()
     # what a run allocates lives to its end; a collection would stop every stream to learn that
     gc.collect()
     gc.disable()
     try:
+        await asyncio.sleep(max(0.0, start_s - loop.time()))
         async with own.watched():
             if job.streams:
                 records = await closed_loop(send, job.indices, job.streams)

@@ -59,6 +59,7 @@ def test_levels_and_repeats_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr()
     for formula in FORMULAS.values():
         assert formula in printed.out
+    assert "version 9" in printed.out
     assert "3 streams" in printed.out
     assert printed.err.count("run 2 of 2") == 3
 
