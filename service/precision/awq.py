@@ -56,8 +56,7 @@ class AWQLinear(QuantLinear):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = awq_linear.apply(x, self.codes, self.zeros, self.scales)
-        return y if self.bias is None else y.add_(self.bias)
+        return awq_linear.apply(x, self.codes, self.zeros, self.scales, self.bias)
 
     def dense(self, part: int) -> Tensor:
         return awq_linear.dense(self.codes, self.zeros, self.scales)[part_rows(self.group, part)]

@@ -3,8 +3,9 @@
 precision/awq --prepare (once, at load)--> PackedWeight --apply--> y
 
 `halftone::awq_linear` takes AutoAWQ's tensors as they lie in a checkpoint: the Triton kernel on CUDA, the
-reference elsewhere. `halftone::awq_linear_int4pack` takes what cpu.py packs them into. No caller asks which
-device it is on: `prepare` has answered that by the tensors it returns.
+reference elsewhere. `halftone::awq_linear_int4pack` takes what cpu.py packs them into, and native.py has
+blocks of its own for bfloat16 activations. No caller asks which device it is on: `prepare` has answered that
+by the tensors it returns.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.kernels.awq_linear import cpu, reference
+from service.kernels.awq_linear import cpu, native, reference
 
 __all__ = ["PackedWeight", "apply", "check", "dense", "prepare"]
 
@@ -41,12 +42,14 @@ _int4pack = torch.ops.halftone.awq_linear_int4pack.default
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Resident form of one linear; which of the two, `kernel` tells."""
+    """Resident form of one linear; which of the three, `kernel` tells: AutoAWQ's, int4pack or native."""
 
     kernel: str
-    codes: Tensor  # int32 [in, out / 8], or uint8 [out, in / 2] in int4pack order
-    zeros: Tensor  # int32 [in / group, out / 8], or int8 [in / group, out], which is 8 - zero
-    scales: Tensor  # float16 [in / group, out], or bf16 on a CPU under bf16 activations
+    codes: Tensor  # int32 [in, out / 8]; uint8 [out, in / 2]; uint8 [out / 64, in / 2, 64]
+    zeros: (
+        Tensor  # int32 [in / group, out / 8]; int8 [in / group, out], 8 - zero; uint8 [out / 64, groups, 32]
+    )
+    scales: Tensor  # float16 [in / group, out]; the same or bf16; float16 [out / 64, groups, 64]
 
 
 def check(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> None:
@@ -64,25 +67,31 @@ def prepare(
 ) -> PackedWeight:
     """AutoAWQ's tensors on their device -> the form that is fastest there for activations of `dtype`.
 
-    Codes and zeros are only moved; a CPU rounds scales to bf16 under bf16 activations (cpu.py).
+    Bits are only moved; but under bf16 activations int4pack rounds scales to bf16 (cpu.py).
     """
     check(qweight, qzeros, scales)
     in_features = qweight.shape[0]
     if qweight.is_cuda:
         return PackedWeight("triton.awq_linear", qweight, qzeros, scales)
+    if dtype == torch.bfloat16 and native.fits(qweight, scales):
+        return PackedWeight("native.avx512.awq_linear", *native.pack(qweight, qzeros, scales))
     if cpu.fits(in_features, scales.shape[1], in_features // scales.shape[0]):
         return PackedWeight("torch.int4pack", *cpu.pack_int4(qweight, qzeros, scales, dtype))
     return PackedWeight("reference.awq_linear", qweight, qzeros, scales)
 
 
-def apply(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
-    """[tokens, in] -> [tokens, out]; the resident form is told by its dtype."""
+def apply(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[tokens, in] -> [tokens, out]; the resident form is told by its type and dimensions."""
+    if native.is_packed(codes):
+        return native.linear(x, codes, zeros, scales, bias)
     y: Tensor = (_int4pack if codes.dtype == torch.uint8 else _gemm)(x, codes, zeros, scales)
-    return y
+    return y if bias is None else y.add_(bias)
 
 
 def dense(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     """float32 [out, in] on the CPU: what the resident form means."""
+    if native.is_packed(codes):
+        return native.dequantize(codes, zeros, scales)
     if codes.dtype == torch.uint8:
         return cpu.dequantize(codes, zeros, scales, torch.float32).t()
     return reference.dequantize(codes, zeros, scales).t().cpu()

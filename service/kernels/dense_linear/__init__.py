@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dense_linear", "linear_kernel", "pack_weight", "packed_bytes", "unpack_weight"]
+from service.kernels.dense_linear import native
+
+__all__ = ["dense_linear", "linear_kernel", "pack_onednn", "pack_weight", "packed_bytes", "unpack_weight"]
 
 if torch.cuda.is_available():
     from service.kernels.dense_linear import triton as cuda
@@ -21,11 +23,16 @@ _nbytes = torch.ops.mkldnn._nbytes.default
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """[out, in] -> the same weight as `dense_linear` wants it: an opaque oneDNN tensor, or itself.
+    """[out, in] -> the same weight as `dense_linear` wants it: in blocks, an opaque oneDNN tensor, or itself.
 
-    float32 and bfloat16 on a CPU are packed; float16, other devices, and CPUs or builds of torch that
-    lack oneDNN (or its bfloat16) keep the plain weight.
+    float32 and bfloat16 on a CPU are packed; float16, other devices, and CPUs or builds of torch that lack
+    oneDNN (or its bfloat16) where our own kernel does not serve either, keep the plain weight.
     """
+    return native.pack(weight) if native.fits(weight) else pack_onednn(weight)
+
+
+def pack_onednn(weight: Tensor) -> Tensor:
+    """[out, in] -> an opaque oneDNN tensor, or itself."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return weight
     if weight.dtype == torch.bfloat16:
@@ -39,6 +46,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """x [T, in] -> [T, out]; `weight` from `pack_weight`, `bias` [out]."""
     if x.is_cuda and x.shape[0] <= cuda.MAX_ROWS and cuda.serves(weight):
         return cuda.stream_linear(x, weight, bias)
+    if native.is_packed(weight):
+        return native.linear(x, weight, bias)
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     if x.shape[0] == 1 and x.dtype == torch.float32:
@@ -49,6 +58,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 def unpack_weight(weight: Tensor) -> Tensor:
     """The plain [out, in] again, bit for bit."""
+    if native.is_packed(weight):
+        return native.unpack(weight)
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
@@ -56,6 +67,8 @@ def linear_kernel(weight: Tensor) -> str:
     """Name of what `dense_linear` runs for this weight."""
     if weight.is_cuda and cuda.serves(weight):
         return f"triton.stream_linear up to {cuda.MAX_ROWS} rows, torch.linear"
+    if native.is_packed(weight):
+        return "native.avx512.dense_linear"
     return "onednn.packed_linear" if weight.is_mkldnn else "torch.linear"
 
 

@@ -1,8 +1,9 @@
-"""An embedding that is also the head: packed once for oneDNN, and its rows can still be looked up.
+"""An embedding that is also the head: packed once, and its rows can still be looked up.
 
-oneDNN's blocked layouts are separable: an element's place is one offset by its row plus one by its column,
-and rows repeat in blocks. Both offsets are found by packing numbered weights, then checked on every element
-of the real one, so a layout that is not of this kind is refused and the caller keeps the plain weight.
+Our own packing is known (native.py). oneDNN's blocked layouts are separable: an element's place is one offset
+by its row plus one by its column, and rows repeat in blocks. Both offsets are found by packing numbered
+weights, then checked on every element of the real one, so a layout that is not of this kind is refused and
+the caller keeps the plain weight.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from service.kernels.dense_linear import pack_weight, packed_bytes
+from service.kernels.dense_linear import native, pack_onednn, packed_bytes
 
 PROBE_ROWS = 256  # a multiple of every block of rows that oneDNN uses
 DIGIT_BITS = 7  # numbers up to 2^7 are exact in bfloat16
@@ -33,10 +34,12 @@ class PackedTable:
         return self._flat.take(self.row_offsets[ids][:, None] + self.column_offsets)
 
 
-def pack_table(weight: Tensor) -> PackedTable | None:
+def pack_table(weight: Tensor) -> PackedTable | native.NativeTable | None:
     """[rows, columns] -> its table, or None where this weight is not packed or its layout is another."""
+    if native.fits(weight):
+        return native.NativeTable(weight)
     num_rows, num_columns = weight.shape
-    packed = pack_weight(weight)
+    packed = pack_onednn(weight)
     if not packed.is_mkldnn:
         return None
     by_row = _offsets(weight.dtype, num_columns, along_rows=True)
@@ -44,7 +47,7 @@ def pack_table(weight: Tensor) -> PackedTable | None:
     if by_row is None or by_column is None:
         return None
     rows = torch.arange(num_rows)
-    probe_size = packed_bytes(pack_weight(weight.new_zeros(PROBE_ROWS, num_columns))) // weight.element_size()
+    probe_size = packed_bytes(pack_onednn(weight.new_zeros(PROBE_ROWS, num_columns))) // weight.element_size()
     row_offsets = rows // PROBE_ROWS * probe_size + by_row[rows % PROBE_ROWS]
     if int(row_offsets.max() + by_column.max()) >= packed_bytes(packed) // weight.element_size():
         return None
@@ -66,7 +69,7 @@ def _offsets(dtype: torch.dtype, num_columns: int, *, along_rows: bool) -> Tenso
         line = probe[:, 0] if along_rows else probe[0]
         # one more than the digit: zero marks every other place
         line.copy_(((numbers >> digit) & ((1 << DIGIT_BITS) - 1)) + 1)
-        packed = pack_weight(probe)
+        packed = pack_onednn(probe)
         memory = _memory(packed, dtype)
         found = memory.nonzero()[:, 0]
         if found.numel() != count:

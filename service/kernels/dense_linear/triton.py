@@ -124,7 +124,7 @@ def arrivals(device: torch.device) -> Tensor:
 
 
 def stream_linear(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int = 0) -> Tensor:
-    """x [T, in], T up to `MAX_ROWS`, a weight that `serves` accepts -> [T, out]; 0 splits: as many as fit."""
+    """x [T, in], T up to 64, a weight that `serves` accepts -> [T, out]; 0 splits: as many as fit."""
     x = x.contiguous()
     num_rows, in_features = x.shape
     out_features = weight.shape[0]
@@ -133,7 +133,7 @@ def stream_linear(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int = 
     parts = out if splits == 1 else x.new_empty(splits, num_rows, out_features, dtype=torch.float32)
     stream_kernel[(out_features // TILE_OUT, splits)](
         x, weight, weight if bias is None else bias, out, parts, arrivals(x.device), num_rows, in_features,
-        in_features // splits, out_features, bias is not None, splits, MAX_ROWS, TILE_OUT, TILE_IN,
+        in_features // splits, out_features, bias is not None, splits, max(16, triton.next_power_of_2(num_rows)), TILE_OUT, TILE_IN,
         LINE, PREFETCHED, dependent_launch.ENABLED, num_warps=4, num_stages=STAGES,
         launch_pdl=dependent_launch.ENABLED,
     )  # fmt: skip

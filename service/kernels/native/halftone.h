@@ -23,6 +23,10 @@ typedef void (*tile_function)(const void *arguments, int64_t tile);
    Handing a job out costs about a microsecond: give work of less than that one tile. */
 void parallel(tile_function function, const void *arguments, int64_t tiles);
 
+/* Memory of at least this size for the call that runs, 64-byte aligned, undefined contents. There is one for the
+   process, kept for the next call, so an op asks once, before `parallel`, and lays out all that it needs. */
+void *workspace(int64_t bytes);
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #endif

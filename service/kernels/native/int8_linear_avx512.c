@@ -1,0 +1,176 @@
+/* LLM.int8(): int8 rows of x against int8 rows of weights, and outlier features in float32.
+
+   bitsandbytes' rule, so that its codes come out bit for bit: x is rounded to float16; a feature that reaches the
+   threshold in any row of the call is an outlier; a row's scale is the largest magnitude below the threshold, of
+   outlier features too; codes are round(x * (1 / scale * 127)), and outlier features have none.
+
+   Weights lie as [out / 64][in / 4][64][4] bytes, each code plus 128: vpdpbusd multiplies unsigned with signed,
+   and the row's sums start at -128 times the sum of x's codes, which takes the 128 out again. */
+
+#include "dot_avx512.h"
+
+enum { FEATURES = 4 /* side by side */, OFFSET = 128 };
+
+/* 1 / 127^2 as bitsandbytes writes it. */
+#define DEQUANTIZE 6.200124e-05f
+
+struct int8_linear {
+    const bf16 *x; /* [rows, in] */
+    const uint8_t *codes;
+    const float *scales; /* [out], the largest magnitude of each row of weights */
+    const bf16 *bias;    /* [out], or null */
+    bf16 *y;             /* [rows, out] */
+    int64_t rows;
+    int64_t in_features;  /* a multiple of 4 */
+    int64_t out_features; /* a multiple of 64 */
+    double threshold;     /* a float16's value; 0: no outliers */
+};
+
+typedef struct {
+    const struct int8_linear *op;
+    int8_t *x_codes;     /* [rows][in] */
+    float *x_scales;     /* [rows] */
+    int32_t *first_sums; /* [rows]: -128 times the sum of x's codes */
+    uint16_t *flags;     /* [in / 16]: bit i of a word is an outlier */
+    int32_t *outliers;   /* [num_outliers], features in their order */
+    int64_t num_outliers;
+    float threshold;
+} int8_call;
+
+/* 16 features through float16; `mask` leaves out what lies behind the last one. */
+INLINE __m512 load_x(const bf16 *from, __mmask16 mask) {
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(load_bf16(from, mask), _MM_FROUND_TO_NEAREST_INT));
+}
+
+INLINE __mmask16 reaches(__m512 x, float threshold) {
+    return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(threshold), _CMP_GE_OQ);
+}
+
+static void flag_tile(const void *arguments, int64_t tile) {
+    const int8_call *call = arguments;
+    for (int64_t row = tile * CHUNK_ROWS; row < smaller((tile + 1) * CHUNK_ROWS, call->op->rows); row++)
+        for (int64_t i = 0; i < call->op->in_features; i += LANES) {
+            __m512 x = load_x(call->op->x + row * call->op->in_features + i, lanes(call->op->in_features - i));
+            __mmask16 found = reaches(x, call->threshold);
+            if (found) __atomic_fetch_or(&call->flags[i / LANES], found, __ATOMIC_RELAXED);
+        }
+}
+
+static void quantize_tile(const void *arguments, int64_t tile) {
+    const int8_call *call = arguments;
+    for (int64_t row = tile * CHUNK_ROWS; row < smaller((tile + 1) * CHUNK_ROWS, call->op->rows); row++) {
+        const bf16 *x = call->op->x + row * call->op->in_features;
+        __m512 most = _mm512_setzero_ps();
+        for (int64_t i = 0; i < call->op->in_features; i += LANES) {
+            __m512 some = load_x(x + i, lanes(call->op->in_features - i));
+            __mmask16 kept = call->threshold > 0 ? (__mmask16)~reaches(some, call->threshold) : 0xffff;
+            most = _mm512_mask_max_ps(most, kept, most, _mm512_abs_ps(some));
+        }
+        const float scale = _mm512_reduce_max_ps(most);
+        const __m512 factor = _mm512_set1_ps(1 / scale * 127);
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t i = 0; i < call->op->in_features; i += LANES) {
+            __mmask16 inside = lanes(call->op->in_features - i);
+            __mmask16 kept = inside & (__mmask16)~call->flags[i / LANES];
+            if (scale == 0) kept = 0; /* 0 times infinity has no code */
+            __m512 scaled = _mm512_mul_ps(load_x(x + i, inside), factor);
+            __m512i codes = _mm512_maskz_cvt_roundps_epi32(kept, scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            sum = _mm512_add_epi32(sum, codes);
+            _mm512_mask_cvtepi32_storeu_epi8(call->x_codes + row * call->op->in_features + i, inside, codes);
+        }
+        call->x_scales[row] = scale;
+        call->first_sums[row] = -OFFSET * _mm512_reduce_add_epi32(sum);
+    }
+}
+
+/* values += x * weight over the outlier features, for one row and one block. */
+INLINE void add_outliers(const int8_call *call, int64_t block, int64_t row, __m512 values[COLUMNS]) {
+    for (int64_t n = 0; n < call->num_outliers; n++) {
+        const int64_t feature = call->outliers[n];
+        const uint8_t *codes = call->op->codes + (block * call->op->in_features + feature / FEATURES * FEATURES) * BLOCK;
+        const int shift = (int)(feature % FEATURES) * 8;
+        const __m512i word = _mm512_set1_epi32(call->op->x[row * call->op->in_features + feature] << 16);
+        UNROLL for (int c = 0; c < COLUMNS; c++) {
+            __m512i four = _mm512_loadu_si512(codes + c * LANES * FEATURES);
+            __m512i code = _mm512_and_si512(_mm512_srl_epi32(four, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(0xff));
+            code = _mm512_sub_epi32(code, _mm512_set1_epi32(OFFSET));
+            __m512 scale = _mm512_loadu_ps(call->op->scales + block * BLOCK + c * LANES);
+            __m512 weight = _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 127)));
+            values[c] = _mm512_fmadd_ps(_mm512_castsi512_ps(word), weight, values[c]);
+        }
+    }
+}
+
+INLINE void int8_rows(const int rows, const int8_call *call, int64_t block, int64_t row) {
+    const int64_t quads = call->op->in_features / FEATURES;
+    const uint32_t *x = (const uint32_t *)call->x_codes + row * quads;
+    const uint8_t *weight = call->op->codes + block * BLOCK * call->op->in_features;
+    __m512i sums[MOST_ROWS][COLUMNS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_set1_epi32(call->first_sums[row + r]);
+    for (int64_t quad = 0; quad < quads; quad++) {
+        __m512i weights[COLUMNS];
+        UNROLL for (int c = 0; c < COLUMNS; c++)
+            weights[c] = _mm512_loadu_si512(weight + (quad * BLOCK + c * LANES) * FEATURES);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const __m512i four = _mm512_set1_epi32((int)x[r * quads + quad]);
+            UNROLL for (int c = 0; c < COLUMNS; c++) sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], weights[c], four);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        __m512 values[COLUMNS];
+        UNROLL for (int c = 0; c < COLUMNS; c++) {
+            __m512 scale = _mm512_loadu_ps(call->op->scales + block * BLOCK + c * LANES);
+            scale = _mm512_mul_ps(_mm512_set1_ps(call->x_scales[row + r]), scale);
+            values[c] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), scale), _mm512_set1_ps(DEQUANTIZE));
+        }
+        add_outliers(call, block, row + r, values);
+        UNROLL for (int c = 0; c < COLUMNS; c++)
+            store_outputs(call->op->y, call->op->bias, row + r, block * BLOCK + c * LANES, call->op->out_features, values[c]);
+    }
+}
+
+static void int8_tile(const void *arguments, int64_t tile) {
+    const int8_call *call = arguments;
+    const int64_t blocks = call->op->out_features / BLOCK, start = tile / blocks * CHUNK_ROWS;
+    const int64_t end = smaller(start + CHUNK_ROWS, call->op->rows);
+    for (int64_t row = start; row < end; row += MOST_ROWS)
+        WITH_CONSTANT_ROWS(smaller(end - row, MOST_ROWS), int8_rows, call, tile % blocks, row)
+}
+
+/* x's codes, scales and outliers in the workspace. */
+static void quantize(int8_call *call) {
+    const int64_t rows = call->op->rows, in = call->op->in_features, num_flags = (in + LANES - 1) / LANES;
+    char *space = workspace(rows * in + 8 * rows + 2 * num_flags + 4 * in);
+    call->outliers = (int32_t *)space;
+    call->x_scales = (float *)(call->outliers + in);
+    call->first_sums = (int32_t *)(call->x_scales + rows);
+    call->x_codes = (int8_t *)(call->first_sums + rows); /* a multiple of four bytes, as the flags need */
+    call->flags = (uint16_t *)(call->x_codes + rows * in);
+    call->num_outliers = 0;
+    for (int64_t i = 0; i < num_flags; i++) call->flags[i] = 0;
+    const int64_t tiles = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    if (call->threshold > 0) {
+        parallel(flag_tile, call, tiles);
+        for (int64_t i = 0; i < num_flags; i++)
+            for (uint32_t left = call->flags[i]; left; left &= left - 1)
+                call->outliers[call->num_outliers++] = (int32_t)(i * LANES + __builtin_ctz(left));
+    }
+    parallel(quantize_tile, call, tiles);
+}
+
+EXPORT void halftone_int8_linear(const struct int8_linear *op) {
+    int8_call call = {.op = op, .threshold = (float)op->threshold};
+    quantize(&call);
+    parallel(int8_tile, &call, linear_tiles(op->out_features, op->rows));
+}
+
+/* The first half alone, for tests: x's codes [rows, in] and scales [rows]; returns how many outliers there are. */
+EXPORT int64_t halftone_int8_quantize(const struct int8_linear *op, int8_t *codes, float *scales, int32_t *outliers) {
+    int8_call call = {.op = op, .threshold = (float)op->threshold};
+    quantize(&call);
+    for (int64_t i = 0; i < op->rows * op->in_features; i++) codes[i] = call.x_codes[i];
+    for (int64_t i = 0; i < op->rows; i++) scales[i] = call.x_scales[i];
+    for (int64_t i = 0; i < call.num_outliers; i++) outliers[i] = call.outliers[i];
+    return call.num_outliers;
+}
