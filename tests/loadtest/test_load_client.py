@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +136,18 @@ def test_a_broken_answer_is_an_error_of_its_request(raw: bytes, error: str) -> N
         writer.write(raw)
 
     assert send(handle).error.startswith(error)
+
+
+def test_a_connection_that_is_reset_ends_its_request_at_once() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        linger = struct.pack("ii", 1, 0)  # closing sends a reset
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.transport.abort()
+
+    record = send(handle)
+    assert record.error.startswith("ConnectionResetError")
+    assert record.finished_s >= record.sent_s
 
 
 def test_a_silent_server_is_given_up() -> None:

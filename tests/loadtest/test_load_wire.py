@@ -39,6 +39,13 @@ def test_events_with_carriage_returns() -> None:
     assert answer.complete
 
 
+def test_an_event_of_two_lines_torn_between_them() -> None:
+    """The second line alone looks like a whole event."""
+    answer = Answer()
+    assert answer.feed(HEAD + b"\r\ndata: 1\n") == []
+    assert answer.feed(b"data: 2\n\n") == [b"1\n2"]
+
+
 def test_a_body_with_a_length_is_kept_whole() -> None:
     answer = Answer()
     raw = b'HTTP/1.1 400 Bad Request\r\nContent-Length: 9\r\n\r\n{"e":"x"}'
