@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from service import device as devices
-from service.engine.engine import NO_MEMORY, Engine, Limits
+from service.engine.engine import Engine, Limits
 from service.engine.link import Throttle
-from service.engine.shortage import MIB, shortage, told_shortage, weight_bytes
+from service.engine.shortage import MIB, told_shortage, weight_bytes
+from service.engine.warm_up import warm_up
 from service.errors import DeviceError, PrecisionError, SettingError
-from service.messages import EngineConfig, EngineInfo, Loading, Sampling, Submit
+from service.messages import EngineConfig, EngineInfo, Loading
 from service.model.batch import BLOCK_TOKENS, PagedKV
 from service.model.checkpoint import Checkpoint, TensorSource
 from service.model.instance import ModelInstance, Progress
@@ -77,7 +78,8 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     is_captured = is_gpu and config.cuda_graphs == "on" and model.backend.capturable
     stages("warm", 0, 1, "steps")
     warm = warm_up(model, max_batch_tokens if is_gpu else 2 * BLOCK_TOKENS, max_batch_requests)
-    graph_bytes = devices.extra_bytes(device, warm.runner.rehearse) if is_captured else 0
+    with told_shortage(device, f"a decode step of {max_batch_requests} requests"):
+        graph_bytes = devices.extra_bytes(device, warm.runner.rehearse) if is_captured else 0
     del warm
     kv = make_kv(config, model, graph_bytes)
     limits = Limits(
@@ -180,31 +182,6 @@ def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int]:
             hint="each request that decodes takes one token of a step: raise `max_batch_tokens`",
         )
     return tokens, requests
-
-
-@torch.inference_mode()
-def warm_up(model: ModelInstance, num_tokens: int, num_requests: int) -> Engine:
-    """A largest step of one prompt, and one decode step: what layers and allocators do once is done.
-
-    -> the engine that did them, over a KV cache of its own.
-    """
-    num_tokens = max(2, min(num_tokens, model.decoder.cos.shape[0] - 1))
-    kv = model.new_kv(num_tokens // BLOCK_TOKENS + 2)
-    limits = Limits(num_tokens + 1, num_tokens, min(num_requests, num_tokens), model.config.vocab_size)
-    engine = Engine(model, kv, limits, model.device)
-    engine.add(Submit(0, [0] * (num_tokens - 1), Sampling(2, top_p=0.5, ignore_eos=True)))
-    while engine.has_work:
-        for output in engine.step().outputs:
-            if output.error == NO_MEMORY:
-                told = f"a step of {num_tokens} tokens beside {model.weight_bytes // MIB} MiB of weights"
-                raise shortage(model.device, told)
-            if output.error:
-                raise PrecisionError(
-                    f"precision `{model.backend.canonical}` fails on its first tokens: {output.error}",
-                    hint="try another `--precision` or `--dtype`, and look at the log above",
-                )
-    devices.synchronize(model.device)
-    return engine
 
 
 def num_kv_blocks(config: EngineConfig, model: ModelInstance, graph_bytes: int) -> int:

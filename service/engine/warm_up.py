@@ -1,0 +1,63 @@
+"""First steps before anybody waits for one: layers and allocators do their once-only work, kernels are built.
+
+startup --model--> warm_up --> an engine over a small cache of its own
+"""
+
+from itertools import count
+
+import torch
+
+from service import device as devices
+from service.engine.engine import NO_MEMORY, Engine, Limits
+from service.engine.shortage import MIB, shortage
+from service.errors import PrecisionError
+from service.messages import Sampling, Submit
+from service.model.batch import BLOCK_TOKENS
+from service.model.instance import ModelInstance
+
+# prompts that arrive one step apart, so that parts of prompts meet decoding rows: tokens, sampling
+MEETING = (
+    (1, Sampling(6, temperature=0, ignore_eos=True)),
+    (40, Sampling(5, ignore_eos=True)),
+    (200, Sampling(4, top_k=5, min_tokens=3, logprobs=2)),
+    (9, Sampling(4, frequency_penalty=0.5, ignore_eos=True)),
+    (70, Sampling(1, prompt_logprobs=1, ignore_eos=True)),
+)
+
+
+@torch.inference_mode()
+def warm_up(model: ModelInstance, num_tokens: int, num_requests: int) -> Engine:
+    """A largest step of one prompt and one decode step; on a GPU, whose kernels are built at their first use,
+    also steps of each kind.
+
+    Raises PrecisionError where the model fails on them, DeviceError where memory does.
+    """
+    num_tokens = max(2, min(num_tokens, model.decoder.cos.shape[0] - 1))
+    kv = model.new_kv(num_tokens // BLOCK_TOKENS + 2)
+    limits = Limits(num_tokens + 1, num_tokens, min(num_requests, num_tokens), model.config.vocab_size)
+    engine = Engine(model, kv, limits, model.device)
+    ids = count()
+    engine.add(Submit(next(ids), [0] * (num_tokens - 1), Sampling(2, top_p=0.5, ignore_eos=True)))
+    run(engine, model)
+    if devices.runs_behind(model.device):
+        for length, sampling in MEETING:
+            engine.add(Submit(next(ids), [0] * min(length, num_tokens - 1), sampling))
+            run(engine, model, 1)
+        run(engine, model)
+    devices.synchronize(model.device)
+    return engine
+
+
+def run(engine: Engine, model: ModelInstance, max_steps: int = 1 << 20) -> None:
+    """Steps while there is work."""
+    while engine.has_work and max_steps:
+        max_steps -= 1
+        for output in engine.step().outputs:
+            if output.error == NO_MEMORY:
+                told = f"a step of {engine.limits.max_batch_tokens} tokens"
+                raise shortage(model.device, f"{told} beside {model.weight_bytes // MIB} MiB of weights")
+            if output.error:
+                raise PrecisionError(
+                    f"precision `{model.backend.canonical}` fails on its first tokens: {output.error}",
+                    hint="try another `--precision` or `--dtype`, and look at the log above",
+                )
