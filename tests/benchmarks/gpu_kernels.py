@@ -211,7 +211,7 @@ def main() -> None:
         prefill(chunk, earlier, keys, values, arguments.sweep)
     del keys, values
     for rows in all_rows:
-        for name in LINEARS if rows <= linear.MAX_ROWS else ():
+        for name in LINEARS if rows <= 64 else ():
             few_rows(rows, name, arguments.sweep)
 
 

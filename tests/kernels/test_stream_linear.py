@@ -20,7 +20,7 @@ def stream() -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize("dtype", RELATIVE_RMS)
-@pytest.mark.parametrize(("rows", "splits"), [(1, 1), (3, 2), (16, 4)])
+@pytest.mark.parametrize(("rows", "splits"), [(1, 1), (3, 2), (16, 4), (33, 2)])
 def test_agrees_with_torch(stream: ModuleType, rows: int, splits: int, dtype: torch.dtype) -> None:
     torch.manual_seed(rows)
     x, weight, bias = (

@@ -130,10 +130,11 @@ def stream_linear(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int = 
     out_features = weight.shape[0]
     splits = splits or splits_of(in_features, out_features)
     out = x.new_empty(num_rows, out_features)
+    rows = max(16, triton.next_power_of_2(num_rows))
     parts = out if splits == 1 else x.new_empty(splits, num_rows, out_features, dtype=torch.float32)
     stream_kernel[(out_features // TILE_OUT, splits)](
         x, weight, weight if bias is None else bias, out, parts, arrivals(x.device), num_rows, in_features,
-        in_features // splits, out_features, bias is not None, splits, max(16, triton.next_power_of_2(num_rows)), TILE_OUT, TILE_IN,
+        in_features // splits, out_features, bias is not None, splits, rows, TILE_OUT, TILE_IN,
         LINE, PREFETCHED, dependent_launch.ENABLED, num_warps=4, num_stages=STAGES,
         launch_pdl=dependent_launch.ENABLED,
     )  # fmt: skip
