@@ -1,0 +1,81 @@
+"""The kernels of a GPU step, compiled for an H100 that is not here: what the interpreter cannot show."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILE = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from service.kernels.add_rms_norm.triton import add_rms_norm_kernel
+from service.kernels.dense_linear.triton import STAGES, TILE_IN, TILE_OUT, stream_kernel
+from service.kernels.paged_attention.triton import decode_kernel, prefill_kernel
+
+def ptx(kernel, constants, num_warps, num_stages):
+    types = {"num_rows": "i32", "window": "i32", "max_blocks": "i32", "eps": "fp32", "scale": "fp32"}
+    types |= {"softcap": "fp32", "in_features": "i32", "share": "i32", "out_features": "i32"}
+    types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "starts_ptr", "tiles_ptr", "arrived_ptr"), "*i32")
+    types |= dict.fromkeys(("logs_ptr", "parts_ptr"), "*fp32")
+    signature = {name: types.get(name, "*fp16") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name.endswith(("_ptr", "_features")) or name == "share"
+    }
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    source = ASTSource(kernel, signature, constants, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+heads = {"GROUP": 4, "KV_HEADS": 8, "DIM": 128, "PAGE": 16, "CAPPED": False, "WIDTH": 128, "TILE": 64}
+heads |= {"IS_DEPENDENT": True}
+tiles = {"TILE_OUT": TILE_OUT, "TILE_IN": TILE_IN, "LINE": 64, "PREFETCHED": 1024, "IS_DEPENDENT": True}
+norm = {"ADDS": True, "WIDTH": 4096, "COLUMNS": 4096, "ROWS": 1, "IS_DEPENDENT": True}
+print(json.dumps({
+    "decode": ptx(decode_kernel, heads | {"SPLITS": 4, "ROWS": 16}, 4, 3),
+    "prefill": ptx(prefill_kernel, heads | {"ROWS": 128}, 8, 3),
+    "stream": ptx(stream_kernel, tiles | {"BIASED": False, "SPLITS": 4, "ROWS": 16}, 4, STAGES),
+    "norm": ptx(add_rms_norm_kernel, norm, 8, 3),
+}))
+"""
+GLOBAL_ACCESS = r"(?:ld|st|atom)\.global|cp\.async\.c[ag]"
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    cache = str(tmp_path_factory.mktemp("triton"))
+    environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(Path.cwd())}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILE]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    compiled: dict[str, str] = json.loads(found)
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("kernel", "product"),
+    [("decode", "mma.sync"), ("prefill", "wgmma.mma_async"), ("stream", "wgmma.mma_async")],
+)
+def test_tensor_cores_and_wide_copies(ptx: dict[str, str], kernel: str, product: str) -> None:
+    """Keys, values and weights travel 16 bytes at a time; only page numbers are narrower."""
+    assert product in ptx[kernel]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", ptx[kernel])
+    assert copies.count("0x10") >= 16
+    assert set(copies) <= ({"0x10"} if kernel == "stream" else {"0x10", "0x4"})
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill", "stream", "norm"])
+def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], kernel: str) -> None:
+    wait = ptx[kernel].index("griddepcontrol.wait")
+    first = re.search(GLOBAL_ACCESS, ptx[kernel])
+    assert first is not None
+    assert wait < first.start()
+    assert ("prefetch.global.L2" in ptx[kernel][:wait]) is (kernel == "stream")
