@@ -1,6 +1,6 @@
 """LLM.int8(): int8 rows of weights against int8 rows of activations, outlier features in 16 bits.
 
-16-bit weights --build: bitsandbytes' row-wise absmax--> codes, scales --forward: bitsandbytes' ops--> y
+16-bit weights --build: bitsandbytes' row-wise absmax--> codes, scales --forward: its ops, or our own--> y
 
 A feature of which any row of the batch reaches `threshold` is multiplied in 16 bits with dequantized
 weights; the rest goes through an int8 product. Source: arXiv 2208.07339. Because the rule looks at the
@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from service.kernels.int8_linear import native
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.full import FullLinear
@@ -48,10 +49,9 @@ class Int8Options(Options):
 
 
 class Int8Linear(QuantLinear):
-    codes: Tensor  # int8 [out_features of all parts, in_features]
+    codes: Tensor  # int8 [out_features of all parts, in_features], or as kernels.int8_linear packs them
     scales: Tensor  # float32 [out_features of all parts], the largest magnitude of each row
     bias: Tensor | None  # [out_features of all parts]
-    kernel = "bitsandbytes.int8_mixed_scaled_mm"
 
     def __init__(
         self, group: LinearGroup, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float
@@ -61,11 +61,16 @@ class Int8Linear(QuantLinear):
         assert scales.shape == (group.out_features,)
         self.group = group
         self.threshold = threshold
-        self.register_buffer("codes", codes)
+        self.threshold_in_float16 = float(torch.tensor(threshold).half())  # x is compared as float16
+        self.is_native = native.fits(group.device, group.dtype, *codes.shape)
+        self.kernel = "native.avx512.int8_linear" if self.is_native else "bitsandbytes.int8_mixed_scaled_mm"
+        self.register_buffer("codes", native.pack(codes) if self.is_native else codes)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_native:
+            return native.linear(x, self.codes, self.scales, self.bias, self.threshold_in_float16)
         # bitsandbytes' CUDA kernel reads fp16 only; the CPU follows so that codes agree between the two
         rows, row_scales, outliers = bitsandbytes.int8_vectorwise_quant(
             x.to(torch.float16), threshold=self.threshold
@@ -77,7 +82,8 @@ class Int8Linear(QuantLinear):
 
     def dense(self, part: int) -> Tensor:
         rows = part_rows(self.group, part)
-        return (self.codes[rows].float() * (self.scales[rows, None] / 127)).cpu()
+        codes = native.unpack(self.codes) if self.is_native else self.codes
+        return (codes[rows].float() * (self.scales[rows, None] / 127)).cpu()
 
     def bytes(self) -> dict[str, int]:
         return {

@@ -1,11 +1,11 @@
 """NF4: four bits a weight from a table of normal quantiles, one absmax for each 64 of them.
 
-16-bit weights --build: bitsandbytes' quantize_4bit--> codes, absmax --forward: bitsandbytes' ops--> y
+16-bit weights --build: bitsandbytes' quantize_4bit--> codes, absmax --forward: its ops, or our own--> y
 
 Under double quantization (on by default) the absmax values are themselves 8-bit codes in blocks of 256,
 minus their mean: they stay so in memory and are decoded on the way into each product. Source: arXiv
-2305.14314. Codes equal bitsandbytes' bit for bit; on a CPU with AVX512-BF16 they lie in the order
-that its fused product reads.
+2305.14314. Codes equal bitsandbytes' bit for bit; on a CPU with AVX512-BF16 they lie in the order that our
+own kernel reads, or that of its fused product.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from service.errors import PrecisionError
+from service.kernels.nf4_linear import native
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.source import (
@@ -71,8 +72,8 @@ def deinterleave(packed: Tensor) -> Tensor:
 
 
 class NF4Linear(QuantLinear):
-    codes: Tensor  # uint8, bitsandbytes' [out * in / 2] or interleaved [out, in / 2]
-    absmax: Tensor  # float32 [blocks]; under double quantization uint8, each part padded to NESTED_BLOCK
+    codes: Tensor  # uint8, bitsandbytes' [out * in / 2], or interleaved [out, in / 2], or native
+    absmax: Tensor  # float32 [blocks], or uint8, each part padded to NESTED_BLOCK; native: kernels/nf4_linear
     nested_absmax: Tensor | None  # float32 [nested blocks of all parts]
     offsets: Tensor | None  # float32 [parts], mean of each part's absmax
     bias: Tensor | None  # [out_features of all parts]
@@ -88,24 +89,37 @@ class NF4Linear(QuantLinear):
     ) -> None:
         super().__init__()
         self.group = group
+        self.blocks_per_row = group.in_features // BLOCK
+        outs = [part.out_features for part in group.parts]
+        self.is_native = native.fits(group.device, group.dtype, outs)
         self.interleaved = (
-            group.device.type == "cpu"
+            not self.is_native
+            and group.device.type == "cpu"
             and group.dtype == torch.bfloat16
             and bitsandbytes.has_avx512bf16()
-            and all(part.out_features % INTERLEAVED_ROWS == 0 for part in group.parts)
+            and all(out % INTERLEAVED_ROWS == 0 for out in outs)
         )
-        self.kernel = "bitsandbytes.gemv_4bit" if self.interleaved else "bitsandbytes.gemm_4bit"
+        if self.is_native:
+            self.kernel = "native.avx512.nf4_linear"
+            codes = native.pack_codes(codes, group.out_features)
+            scales = native.pack_absmax(absmax, outs, self.blocks_per_row)
+        elif self.interleaved:
+            self.kernel = "bitsandbytes.gemv_4bit"
+            codes, scales = interleave(codes, group.out_features), torch.cat(absmax)
+        else:
+            self.kernel = "bitsandbytes.gemm_4bit"
+            scales = torch.cat(absmax)
         nested = bool(nested_absmax)
-        self.register_buffer("codes", interleave(codes, group.out_features) if self.interleaved else codes)
-        self.register_buffer("absmax", torch.cat(absmax))
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", scales)
         self.register_buffer("nested_absmax", torch.cat(nested_absmax) if nested else None)
         self.register_buffer("offsets", torch.stack(offsets) if nested else None)
         self.register_buffer("bias", bias)
-        self.blocks_per_row = group.in_features // BLOCK
+        self.parts = native.part_table(outs, [part.numel() for part in nested_absmax] or [0] * len(outs))
 
     def decode_absmax(self, out: Tensor) -> Tensor:
         """Fill [out_features of all parts, blocks of a row] of any strides and type with absmax; -> `out`."""
-        absmax = self.absmax
+        absmax = self.absmax_in_order() if self.is_native else self.absmax
         if self.nested_absmax is not None:
             absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
                 absmax, self.nested_absmax, nested_codebook(absmax.device), NESTED_BLOCK, torch.float32
@@ -123,14 +137,27 @@ class NF4Linear(QuantLinear):
                 start += padded(blocks)
         return out
 
+    def absmax_in_order(self) -> Tensor:
+        """What `absmax` is where our own kernel does not serve."""
+        rows = native.unpack_absmax(self.absmax)
+        parts = [rows[part_rows(self.group, number)].reshape(-1) for number in range(len(self.group.parts))]
+        if self.offsets is not None:
+            parts = [F.pad(part, (0, padded(part.numel()) - part.numel())) for part in parts]
+        return torch.cat(parts)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_native:
+            nested, offsets = self.nested_absmax, self.offsets
+            doubly = None
+            if nested is not None and offsets is not None:
+                doubly = nested_codebook(x.device), nested, offsets, self.parts
+            return native.linear(x, self.codes, self.absmax, doubly, self.bias)
         shape = (self.group.out_features, self.group.in_features)
-        y: Tensor
         if self.interleaved:
             # a row of scales for each block, one column a row of weights: the fused product walks so
             columns = torch.empty(self.blocks_per_row, shape[0], dtype=torch.bfloat16)
             self.decode_absmax(columns.t())
-            y = torch.ops.bitsandbytes.gemv_4bit.default(
+            y: Tensor = torch.ops.bitsandbytes.gemv_4bit.default(
                 x, self.codes, shape, columns, codebook(x.device), BLOCK
             )
             return y if self.bias is None else y.add_(self.bias)
@@ -147,7 +174,11 @@ class NF4Linear(QuantLinear):
         return y
 
     def dense(self, part: int) -> Tensor:
-        codes = deinterleave(self.codes) if self.interleaved else self.codes
+        codes = self.codes
+        if self.is_native:
+            codes = native.unpack_codes(codes)
+        elif self.interleaved:
+            codes = deinterleave(codes)
         levels = codebook(codes.device)[torch.stack((codes >> 4, codes & 0xF), dim=-1).long()]
         rows = part_rows(self.group, part)
         absmax = self.decode_absmax(
