@@ -15,8 +15,6 @@ from torch import Tensor
 from service.engine.penalties import Penalties
 from service.engine.sampler import SamplingRows, Variant, draw
 from service.engine.state import (
-    LAST_TOKEN,
-    LENGTH,
     MIN_P,
     SAMPLE_INDEX,
     SEED,
@@ -25,6 +23,7 @@ from service.engine.state import (
     TOP_P,
     DeviceState,
 )
+from service.kernels.row_state import read_rows, write_rows
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 
 
@@ -72,21 +71,17 @@ class DecodeStep:
         """
         state = self._state
         rows = state.rows[:num_rows]
-        fields = state.fields.index_select(0, rows)
         tables = state.tables
         if context_lengths:
             tables = tables[:, : -(-max(context_lengths) // BLOCK_TOKENS)]
-        tables = tables.index_select(0, rows)
-        positions = fields[:, LENGTH].long()
-        lengths = fields[:, LENGTH] + 1
-        blocks = tables.gather(1, (positions // BLOCK_TOKENS).unsqueeze(1)).squeeze(1)
+        token_ids, positions, slots, lengths, blocks = read_rows(state.fields, tables, rows, BLOCK_TOKENS)
         batch = StepBatch(
-            token_ids=fields[:, LAST_TOKEN].long(),
+            token_ids=token_ids,
             positions=positions,
-            slots=blocks.long() * BLOCK_TOKENS + positions % BLOCK_TOKENS,
+            slots=slots,
             query_starts=self._start_list[: num_rows + 1],
             context_lengths=context_lengths,
-            block_tables=tables,
+            block_tables=blocks,
             num_decode=num_rows,
             logit_rows=self._logit_rows[:num_rows],
             lengths=lengths,
@@ -98,25 +93,26 @@ class DecodeStep:
             # log-probabilities are told of the model's own logits; a captured step tells none
             shaped = logits.clone() if context_lengths else logits
             self._penalties.shape(shaped, rows)
-        token_ids = draw(shaped, sampling_rows(fields, positions + 1, variant), suppressed)
-        state.advance(rows, lengths, token_ids)
+        drawn = draw(shaped, sampling_rows(state.fields, rows, lengths, variant), suppressed)
+        write_rows(state.fields, rows, drawn, state.padding)
         if shapes_logits:
-            self._penalties.record(rows, token_ids)
-        return Drawn(token_ids, logits)
+            self._penalties.record(rows, drawn)
+        return Drawn(drawn, logits)
 
 
-def sampling_rows(fields: Tensor, positions: Tensor, variant: Variant) -> SamplingRows:
-    """int32 [rows, words] of the state, int64 [rows] of the tokens to draw -> what the sampler reads."""
+def sampling_rows(fields: Tensor, rows: Tensor, positions: Tensor, variant: Variant) -> SamplingRows:
+    """int32 [requests, words] of the state, int [rows], int [rows] of the tokens to draw -> the sampler's."""
     if variant == "greedy":
         none = torch.empty(0)
         return SamplingRows(variant, none, none, none, none, none, none, none)
+    fields = fields.index_select(0, rows)
     wide = fields.view(torch.int64)
     fractions = fields.view(torch.float64)
     return SamplingRows(
         variant,
         temperature=fields.view(torch.float32)[:, TEMPERATURE],
         seeds=wide[:, SEED],
-        positions=positions,
+        positions=positions.long(),
         sample_indices=fields[:, SAMPLE_INDEX].long(),
         top_k=fields[:, TOP_K].long(),
         top_p=fractions[:, TOP_P],

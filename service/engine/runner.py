@@ -151,7 +151,6 @@ class Runner:
             return Pending(len(chunks), [], None, None, scored)
         if scored:
             logits = logits.index_select(0, picked)
-        fields = self.state.fields.index_select(0, drawing)
         suppressed = self._suppressed([chunks[i] for i in wanted.drawn], drawn_rows, stops[wanted.drawn])
         shapes_logits = bool(self.penalties.asking[drawn_rows].any())
         shaped, shaped_rows = logits, drawing.to(torch.int32)
@@ -159,7 +158,9 @@ class Runner:
             shaped = logits.clone()
             self.penalties.shape(shaped, shaped_rows)
         token_ids_drawn = draw(
-            shaped, sampling_rows(fields, drawn_stops, self._variant(drawn_rows)), suppressed
+            shaped,
+            sampling_rows(self.state.fields, drawing, drawn_stops, self._variant(drawn_rows)),
+            suppressed,
         )
         self.state.advance(drawing, drawn_stops, token_ids_drawn)
         if shapes_logits:
