@@ -89,7 +89,8 @@ def plots(rows: list[Row], places: dict[str, int]) -> dict[str, str]:
         for load in row.loads
         if not load.concurrency and load.itl_curve_s
     ]
-    if curves:
+    # a client that is kept from running reads many tokens at once; gaps of 0 have no logarithm
+    if any(milliseconds > 0 for curve in curves for milliseconds, _ in curve.points):
         drawn["gaps"] = distribution(curves, "ms between two tokens (logarithmic)")
     return drawn
 

@@ -255,6 +255,19 @@ def test_a_page_of_failures_is_still_a_page() -> None:
     assert "not complete" in reader.text
 
 
+def test_tokens_that_came_all_at_once_have_no_curve(three: Report) -> None:
+    """On an overloaded machine every gap can be 0, and the whole report was lost."""
+    rows = [
+        msgspec.structs.replace(
+            mode, loads=[msgspec.structs.replace(phase, itl_curve_s=[0.0] * 51) for phase in mode.loads]
+        )
+        for mode in three.rows
+    ]
+    page = render_page(msgspec.structs.replace(three, rows=rows))
+    assert "Time between two tokens" not in page
+    assert "Memory at the peak" in page
+
+
 def test_a_disagreement_is_flagged_everywhere(three: Report) -> None:
     wanted = (
         "(!) nf4, decode M=1: +0.40 ± 0.10 % from prefill on 2,048 tokens, more than 0.2 % and more than 2 "
