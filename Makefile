@@ -19,6 +19,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # own version, so this one cannot stand in constraints.txt.
 TRITON := triton==3.6.0
 
+# Files of tests side by side, each whole in one process: its servers and models are made once.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: serve compare install test check format clean
 .DELETE_ON_ERROR:
 
@@ -31,7 +34,7 @@ compare: $(INSTALLED)
 install: $(INSTALLED)
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 check: $(TESTABLE)
 	$(BIN)/ruff format --check .
