@@ -76,8 +76,8 @@ def test_mixed_batch_equals_reference(
     window: int,
     softcap: float,
 ) -> None:
-    """Decode rows, a whole prompt, a chunk behind a cached prefix, and one longer than a tile."""
-    lengths, chunks = [5, 90, 70, 130, 33, 3], [1, 1, 70, 40, 2, 3]
+    """Decode rows, whole prompts, chunks behind a cached prefix; some end one query behind a tile."""
+    lengths, chunks = [5, 90, 65, 130, 33, 3], [1, 1, 65, 41, 2, 3]
     pages = Pages(lengths, kv_heads, head_dim, dtype, seed=head_dim)
     starts = [sum(chunks[:i]) for i in range(len(chunks) + 1)]
     q = torch.randn(starts[-1], kv_heads * group, head_dim).to(dtype)

@@ -63,8 +63,7 @@ def test_draws_are_the_references(sample: ModuleType, dtype: torch.dtype) -> Non
     assert got[8] == logits[8].argmax()
 
 
-def test_the_ends_of_the_mass(sample: ModuleType) -> None:
-    """A share at the very end takes the last token that has any mass, never one behind it."""
+def test_what_has_no_mass_is_never_drawn(sample: ModuleType) -> None:
     logits = torch.full((64, VOCAB), torch.finfo(torch.float32).min)
     logits[:, 4097] = logits[:, 17] = 0.0
     count = torch.arange(64)

@@ -72,15 +72,14 @@ def draw_kernel(  # type: ignore[no-untyped-def]
         chunks = tl.arange(0, PADDED)
         masses = tl.load(masses_ptr + row * CHUNKS + chunks, mask=chunks < CHUNKS, other=0.0)
         target = share * tl.sum(masses, 0)
-        # what rounding leaves over belongs to the last that has any mass
-        last = tl.max(tl.where(masses > 0, chunks, 0), 0)
-        hit = tl.minimum(tl.sum((tl.cumsum(masses, 0) <= target).to(tl.int32), 0), last)
+        hit = tl.sum((tl.cumsum(masses, 0) <= target).to(tl.int32), 0)
         before = tl.sum(tl.where(chunks < hit, masses, 0.0), 0)
         places = tl.arange(0, CHUNK)
         token_ids = hit * CHUNK + places
         logits = tl.load(logits_ptr + row * vocab + token_ids, mask=token_ids < vocab, other=float("-inf"))
         scaled = (logits.to(tl.float32) - highest) / tl.maximum(temperature, min_temperature)
         weights = tl.exp(scaled).to(tl.float64)
+        # the chunk's mass was added in another order: what rounding leaves over belongs to its last token
         last = tl.max(tl.where(weights > 0, places, 0), 0)
         place = tl.sum((before + tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
         token_id = hit * CHUNK + tl.minimum(place, last)
