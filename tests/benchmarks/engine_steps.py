@@ -69,7 +69,7 @@ def run(
 
     def send() -> None:
         nonlocal num_sent
-        prompt = [generator.randrange(engine.limits.vocab_size) for _ in range(prompt_tokens)]
+        prompt = generator.choices(range(engine.limits.vocab_size), k=prompt_tokens)
         engine.add(Submit(num_sent, prompt, sampling))
         num_sent += 1
 
@@ -98,7 +98,7 @@ def busy_share(engine: Engine, num_streams: int, prompt_tokens: int) -> float:
     """Of a traced stretch of decode steps, the share of time in which some kernel or copy ran."""
     generator = random.Random(7)
     for index in range(num_streams):
-        prompt = [generator.randrange(engine.limits.vocab_size) for _ in range(prompt_tokens)]
+        prompt = generator.choices(range(engine.limits.vocab_size), k=prompt_tokens)
         engine.add(Submit(index, prompt, Sampling(10_000, temperature=0, ignore_eos=True)))
     while engine.step().stats.num_prefill_tokens or engine.scheduler.waiting:
         pass
@@ -113,7 +113,7 @@ def busy_share(engine: Engine, num_streams: int, prompt_tokens: int) -> float:
         engine.step()
     kineto = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
     spans = sorted(
-        (event.start_ns(), event.end_ns())
+        (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in kineto
         if event.device_type() == torch.autograd.DeviceType.CUDA
     )
