@@ -103,14 +103,19 @@ class AnswerFormat(ABC):
     # --- streams -------------------------------------------------------------------------------
 
     def events(self, answer: Answer, delta: Delta) -> bytes:
-        """What one step added to one answer -> its events; nothing where no text is certain yet."""
+        """What one step added to one answer -> its events; nothing where it added nothing.
+
+        A token whose text is not certain yet (half a character, what may become a stop string) has an event
+        with empty text: a client that measures the time between tokens sees each of them.
+        """
         first = not self._begun[answer.index]
+        grew = bool(delta.text or delta.token_ids)
         if first:
             self._begun[answer.index] = True
         if self.text_only:
             if first:
                 events = self.opening(answer)
-            elif delta.text and answer.finish_reason is None and not self.wanted.continuous_usage:
+            elif grew and answer.finish_reason is None and not self.wanted.continuous_usage:
                 before, after = self._frames[answer.index]
                 return before + orjson.dumps(delta.text) + after
             else:
@@ -118,12 +123,12 @@ class AnswerFormat(ABC):
             if self.wanted.continuous_usage and delta.token_ids:
                 before, after = self._frames[answer.index]
                 events += before + orjson.dumps(delta.text) + after + orjson.dumps(self.usage()) + b"}\n\n"
-            elif delta.text:
+            elif grew:
                 before, after = self._frames[answer.index]
                 events += before + orjson.dumps(delta.text) + after
         else:
             events = self.opening(answer) if first else b""
-            if first or delta.text or delta.token_ids:
+            if first or grew:
                 events += self._rich_event(answer, delta, first)
         if answer.finish_reason is not None:
             last = {"index": answer.index, **self.streamed(None), "logprobs": None}

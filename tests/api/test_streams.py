@@ -73,6 +73,18 @@ def test_the_text_survives_its_tokens(fixed: Server) -> None:
     assert streamed(fixed) == whole(fixed) == (TEXT, "stop", num_tokens + 1)
 
 
+def test_each_token_has_its_event(fixed: Server) -> None:
+    """With empty text where a character is not whole yet, so that a client can time every token."""
+    num_tokens = 12
+    body = completion(stream=True, max_tokens=num_tokens)
+    with fixed.http() as http, http.stream("POST", "/v1/completions", json=body) as response:
+        *chunks, done = events(response)
+    assert done == "[DONE]"
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert len(choices) == num_tokens + 1  # the last tells the finish reason
+    assert any(not choice["text"] for choice in choices[:-1])
+
+
 @pytest.mark.parametrize("num_tokens", [1, 7, 15, 23])
 def test_a_cut_answer_is_a_prefix(fixed: Server, num_tokens: int) -> None:
     """Where the limit falls inside a character, that character alone is replaced."""
