@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.kernels.dense_linear import dense_linear, linear_kernel, packed_bytes
+from service.kernels.dense_linear import bind_linear, dense_linear, linear_kernel, packed_bytes
 from service.kernels.dense_linear.table import pack_table
 
 
@@ -34,6 +34,7 @@ class FullHead(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
+        self.bound = bind_linear(weight)
 
     @property
     def kernel(self) -> str:
@@ -41,7 +42,7 @@ class FullHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, hidden] -> float32 [R, vocab]."""
-        return dense_linear(x, self.weight).float()
+        return (self.bound(x) if self.bound else dense_linear(x, self.weight)).float()
 
     def bytes(self) -> int:
         return packed_bytes(self.weight)

@@ -54,8 +54,11 @@ class AWQLinear(QuantLinear):
         self.register_buffer("zeros", weight.zeros)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("bias", bias)
+        self.bound = awq_linear.bind(self.codes, self.zeros, self.scales, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bound:
+            return self.bound(x)
         return awq_linear.apply(x, self.codes, self.zeros, self.scales, self.bias)
 
     def dense(self, part: int) -> Tensor:

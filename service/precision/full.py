@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from service.errors import PrecisionError
-from service.kernels.dense_linear import dense_linear, linear_kernel, pack_weight, packed_bytes, unpack_weight
+from service.kernels.dense_linear import (
+    bind_linear,
+    dense_linear,
+    linear_kernel,
+    pack_weight,
+    packed_bytes,
+    unpack_weight,
+)
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.source import merged_weight, part_rows, read_bias, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
@@ -29,8 +36,11 @@ class FullLinear(QuantLinear):
         self.register_buffer("weight", pack_weight(weight))
         self.register_buffer("bias", bias)
         self.kernel = linear_kernel(self.weight)
+        self.bound = bind_linear(self.weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bound:
+            return self.bound(x)
         return dense_linear(x, self.weight, self.bias)
 
     def dense(self, part: int) -> Tensor:

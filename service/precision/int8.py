@@ -61,16 +61,16 @@ class Int8Linear(QuantLinear):
         assert scales.shape == (group.out_features,)
         self.group = group
         self.threshold = threshold
-        self.threshold_in_float16 = float(torch.tensor(threshold).half())  # x is compared as float16
         self.is_native = native.fits(group.device, group.dtype, *codes.shape)
         self.kernel = "native.avx512.int8_linear" if self.is_native else "bitsandbytes.int8_mixed_scaled_mm"
         self.register_buffer("codes", native.pack(codes) if self.is_native else codes)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
+        self.bound = native.linear(self.codes, scales, bias, threshold) if self.is_native else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_native:
-            return native.linear(x, self.codes, self.scales, self.bias, self.threshold_in_float16)
+        if self.bound:
+            return self.bound(x)
         # bitsandbytes' CUDA kernel reads fp16 only; the CPU follows so that codes agree between the two
         rows, row_scales, outliers = bitsandbytes.int8_vectorwise_quant(
             x.to(torch.float16), threshold=self.threshold

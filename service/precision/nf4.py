@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from service.errors import PrecisionError
+from service.kernels.native.linear import NativeLinear
 from service.kernels.nf4_linear import native
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_import import bitsandbytes
@@ -115,7 +116,17 @@ class NF4Linear(QuantLinear):
         self.register_buffer("nested_absmax", torch.cat(nested_absmax) if nested else None)
         self.register_buffer("offsets", torch.stack(offsets) if nested else None)
         self.register_buffer("bias", bias)
-        self.parts = native.part_table(outs, [part.numel() for part in nested_absmax] or [0] * len(outs))
+        self.bound = self._bind([part.numel() for part in nested_absmax]) if self.is_native else None
+
+    def _bind(self, num_nested: list[int]) -> NativeLinear:
+        nested = None
+        if self.nested_absmax is not None and self.offsets is not None:
+            rows = [part_rows(self.group, part).start for part in range(len(self.group.parts))]
+            parts = torch.tensor([[row, sum(num_nested[:part])] for part, row in enumerate(rows)])
+            nested = native.Nested(
+                nested_codebook(self.codes.device), self.nested_absmax, self.offsets, parts
+            )
+        return native.linear(self.codes, self.absmax, nested, self.bias)
 
     def decode_absmax(self, out: Tensor) -> Tensor:
         """Fill [out_features of all parts, blocks of a row] of any strides and type with absmax; -> `out`."""
@@ -146,12 +157,8 @@ class NF4Linear(QuantLinear):
         return torch.cat(parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_native:
-            nested, offsets = self.nested_absmax, self.offsets
-            doubly = None
-            if nested is not None and offsets is not None:
-                doubly = nested_codebook(x.device), nested, offsets, self.parts
-            return native.linear(x, self.codes, self.absmax, doubly, self.bias)
+        if self.bound:
+            return self.bound(x)
         shape = (self.group.out_features, self.group.in_features)
         if self.interleaved:
             # a row of scales for each block, one column a row of weights: the fused product walks so

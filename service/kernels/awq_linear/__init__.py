@@ -8,6 +8,7 @@ blocks of its own for bfloat16 activations. No caller asks which device it is on
 by the tensors it returns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from service.kernels.awq_linear import cpu, native, reference
 
-__all__ = ["PackedWeight", "apply", "check", "dense", "prepare"]
+__all__ = ["PackedWeight", "apply", "bind", "check", "dense", "prepare"]
 
 library = torch.library.Library("halftone", "FRAGMENT")
 library.define("awq_linear(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales) -> Tensor")
@@ -83,9 +84,16 @@ def prepare(
 def apply(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """[tokens, in] -> [tokens, out]; the resident form is told by its type and dimensions."""
     if native.is_packed(codes):
-        return native.linear(x, codes, zeros, scales, bias)
+        return native.linear(codes, zeros, scales, bias)(x)
     y: Tensor = (_int4pack if codes.dtype == torch.uint8 else _gemm)(x, codes, zeros, scales)
     return y if bias is None else y.add_(bias)
+
+
+def bind(
+    codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None
+) -> Callable[[Tensor], Tensor] | None:
+    """`apply` of this weight for a layer that calls it often; None where nothing can be prepared."""
+    return native.linear(codes, zeros, scales, bias) if native.is_packed(codes) else None
 
 
 def dense(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:

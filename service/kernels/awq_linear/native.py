@@ -6,21 +6,16 @@ does not depend on the rows that it is computed with, bit for bit. The layout is
 native/four_bit_linear_avx512.c.
 """
 
-from collections.abc import Callable
-from ctypes import c_char_p
-from functools import cache
-from struct import Struct
-
 from torch import Tensor
 
 from service.kernels.awq_linear.reference import unpack
-from service.kernels.native import bf16_rows, load, loaded
+from service.kernels.native import load
 from service.kernels.native.blocks import BLOCK, from_blocks, from_nibbles, to_blocks, to_nibbles
+from service.kernels.native.linear import NativeLinear
 
 PAIR = 2  # features side by side
 GROUP_MULTIPLE = 32
 PACKED_DIMENSIONS = 3  # by which packed codes are known
-_arguments = Struct("6P4q").pack  # struct awq_linear in four_bit_linear_avx512.c
 
 
 def fits(qweight: Tensor, scales: Tensor) -> bool:
@@ -48,29 +43,11 @@ def dequantize(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     return (centred * from_blocks(scales).float().unsqueeze(-1)).flatten(1)
 
 
-def linear(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x bfloat16 [T, in] -> [T, out]."""
+def linear(codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None) -> NativeLinear:
+    """What multiplies with this weight, `bias` [out] bfloat16."""
     num_blocks, pairs, _ = codes.shape
-    x = bf16_rows(x, pairs * PAIR)
-    num_rows = x.shape[0]
-    y = x.new_empty(num_rows, num_blocks * BLOCK)
-    _function()(
-        _arguments(
-            x.data_ptr(),
-            codes.data_ptr(),
-            zeros.data_ptr(),
-            scales.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            num_rows,
-            pairs * PAIR,
-            num_blocks * BLOCK,
-            pairs * PAIR // zeros.shape[1],
-        )
+    in_features = pairs * PAIR
+    tensors = codes, zeros, scales, bias
+    return NativeLinear(
+        "halftone_awq_linear", in_features, num_blocks * BLOCK, "4Pq", *tensors, in_features // zeros.shape[1]
     )
-    return y
-
-
-@cache
-def _function() -> Callable[[bytes], None]:
-    return loaded().function("halftone_awq_linear", [c_char_p])

@@ -1,10 +1,12 @@
-"""x @ weight.T + bias for unquantized weights: packed once for oneDNN on a CPU; on CUDA torch's own, but for
-a few rows.
+"""x @ weight.T + bias for unquantized weights: packed once on a CPU; on CUDA torch's own, but for a few rows.
 
 Given a plain weight, torch lets oneDNN copy it into blocks on every call. Packed at load, a step of few rows
-takes about two thirds of the time, the bytes are the same, and in float32 a row's result no longer depends
-on how many rows are computed with it, bit for bit, so a batch cannot move a greedy token.
+takes about two thirds of the time, and the bytes are the same: bfloat16 for our own kernel (native.py) where
+it serves, else for oneDNN. In float32 and in our own bfloat16 a row's result does not depend on how many rows
+are computed with it, bit for bit, so a batch cannot move a greedy token.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,15 @@ from torch import Tensor
 
 from service.kernels.dense_linear import native
 
-__all__ = ["dense_linear", "linear_kernel", "pack_onednn", "pack_weight", "packed_bytes", "unpack_weight"]
+__all__ = [
+    "bind_linear",
+    "dense_linear",
+    "linear_kernel",
+    "pack_onednn",
+    "pack_weight",
+    "packed_bytes",
+    "unpack_weight",
+]
 
 if torch.cuda.is_available():
     from service.kernels.dense_linear import triton as cuda
@@ -47,13 +57,18 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if x.is_cuda and x.shape[0] <= cuda.MAX_ROWS and cuda.serves(weight):
         return cuda.stream_linear(x, weight, bias)
     if native.is_packed(weight):
-        return native.linear(x, weight, bias)
+        return native.linear(weight, bias)(x)
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     if x.shape[0] == 1 and x.dtype == torch.float32:
         # oneDNN splits long sums another way for one row than for many; as two rows the sum stays the same
         return _linear(x.expand(2, -1).contiguous(), weight, bias, "none", [], "")[:1]
     return _linear(x, weight, bias, "none", [], "")
+
+
+def bind_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
+    """`dense_linear` of this weight for a layer that calls it often; None where nothing can be prepared."""
+    return native.linear(weight, bias) if native.is_packed(weight) else None
 
 
 def unpack_weight(weight: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from service.kernels.native import bf16_rows, load, loaded
+from service.kernels.native import load, loaded
 from service.kernels.native.blocks import BLOCK, from_blocks, to_blocks
+from service.kernels.native.linear import NativeLinear
 
 PAIR = 2  # features side by side
 PACKED_DIMENSIONS = 4  # by which a packed weight is known
-_linear_arguments = Struct("4P3q").pack  # struct dense_linear in dense_linear_avx512.c
-_rows_arguments = Struct("3P3q").pack  # struct dense_rows there
+_rows_arguments = Struct("3P3q").pack  # struct dense_rows in dense_linear_avx512.c
 
 
 def fits(weight: Tensor) -> bool:
@@ -42,24 +42,10 @@ def unpack(packed: Tensor) -> Tensor:
     return from_blocks(packed.flatten(-2), PAIR)
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """x bfloat16 [T, in] -> [T, out]."""
+def linear(packed: Tensor, bias: Tensor | None) -> NativeLinear:
+    """What multiplies with this weight, `bias` [out] bfloat16."""
     num_blocks, pairs, _, _ = packed.shape
-    x = bf16_rows(x, pairs * PAIR)
-    num_rows = x.shape[0]
-    y = x.new_empty(num_rows, num_blocks * BLOCK)
-    _functions()[0](
-        _linear_arguments(
-            x.data_ptr(),
-            packed.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            num_rows,
-            pairs * PAIR,
-            num_blocks * BLOCK,
-        )
-    )
-    return y
+    return NativeLinear("halftone_dense_linear", pairs * PAIR, num_blocks * BLOCK, "2P", packed, bias)
 
 
 class NativeTable:
@@ -75,15 +61,11 @@ class NativeTable:
         assert ids.dtype is torch.int64
         found = self.packed.new_empty(ids.shape[0], pairs * PAIR)
         addresses = self.packed.data_ptr(), ids.data_ptr(), found.data_ptr()
-        if _functions()[1](_rows_arguments(*addresses, ids.shape[0], pairs, num_blocks * BLOCK)):
+        if _rows()(_rows_arguments(*addresses, ids.shape[0], pairs, num_blocks * BLOCK)):
             raise IndexError(f"ids beyond the table's {num_blocks * BLOCK} rows")
         return found
 
 
 @cache
-def _functions() -> tuple[Callable[[bytes], None], Callable[[bytes], int]]:
-    library = loaded()
-    return (
-        library.function("halftone_dense_linear", [c_char_p]),
-        library.function("halftone_dense_rows", [c_char_p], c_int64),
-    )
+def _rows() -> Callable[[bytes], int]:
+    return loaded().function("halftone_dense_rows", [c_char_p], c_int64)

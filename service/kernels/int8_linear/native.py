@@ -5,20 +5,19 @@ unsigned bytes with signed ones. Outlier features are multiplied in float32 with
 sum of both shares is rounded once, where bitsandbytes rounds each and the weights too.
 """
 
-from collections.abc import Callable
 from ctypes import c_char_p, c_int64, c_void_p
-from functools import cache
 from struct import Struct
 
 import torch
 from torch import Tensor
 
-from service.kernels.native import bf16_rows, load, loaded
+from service.kernels.native import load, loaded
 from service.kernels.native.blocks import BLOCK, from_blocks, to_blocks
+from service.kernels.native.linear import NativeLinear
 
 FEATURES = 4  # side by side
 SIGN = 0x80  # of a code; flipped, it is the code plus 128
-_arguments = Struct("5P3qd").pack  # struct int8_linear in int8_linear_avx512.c
+_arguments = Struct("2P3q3Pd").pack  # struct int8_linear in int8_linear_avx512.c
 
 
 def fits(device: torch.device, dtype: torch.dtype, out_features: int, in_features: int) -> bool:
@@ -37,30 +36,14 @@ def unpack(packed: Tensor) -> Tensor:
     return (from_blocks(packed, FEATURES) ^ SIGN).view(torch.int8)
 
 
-def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """x bfloat16 [T, in] -> [T, out]; a feature that reaches `threshold` in any row is an outlier.
+def linear(codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> NativeLinear:
+    """What multiplies with this weight, `bias` [out] bfloat16.
 
-    The threshold is compared with x in float16, so it must be a float16's value; 0: there are no outliers.
+    A feature of which any row of a call reaches `threshold` is an outlier; 0: there are none.
     """
     num_blocks, quads, _ = codes.shape
-    in_features, out_features = quads * FEATURES, num_blocks * BLOCK
-    x = bf16_rows(x, in_features)
-    num_rows = x.shape[0]
-    y = x.new_empty(num_rows, out_features)
-    _functions()[0](
-        _arguments(
-            x.data_ptr(),
-            codes.data_ptr(),
-            scales.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            num_rows,
-            in_features,
-            out_features,
-            threshold,
-        )
-    )
-    return y
+    told = codes, scales, bias, in_float16(threshold)
+    return NativeLinear("halftone_int8_linear", quads * FEATURES, num_blocks * BLOCK, "3Pd", *told)
 
 
 def quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,20 +52,17 @@ def quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     Codes int8 [T, in], scales float32 [T], outlier features int64.
     """
     num_rows, in_features = x.shape
-    x = bf16_rows(x, in_features)
+    assert x.dtype is torch.bfloat16
+    x = x.contiguous()
     codes = torch.empty(num_rows, in_features, dtype=torch.int8)
     scales = torch.empty(num_rows)
     outliers = torch.empty(in_features, dtype=torch.int32)
-    arguments = _arguments(x.data_ptr(), 0, 0, 0, 0, num_rows, in_features, 0, threshold)
-    count = _functions()[1](arguments, codes.data_ptr(), scales.data_ptr(), outliers.data_ptr())
+    function = loaded().function("halftone_int8_quantize", [c_char_p, *[c_void_p] * 3], c_int64)
+    arguments = _arguments(x.data_ptr(), 0, num_rows, in_features, 0, 0, 0, 0, in_float16(threshold))
+    count = function(arguments, codes.data_ptr(), scales.data_ptr(), outliers.data_ptr())
     return codes, scales, outliers[:count].long()
 
 
-@cache
-def _functions() -> tuple[Callable[[bytes], None], Callable[..., int]]:
-    library = loaded()
-    pointers = [c_void_p] * 3
-    return (
-        library.function("halftone_int8_linear", [c_char_p]),
-        library.function("halftone_int8_quantize", [c_char_p, *pointers], c_int64),
-    )
+def in_float16(threshold: float) -> float:
+    """x is compared as float16, and bitsandbytes rounds the threshold likewise."""
+    return float(torch.tensor(threshold).half())

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from service.errors import SettingError
 
-__all__ = ["Choice", "Library", "absence", "bf16_rows", "choose", "load", "loaded", "set_threads"]
+__all__ = ["Choice", "Library", "absence", "choose", "load", "loaded", "set_threads"]
 
 Choice = Literal["auto", "native", "torch"]
 FILE = Path(__file__).parent / "halftone_x86_64.so"
@@ -116,13 +115,6 @@ def set_threads(num_threads: int) -> None:
     """As `torch.set_num_threads`, for the library if it is loaded: it starts with torch's number."""
     if _State.library is not None:
         _State.library.set_threads(num_threads)
-
-
-def bf16_rows(x: Tensor, columns: int) -> Tensor:
-    """[rows, columns] as a kernel reads it; type and width are the caller's promise, for C checks nothing."""
-    assert x.dtype is torch.bfloat16, x.dtype
-    assert x.shape[1] == columns, (x.shape, columns)
-    return x.contiguous()
 
 
 def _look() -> None:

@@ -4,12 +4,12 @@
 
 struct dense_linear {
     const bf16 *x; /* [rows, in] */
-    const bf16 *weight;
-    const bf16 *bias; /* [out], or null */
-    bf16 *y;          /* [rows, out] */
+    bf16 *y;       /* [rows, out] */
     int64_t rows;
     int64_t in_features;  /* even */
     int64_t out_features; /* a multiple of 64 */
+    const bf16 *weight;
+    const bf16 *bias; /* [out], or null */
 };
 
 INLINE void some_rows(const int rows, const struct dense_linear *call, int64_t block, int64_t row) {

@@ -16,30 +16,32 @@ enum kind { AWQ, NF4 };
 
 struct awq_linear {
     const bf16 *x; /* [rows, in] */
+    bf16 *y;       /* [rows, out] */
+    int64_t rows;
+    int64_t in_features;
+    int64_t out_features; /* a multiple of 64 */
     const uint8_t *codes;
     const uint8_t *zeros;   /* [out / 64][groups][32]: nibble c of 16-bit lane o is output 16 c + o's */
     const uint16_t *scales; /* float16 [out / 64][groups][64] */
     const bf16 *bias;       /* [out], or null */
-    bf16 *y;                /* [rows, out] */
-    int64_t rows, in_features;
-    int64_t out_features; /* a multiple of 64 */
-    int64_t group;        /* a multiple of 32 that divides in_features */
+    int64_t group;          /* a multiple of 32 that divides in_features */
 };
 
 struct nf4_linear {
     const bf16 *x; /* [rows, in] */
+    bf16 *y;       /* [rows, out] */
+    int64_t rows;
+    int64_t in_features;  /* a multiple of 64 */
+    int64_t out_features; /* of each part a multiple of 64 */
     const uint8_t *codes;
+    const bf16 *bias;            /* [out], or null */
     const float *absmax;         /* [out / 64][groups][64], or null under double quantization: then */
     const uint8_t *absmax_codes; /* the same */
     const float *map;            /* [256], what they mean */
     const float *nested;         /* times this, one for 256 codes of a part in its rows' order */
     const float *offsets;        /* [parts], plus this */
     const int64_t *parts;        /* [parts][2]: first row, first of `nested` */
-    const bf16 *bias;            /* [out], or null */
-    bf16 *y;                     /* [rows, out] */
-    int64_t num_parts, rows;
-    int64_t in_features;  /* a multiple of 64 */
-    int64_t out_features; /* of each part a multiple of 64 */
+    int64_t num_parts;
 };
 
 typedef struct {

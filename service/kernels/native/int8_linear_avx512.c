@@ -16,14 +16,14 @@ enum { FEATURES = 4 /* side by side */, OFFSET = 128 };
 
 struct int8_linear {
     const bf16 *x; /* [rows, in] */
-    const uint8_t *codes;
-    const float *scales; /* [out], the largest magnitude of each row of weights */
-    const bf16 *bias;    /* [out], or null */
-    bf16 *y;             /* [rows, out] */
+    bf16 *y;       /* [rows, out] */
     int64_t rows;
     int64_t in_features;  /* a multiple of 4 */
     int64_t out_features; /* a multiple of 64 */
-    double threshold;     /* a float16's value; 0: no outliers */
+    const uint8_t *codes;
+    const float *scales; /* [out], the largest magnitude of each row of weights */
+    const bf16 *bias;    /* [out], or null */
+    double threshold;    /* a float16's value; 0: no outliers */
 };
 
 typedef struct {

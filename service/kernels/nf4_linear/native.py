@@ -5,20 +5,27 @@ block's float32 sum, and under double quantization decoded on the way. A row's r
 rows that it is computed with, bit for bit. The layout is drawn in native/four_bit_linear_avx512.c.
 """
 
-from collections.abc import Callable, Sequence
-from ctypes import Array, addressof, c_char_p, c_int64
-from functools import cache
-from struct import Struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from service.kernels.native import bf16_rows, load, loaded
+from service.kernels.native import load
 from service.kernels.native.blocks import BLOCK, from_blocks, from_nibbles, to_blocks, to_nibbles
+from service.kernels.native.linear import NativeLinear
 
 PAIR = 2  # features side by side
-ABSMAX_BLOCK = 64  # weights under one absmax
-_arguments = Struct("10P4q").pack  # struct nf4_linear in four_bit_linear_avx512.c
+
+
+@dataclass(frozen=True)
+class Nested:
+    """What codes of absmax mean: map[code] * absmax + offset, of the code's block of 256 and of its part."""
+
+    map: Tensor  # float32 [256]
+    absmax: Tensor  # float32 [blocks of all parts]
+    offsets: Tensor  # float32 [parts]
+    parts: Tensor  # int64 [parts, 2]: of each its first row and the place of its first block
 
 
 def fits(device: torch.device, dtype: torch.dtype, outs: Sequence[int]) -> bool:
@@ -49,48 +56,12 @@ def unpack_absmax(packed: Tensor) -> Tensor:
     return from_blocks(packed)
 
 
-def part_table(outs: Sequence[int], nested: Sequence[int]) -> Array[c_int64]:
-    """Of each part its first row and the place of its first nested absmax, from the numbers of both."""
-    firsts = [(sum(outs[:part]), sum(nested[:part])) for part in range(len(outs))]
-    return (c_int64 * (2 * len(outs)))(*(number for pair in firsts for number in pair))
-
-
-def linear(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    double_quantized: tuple[Tensor, Tensor, Tensor, Array[c_int64]] | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """x bfloat16 [T, in] -> [T, out]; `double_quantized`: map, nested absmax, offsets and `part_table`."""
+def linear(codes: Tensor, absmax: Tensor, nested: Nested | None, bias: Tensor | None) -> NativeLinear:
+    """What multiplies with this weight, `bias` [out] bfloat16."""
     num_blocks, pairs, _ = codes.shape
-    x = bf16_rows(x, pairs * PAIR)
-    num_rows = x.shape[0]
-    y = x.new_empty(num_rows, num_blocks * BLOCK)
-    if double_quantized is None:
-        scales = absmax.data_ptr(), 0, 0, 0, 0, 0
-        num_parts = 0
+    fields: list[Tensor | int | None] = [codes, bias]
+    if nested is None:
+        fields += [absmax, None, None, None, None, None, 0]
     else:
-        levels, nested, offsets, parts = double_quantized
-        pointers = levels.data_ptr(), nested.data_ptr(), offsets.data_ptr(), addressof(parts)
-        scales = 0, absmax.data_ptr(), *pointers
-        num_parts = len(parts) // 2
-    _function()(
-        _arguments(
-            x.data_ptr(),
-            codes.data_ptr(),
-            *scales,
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            num_parts,
-            num_rows,
-            pairs * PAIR,
-            num_blocks * BLOCK,
-        )
-    )
-    return y
-
-
-@cache
-def _function() -> Callable[[bytes], None]:
-    return loaded().function("halftone_nf4_linear", [c_char_p])
+        fields += [None, absmax, nested.map, nested.absmax, nested.offsets, nested.parts, len(nested.parts)]
+    return NativeLinear("halftone_nf4_linear", pairs * PAIR, num_blocks * BLOCK, "8Pq", *fields)
