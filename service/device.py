@@ -120,9 +120,9 @@ def upload(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
 class Readback:
     """Tensors on their way to the host; work that is given to the device later may overwrite them."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
-        if not tensors or tensors[0].device.type != "cuda":
+        if device.type != "cuda":
             self._tensors = [tensor.clone() for tensor in tensors]
             return
         self._tensors = [
@@ -133,7 +133,7 @@ class Readback:
         self._event.record()
 
     def wait(self) -> list[Tensor]:
-        """The tensors on the host, in their order."""
+        """The tensors on the host, in their order, once the device is done with all work given before."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensors

@@ -93,3 +93,25 @@ def test_cpu_has_a_name_and_defaults() -> None:
     assert device.device_name(cpu)
     assert device.batch_defaults(cpu).max_batch_tokens >= device.batch_defaults(cpu).max_batch_requests
     device.synchronize(cpu)
+
+
+def test_nothing_to_read_back_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk in the middle of a prompt has no result: unless the host waits for it all the same, it gives the
+    device a whole long prompt at once, and whoever comes next waits behind all of it."""
+    waited: list[str] = []
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking, "a waiting thread would spin"
+
+        def record(self) -> None:
+            waited.append("recorded")
+
+        def synchronize(self) -> None:
+            waited.append("waited")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert device.Readback([], torch.device("cuda")).wait() == []
+    assert waited == ["recorded", "waited"]
+    assert device.Readback([], torch.device("cpu")).wait() == []
+    assert len(waited) == 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from service.device import Readback
@@ -47,6 +48,7 @@ class Pending:
 
     def __init__(
         self,
+        device: torch.device,
         num_chunks: int,
         drawn: list[int],
         token_ids: Tensor | None,
@@ -60,7 +62,8 @@ class Pending:
         tensors = [] if token_ids is None else [token_ids]
         for found in ([asked.found] if asked else []) + [part.found for part in self._scored]:
             tensors += found.columns()
-        self._readback = Readback(tensors)
+        # one without results is waited for too, or a long prompt would be launched whole, ahead of all others
+        self._readback = Readback(tensors, device)
 
     def collect(self) -> StepResult:
         """Waits for the step, and for no later one."""
