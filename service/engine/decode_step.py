@@ -6,7 +6,6 @@ Nothing in it looks at a value on the host, so that it can be captured once and 
 and so that it can be launched before the step that it continues is done.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from service.engine.penalties import Penalties
 from service.engine.sampler import SamplingRows, Variant, draw
 from service.engine.state import (
+    LENGTH,
     MIN_P,
     SAMPLE_INDEX,
     SEED,
@@ -33,14 +33,6 @@ class Model(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """What a step leaves on the device."""
-
-    token_ids: Tensor  # int64 [rows], BAD_ROW where the logits are broken
-    logits: Tensor  # float32 [rows, vocab]
-
-
 class DecodeStep:
     """Bound to one model, one KV cache and one state, whose `rows` it reads, with its penalties."""
 
@@ -54,27 +46,26 @@ class DecodeStep:
         self._logit_rows = torch.arange(places, device=state.device)
         self._start_list = list(range(places + 1))
 
-    def __call__(
-        self,
-        num_rows: int,
-        variant: Variant,
-        context_lengths: list[int],
-        suppressed: tuple[Tensor, Tensor] | None = None,
-        *,
-        shapes_logits: bool = False,
-    ) -> Drawn:
-        """One token for each of the first `num_rows` places of `state.rows`.
+    def __call__(self, num_rows: int, variant: Variant) -> Tensor:
+        """The whole step for the first `num_rows` places of `state.rows`, as it is captured.
 
-        `context_lengths` are the rows' after this step, or empty: then the step may be captured.
-        `suppressed`: (places, token ids) that may not be drawn. `shapes_logits`: some row has penalties or
-        biases.
+        -> int64 [num_rows], drawn token ids. A greedy step shapes no logits.
+        """
+        logits = self.logits(num_rows, [])
+        return self.draw(logits, variant, shapes_logits=variant != "greedy", keeps_logits=False)
+
+    def logits(self, num_rows: int, context_lengths: list[int]) -> Tensor:
+        """-> float32 [num_rows, vocab]; K and V of the rows' last tokens are in the cache.
+
+        `context_lengths` are the rows' after this step, or empty: then it may be captured.
         """
         state = self._state
-        rows = state.rows[:num_rows]
         tables = state.tables
         if context_lengths:
             tables = tables[:, : -(-max(context_lengths) // BLOCK_TOKENS)]
-        token_ids, positions, slots, lengths, blocks = read_rows(state.fields, tables, rows, BLOCK_TOKENS)
+        token_ids, positions, slots, lengths, blocks = read_rows(
+            state.fields, tables, state.rows[:num_rows], BLOCK_TOKENS
+        )
         batch = StepBatch(
             token_ids=token_ids,
             positions=positions,
@@ -87,21 +78,40 @@ class DecodeStep:
             lengths=lengths,
             starts=self._starts[: num_rows + 1],
         )
-        logits = self._model.forward(batch, self._kv).float()
-        shaped = logits
+        return self._model.forward(batch, self._kv).float()
+
+    def draw(
+        self,
+        logits: Tensor,
+        variant: Variant,
+        suppressed: tuple[Tensor, Tensor] | None = None,
+        *,
+        shapes_logits: bool = False,
+        keeps_logits: bool = True,
+    ) -> Tensor:
+        """float32 [rows, vocab] of the first places -> int64 [rows]; lengths and last tokens have moved on.
+
+        `suppressed`: (places, token ids) that may not be drawn. `shapes_logits`: some row has penalties or
+        biases. `keeps_logits`: somebody reads them afterwards.
+        """
+        state = self._state
+        rows = state.rows[: len(logits)]
         if shapes_logits:
-            # log-probabilities are told of the model's own logits; a captured step tells none
-            shaped = logits.clone() if context_lengths else logits
-            self._penalties.shape(shaped, rows)
-        drawn = draw(shaped, sampling_rows(state.fields, rows, lengths, variant), suppressed)
-        write_rows(state.fields, rows, drawn, state.padding)
+            if keeps_logits:
+                logits = logits.clone()
+            self._penalties.shape(logits, rows)
+        token_ids = draw(logits, sampling_rows(state.fields, rows, None, variant), suppressed)
+        write_rows(state.fields, rows, token_ids, state.padding)
         if shapes_logits:
-            self._penalties.record(rows, drawn)
-        return Drawn(drawn, logits)
+            self._penalties.record(rows, token_ids)
+        return token_ids
 
 
-def sampling_rows(fields: Tensor, rows: Tensor, positions: Tensor, variant: Variant) -> SamplingRows:
-    """int32 [requests, words] of the state, int [rows], int [rows] of the tokens to draw -> the sampler's."""
+def sampling_rows(fields: Tensor, rows: Tensor, positions: Tensor | None, variant: Variant) -> SamplingRows:
+    """int32 [requests, words] of the state, int [rows] -> what the sampler reads of these rows.
+
+    `positions` int64 [rows] of the tokens to draw; None: behind the one that is computed next.
+    """
     if variant == "greedy":
         none = torch.empty(0)
         return SamplingRows(variant, none, none, none, none, none, none, none)
@@ -112,7 +122,7 @@ def sampling_rows(fields: Tensor, rows: Tensor, positions: Tensor, variant: Vari
         variant,
         temperature=fields.view(torch.float32)[:, TEMPERATURE],
         seeds=wide[:, SEED],
-        positions=positions.long(),
+        positions=fields[:, LENGTH].long() + 1 if positions is None else positions,
         sample_indices=fields[:, SAMPLE_INDEX].long(),
         top_k=fields[:, TOP_K].long(),
         top_p=fractions[:, TOP_P],

@@ -1,6 +1,6 @@
 """Decode steps captured once for each batch size: to replay one costs the host a single call.
 
-runner --find--> Graph --replay--> token ids
+runner --step, forward--> Graph --replay--> token ids, logits
 
 Sizes grow by eight; what is left of a size is padding. All graphs share one pool of memory, which is safe
 because only one of them runs at a time, and because what a step gives is copied away before the next begins.
@@ -8,6 +8,7 @@ because only one of them runs at a time, and because what a step gives is copied
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from service.engine.sampler import Variant
 from service.engine.state import DeviceState
 from service.errors import DeviceError
 
-CAPTURED: tuple[Variant, ...] = ("temperature", "greedy")  # other steps run kernel by kernel
+CAPTURED: tuple[Variant, ...] = ("temperature", "greedy")
 
 
 def batch_sizes(max_requests: int) -> list[int]:
@@ -34,46 +35,64 @@ class Graph:
     captured: devices.Captured
 
     def replay(self) -> Tensor:
-        """-> int64 [num_rows], overwritten by the next replay."""
+        """-> [num_rows, ...], overwritten by the next replay."""
         return self.captured.replay()
 
 
 class Graphs:
-    """Captured when made; `progress` is told how many of how many exist."""
+    """Whole steps are captured when this is made; `progress` is told how many of how many exist.
+
+    A step that draws in another way replays the forward pass alone, captured when it is first needed.
+    """
 
     def __init__(self, step: DecodeStep, state: DeviceState, progress: Callable[[int, int], None]) -> None:
+        self._step = step
+        self._state = state
         sizes = batch_sizes(state.padding)
         self._size_of = np.searchsorted(sizes, np.arange(sizes[-1] + 1))
         self._sizes = sizes
-        self._graphs: dict[tuple[int, Variant], Graph] = {}
+        self._graphs: dict[tuple[int, Variant | None], Graph] = {}
         self._pool = devices.GraphPool()
+        self._logits: Tensor | None = None
         total = len(sizes) * len(CAPTURED)
         progress(0, total)
         # the largest first: its buffers are cut into those of all others
         for size in reversed(sizes):
             for variant in CAPTURED:
-                self._capture(step, state, size, variant)
+                self._capture(size, variant, partial(step, size, variant))
                 progress(len(self._graphs), total)
 
-    def find(self, num_rows: int, variant: Variant) -> Graph | None:
-        """The smallest that holds so many rows."""
-        return self._graphs.get((self._sizes[self._size_of[num_rows]], variant))
+    def step(self, num_rows: int, variant: Variant) -> Graph | None:
+        """-> token ids; the smallest that holds so many rows, None where there is none of this variant."""
+        return self._graphs.get((self._size(num_rows), variant))
+
+    def forward(self, num_rows: int) -> Graph:
+        """-> logits; lengths and last tokens are still to be written. It may select other rows."""
+        size = self._size(num_rows)
+        if (size, None) not in self._graphs:
+            self._capture(size, None, partial(self._forward, size))
+        return self._graphs[size, None]
+
+    def _size(self, num_rows: int) -> int:
+        return self._sizes[self._size_of[num_rows]]
+
+    def _forward(self, size: int) -> Tensor:
+        logits = self._step.logits(size, [])
+        if self._logits is None:  # one for all sizes: in the pool each graph would keep its own
+            self._logits = torch.empty(self._sizes[-1], logits.shape[1], device=logits.device)
+        return self._logits[:size].copy_(logits)
 
     @torch.inference_mode()
-    def _capture(self, step: DecodeStep, state: DeviceState, size: int, variant: Variant) -> None:
+    def _capture(self, size: int, variant: Variant | None, run: Callable[[], Tensor]) -> None:
         """On padding alone: block 0 takes what it writes."""
-        state.select(np.empty(0, np.int64), size)
-        state.flush()
-
-        def run() -> Tensor:
-            return step(size, variant, [], shapes_logits=variant != "greedy").token_ids
-
+        self._state.select(np.empty(0, np.int64), size)
+        self._state.flush()
         try:
             captured = self._pool.capture(run)
         except Exception as error:
             raise DeviceError(
-                f"the decode step of {size} requests ({variant}) cannot be captured as a CUDA graph: "
-                f"{type(error).__name__}: {error}",
+                f"the decode step of {size} requests ({variant or 'forward'}) cannot be captured as a CUDA "
+                f"graph: {type(error).__name__}: {error}",
                 hint="`--cuda-graphs off` runs it kernel by kernel, which is slower",
             ) from error
         self._graphs[size, variant] = Graph(size, captured)

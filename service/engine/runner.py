@@ -16,7 +16,7 @@ from torch import Tensor
 
 from service import device as devices
 from service.engine.decode_step import DecodeStep, Model, sampling_rows
-from service.engine.graphs import Graphs
+from service.engine.graphs import Graph, Graphs
 from service.engine.penalties import Penalties
 from service.engine.request import Request
 from service.engine.results import Asked, Pending, Scored
@@ -58,7 +58,7 @@ class Runner:
         """The largest decode step, on padding: what its buffers take."""
         self.state.select(np.empty(0, np.int64), self.state.padding)
         self.state.flush()
-        self.decode_step(self.state.padding, "temperature", [1] * self.state.padding)
+        self.decode_step(self.state.padding, "temperature")
 
     def capture(self, progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """From now on a step in which every request decodes is replayed, if it has a graph.
@@ -91,15 +91,21 @@ class Runner:
         variant = self._variant(rows)
         suppressed = self._suppressed(chunks, rows, stops)
         shapes_logits = bool(self.penalties.asking[rows].any())
-        graph = None
+        whole: Graph | None = None
+        forward: Graph | None = None
         if self.graphs and suppressed is None and self._num_logprobs[rows].max() < 0:
-            graph = self.graphs.find(count, variant)
+            whole = self.graphs.step(count, variant)
+        if self.graphs and whole is None:
+            forward = self.graphs.forward(count)
+        graph = whole or forward
         self.state.select(rows, graph.num_rows if graph else count)
         self.state.flush()
-        if graph:
-            return Pending(count, places, graph.replay()[:count])
-        drawn = self.decode_step(count, variant, stops.tolist(), suppressed, shapes_logits=shapes_logits)
-        return Pending(count, places, drawn.token_ids, self._asked(drawn.logits, drawn.token_ids, rows))
+        if whole:
+            return Pending(self.device, count, places, whole.replay()[:count])
+        step = self.decode_step
+        logits = forward.replay()[:count] if forward else step.logits(count, stops.tolist())
+        token_ids = step.draw(logits, variant, suppressed, shapes_logits=shapes_logits)
+        return Pending(self.device, count, places, token_ids, self._asked(logits, token_ids, rows))
 
     def _launch_mixed(self, chunks: list[Chunk], rows: Ints, stops: Ints, num_decode: int) -> Pending:
         self.state.flush()
@@ -144,11 +150,11 @@ class Runner:
         )
         logits = self.model.forward(batch, self.kv)
         if not wanted.rows:
-            return Pending(len(chunks), [], None)
+            return Pending(self.device, len(chunks), [], None)
         logits = logits.float()
         scored = [self._score(logits[start:stop], chunks[i], i) for i, start, stop in wanted.scored]
         if not wanted.drawn:
-            return Pending(len(chunks), [], None, None, scored)
+            return Pending(self.device, len(chunks), [], None, None, scored)
         if scored:
             logits = logits.index_select(0, picked)
         suppressed = self._suppressed([chunks[i] for i in wanted.drawn], drawn_rows, stops[wanted.drawn])
@@ -166,7 +172,7 @@ class Runner:
         if shapes_logits:
             self.penalties.record(shaped_rows, token_ids_drawn)
         asked = self._asked(logits, token_ids_drawn, drawn_rows)
-        return Pending(len(chunks), wanted.drawn, token_ids_drawn, asked, scored)
+        return Pending(self.device, len(chunks), wanted.drawn, token_ids_drawn, asked, scored)
 
     def _table(self, request: Request) -> None:
         """Brings the request's row up to date."""

@@ -150,3 +150,18 @@ def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(devices, "GraphPool", Refusing)
     with pytest.raises(DeviceError, match=r"decode step of 8 requests .* cannot be captured"):
         fake_engine().runner.capture()
+
+
+def test_a_forward_pass_is_captured_when_a_step_first_needs_it() -> None:
+    """Top-k has no whole step; the second step of its size finds the graph of the first."""
+    engine = fake_engine(depth=1, captured=True)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    filtered = Submit(1, [3, 1, 4], Sampling(9, seed=2, top_k=3, ignore_eos=True))
+    engine.add(filtered)
+    client = Client()
+    client.take(engine.step())
+    first = graphs.forward(1)
+    assert client.run(engine).answers[1] == expected_answer(filtered, 999)[0]
+    assert graphs.forward(1) is first
+    assert graphs.step(1, "full") is None
