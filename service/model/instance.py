@@ -129,10 +129,11 @@ class ModelInstance:
     def kernels(self) -> dict[str, str]:
         """Layer class or op between layers -> the kernel that serves it, of the first layer."""
         first, head_dim = self.layers()[0], self.config.head_dim
+        group = self.config.num_heads // self.config.num_kv_heads
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
         return names | {
             "lm_head": self.decoder.head.kernel,
-            "attention": attention_kernel(self.dtype, self.device, head_dim),
+            "attention": attention_kernel(self.dtype, self.device, head_dim, group),
             "add_rms_norm": add_rms_norm_kernel(self.dtype, self.device),
             "rotary_kv": rotary_kv_kernel(self.dtype, self.device, head_dim),
             "gated_silu": gated_silu_kernel(self.dtype, self.device),

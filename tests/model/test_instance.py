@@ -59,7 +59,7 @@ def test_kernels_name_every_layer_class(folder: Path) -> None:
     assert all(kernels.values())
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         instance = load_instance(folder, precision)
-        expected = attention_kernel(dtype, torch.device("cpu"), instance.config.head_dim)
+        expected = attention_kernel(dtype, torch.device("cpu"), instance.config.head_dim, 2)
         assert instance.kernels()["attention"] == expected
 
 

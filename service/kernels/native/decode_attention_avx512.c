@@ -67,13 +67,6 @@ static inline __m512 sums_of_lanes(const __m512 parts[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
 }
 
-/* softcap * tanh(x / softcap), tanh(y) = 1 - 2 / (e^2y + 1) */
-static __m512 capped(__m512 x, float softcap) {
-    const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f), cap = _mm512_set1_ps(softcap);
-    __m512 grown = exponential(_mm512_mul_ps(two, _mm512_div_ps(x, cap)));
-    return _mm512_mul_ps(cap, _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(grown, one))));
-}
-
 /* Scaled scores of one page; the lanes outside `seen` become -inf. */
 INLINE void score_page(struct heads *heads, const bf16 *keys, int64_t n, int64_t at,
                                                              __mmask16 seen, float scale, float softcap) {

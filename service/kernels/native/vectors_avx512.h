@@ -50,6 +50,13 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(y, n);
 }
 
+/* softcap * tanh(x / softcap), tanh(y) = 1 - 2 / (e^2y + 1) */
+static inline __m512 capped(__m512 x, float softcap) {
+    const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f), cap = _mm512_set1_ps(softcap);
+    __m512 grown = exponential(_mm512_mul_ps(two, _mm512_div_ps(x, cap)));
+    return _mm512_mul_ps(cap, _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(grown, one))));
+}
+
 /* 1 / sqrt(mean of squares + eps) from the sums of squares; n numbers were squared. */
 static inline __m512 rms_factor(__m512 squares, int64_t n, float eps) {
     float mean = _mm512_reduce_add_ps(squares) / (float)n;

@@ -3,8 +3,8 @@
 decoder --plan_attention (once a step)--> AttentionPlan --paged_attention (each layer)--> y. K and V of the
 step are written before (kernels/rotary_kv), so a query finds its own key in the cache.
 
-`reference.py` is the definition, `triton.py` serves CUDA, `native.py` a decode in bfloat16 on a CPU, and
-plain torch (`dense.py`) the rest.
+`reference.py` is the definition, `triton.py` serves CUDA, `native.py` bfloat16 on a CPU, and plain torch
+(`dense.py`) the rest.
 """
 
 import torch
@@ -38,8 +38,8 @@ def paged_attention(
     return dense.paged_attention(q, key_cache, value_cache, plan, scale, window, softcap)
 
 
-def attention_kernel(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
-    """Name of what serves attention without a softcap, for /version."""
+def attention_kernel(dtype: torch.dtype, device: torch.device, head_dim: int, group: int) -> str:
+    """Name of what serves attention without a softcap, for /version; `group` query heads share a KV head."""
     if device.type == "cuda":
         return "triton.paged_attention"
-    return dense.attention_kernel(dtype, device, head_dim)
+    return dense.attention_kernel(dtype, device, head_dim, group)

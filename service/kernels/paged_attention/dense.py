@@ -1,5 +1,4 @@
-"""Paged attention in plain torch, but for a decode that `native.py` serves: gather the pages, one dense
-attention.
+"""Paged attention without Triton: by `native.py` where it serves, else in plain torch, which gathers pages.
 
 A page of one head is one row of the cache viewed as [block * kv_heads, 16 * head_dim], so one
 `index_select` brings a batch's keys into [batch, kv_heads, tokens, head_dim]. Query heads that share a
@@ -16,13 +15,16 @@ from service.kernels.paged_attention.plan import AttentionPlan
 MIN_BATCHED_PRODUCTS = 4  # sequences from which two batched products beat the fused attention on a CPU
 
 
-def attention_kernel(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
+def attention_kernel(dtype: torch.dtype, device: torch.device, head_dim: int, group: int) -> str:
     """Name of what serves attention without a softcap on a CPU."""
-    if device.type == "cpu" and native.has_kernel(dtype, head_dim):
-        return "native.decode_attention, torch.scaled_dot_product_attention in prefill"
-    if not _has_batched_products(dtype, device):
-        return "torch.scaled_dot_product_attention"
-    return f"torch.scaled_dot_product_attention, torch.bmm from {MIN_BATCHED_PRODUCTS} decoding sequences"
+    is_cpu, fused = device.type == "cpu", "torch.scaled_dot_product_attention"
+    if is_cpu and native.has_prefill(dtype, head_dim, group):
+        return "native.decode_attention, native.prefill_attention"
+    if is_cpu and native.has_decode(dtype, head_dim):
+        return f"native.decode_attention, {fused} in prefill"
+    if _has_batched_products(dtype, device):
+        return f"{fused}, torch.bmm from {MIN_BATCHED_PRODUCTS} decoding sequences"
+    return fused
 
 
 def _has_batched_products(dtype: torch.dtype, device: torch.device) -> bool:
@@ -39,22 +41,30 @@ def paged_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """See the package."""
-    parts = []
+    result = torch.empty_like(q)
+    head_dim, group, fits = (
+        q.shape[2],
+        q.shape[1] // key_cache.shape[1],
+        native.fits(q, key_cache, value_cache),
+    )
     if plan.num_decode:
-        decoding = q if plan.num_decode == len(q) else q[: plan.num_decode]
-        if native.serves(decoding, key_cache, value_cache):
-            tables, lengths = plan.block_tables, plan.lengths
-            part = native.decode(decoding, key_cache, value_cache, tables, lengths, scale, window, softcap)
+        if fits and native.has_decode(q.dtype, head_dim):
+            native.decode(q, key_cache, value_cache, plan, scale, window, softcap, result)
         else:
             _, kv_heads, block_tokens, _ = key_cache.shape
             rows, mask = plan.gathered(window, kv_heads, block_tokens, q.dtype)
-            part = _decode(decoding, key_cache, value_cache, rows, mask, scale, softcap)
-        parts.append(part)
+            decoding = q[: plan.num_decode]
+            result[: plan.num_decode] = _decode(decoding, key_cache, value_cache, rows, mask, scale, softcap)
+    if plan.num_decode == plan.num_sequences:
+        return result
+    if fits and native.has_prefill(q.dtype, head_dim, group):
+        native.prefill(q, key_cache, value_cache, plan, scale, window, softcap, result)
+        return result
     for sequence in range(plan.num_decode, plan.num_sequences):
-        rows_of_q = slice(plan.query_starts[sequence], plan.query_starts[sequence + 1])
+        chunk = slice(plan.query_starts[sequence], plan.query_starts[sequence + 1])
         table, length = plan.block_tables[sequence], plan.context_lengths[sequence]
-        parts.append(_prefill(q[rows_of_q], key_cache, value_cache, table, length, scale, window, softcap))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        result[chunk] = _prefill(q[chunk], key_cache, value_cache, table, length, scale, window, softcap)
+    return result
 
 
 def _decode(
