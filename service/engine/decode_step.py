@@ -52,10 +52,12 @@ class DecodeStep:
         -> int64 [num_rows], drawn token ids. A greedy step shapes no logits.
         """
         logits = self.logits(num_rows, [])
+        if variant != "greedy":
+            logits = logits.float()
         return self.draw(logits, variant, shapes_logits=variant != "greedy", keeps_logits=False)
 
     def logits(self, num_rows: int, context_lengths: list[int]) -> Tensor:
-        """-> float32 [num_rows, vocab]; K and V of the rows' last tokens are in the cache.
+        """-> [num_rows, vocab], any float type; K and V of the rows' last tokens are in the cache.
 
         `context_lengths` are the rows' after this step, or empty: then it may be captured.
         """
@@ -78,7 +80,7 @@ class DecodeStep:
             lengths=lengths,
             starts=self._starts[: num_rows + 1],
         )
-        return self._model.forward(batch, self._kv).float()
+        return self._model.forward(batch, self._kv)
 
     def draw(
         self,
@@ -90,6 +92,8 @@ class DecodeStep:
         keeps_logits: bool = True,
     ) -> Tensor:
         """float32 [rows, vocab] of the first places -> int64 [rows]; lengths and last tokens have moved on.
+
+        A greedy draw that shapes nothing takes logits of any float type.
 
         `suppressed`: (places, token ids) that may not be drawn. `shapes_logits`: some row has penalties or
         biases. `keeps_logits`: somebody reads them afterwards.

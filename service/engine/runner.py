@@ -103,7 +103,7 @@ class Runner:
         if whole:
             return Pending(self.device, count, places, whole.replay()[:count])
         step = self.decode_step
-        logits = forward.replay()[:count] if forward else step.logits(count, stops.tolist())
+        logits = forward.replay()[:count] if forward else step.logits(count, stops.tolist()).float()
         token_ids = step.draw(logits, variant, suppressed, shapes_logits=shapes_logits)
         return Pending(self.device, count, places, token_ids, self._asked(logits, token_ids, rows))
 

@@ -185,7 +185,7 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv: PagedKV, observe: Observe | None = None) -> Tensor:
-        """-> float32 [R, vocab], a row for each of `batch.logit_rows`.
+        """-> logits [R, vocab], any float type, a row for each of `batch.logit_rows`.
 
         `observe` is called with each linear's path and input; parts of a group are given the same tensor.
         """
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> Tensor:
-        """The last layer's outcome and int64 [R] -> float32 [R, vocab]."""
+        """The last layer's outcome and int64 [R] -> [R, vocab], any float type."""
         hidden = hidden.index_select(0, rows)
         delta = None if delta is None else delta.index_select(0, rows)
         _, x = add_rms_norm(hidden, delta, self.final_norm, self.config.norm_eps)

@@ -1,4 +1,4 @@
-"""The two ends of the decoder: token ids -> embeddings, hidden states -> float32 logits.
+"""The two ends of the decoder: token ids -> embeddings, hidden states -> logits.
 
 Both stay 16-bit, and are one tensor where the checkpoint ties them. As an option lm_head is 8-bit: weight
 only, symmetric, one scale a row, chosen as max |w| / 127.
@@ -41,8 +41,9 @@ class FullHead(nn.Module):
         return linear_kernel(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[R, hidden] -> float32 [R, vocab]."""
-        return (self.bound(x) if self.bound else dense_linear(x, self.weight)).float()
+        """[R, hidden] -> [R, vocab], float32 on a CPU, on CUDA x's type: kernels there widen as they read."""
+        logits = self.bound(x) if self.bound else dense_linear(x, self.weight)
+        return logits if logits.is_cuda else logits.float()
 
     def bytes(self) -> int:
         return packed_bytes(self.weight)

@@ -87,7 +87,7 @@ class ModelInstance:
         return cls(checkpoint, backend, decoder, device)
 
     def forward(self, batch: StepBatch, kv: PagedKV, observe: Observe | None = None) -> Tensor:
-        """-> float32 logits [R, vocab], a row for each of `batch.logit_rows`."""
+        """-> logits [R, vocab], any float type, a row for each of `batch.logit_rows`."""
         logits: Tensor = self.decoder(batch, kv, observe)
         return logits
 

@@ -5,6 +5,7 @@ import gc
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,10 +85,18 @@ def test_64_prompts_together_are_the_cpu_s_in_float32(folder: Path, precision: s
 
 
 def test_replayed_steps_draw_what_steps_kernel_by_kernel_draw(folder: Path) -> None:
-    """Greedy and drawn rows beside each other, seeds apart."""
+    """Greedy and drawn rows beside each other, seeds apart; some steps replay the forward pass alone."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.5},
+        {"temperature": 1, "frequency_penalty": 0.7},
+        {"temperature": 1, "top_k": 9, "top_p": 0.9},
+        {"temperature": 0, "min_tokens": 5, "stop_token_ids": (3, 4, 5)},
+        {"temperature": 0, "logprobs": 2},
+    ]
     submits = [
-        Submit(i, prompt, Sampling(NEW_TOKENS, temperature=i % 3 / 2, seed=i, ignore_eos=True))
-        for i, prompt in enumerate(prompts(24))
+        Submit(i, prompt, Sampling(NEW_TOKENS - i % 7, seed=i, ignore_eos=True, **kinds[i // 6]))
+        for i, prompt in enumerate(prompts(36))
     ]
     replayed, launched = (engine_of(folder, "fp32", graphs) for graphs in (True, False))
     assert replayed.runner.graphs is not None
