@@ -62,9 +62,7 @@ class DecodeStep:
         `context_lengths` are the rows' after this step, or empty: then it may be captured.
         """
         state = self._state
-        tables = state.tables
-        if context_lengths:
-            tables = tables[:, : -(-max(context_lengths) // BLOCK_TOKENS)]
+        tables = state.tables_for(max(context_lengths)) if context_lengths else state.tables
         token_ids, positions, slots, lengths, blocks = read_rows(
             state.fields, tables, state.rows[:num_rows], BLOCK_TOKENS
         )

@@ -24,7 +24,7 @@ from service.engine.sampler import Variant, draw, logprobs
 from service.engine.scheduler import Chunk
 from service.engine.state import LAST_TOKEN, DeviceState, Ints
 from service.messages import Sampling
-from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
+from service.model.batch import PagedKV, StepBatch
 
 VARIANTS: tuple[Variant, ...] = ("greedy", "temperature", "full")
 
@@ -135,14 +135,13 @@ class Runner:
         )
         if num_decode:
             tokens[:num_decode] = self.state.fields[:, LAST_TOKEN].index_select(0, on_rows[:num_decode])
-        max_blocks = -(-int(stops.max()) // BLOCK_TOKENS)
         batch = StepBatch(
             token_ids=tokens,
             positions=places,
             slots=slots,
             query_starts=[0, *ends.tolist()],
             context_lengths=stops.tolist(),
-            block_tables=self.state.tables[:, :max_blocks].index_select(0, on_rows),
+            block_tables=self.state.tables_for(int(stops.max())).index_select(0, on_rows),
             num_decode=int((counts == 1).sum()),
             logit_rows=logit_rows,
             lengths=lengths.to(torch.int32),

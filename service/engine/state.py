@@ -75,6 +75,15 @@ class DeviceState:
             self._rows[moved] = wanted[moved]
             self._changed.append(moved + self._rows_start)
 
+    def tables_for(self, length: int) -> Tensor:
+        """int32 [rows, blocks that `length` needs], or more.
+
+        On a GPU as wide as ever: kernels are built for a table's width, and none shall be while others wait.
+        """
+        if devices.runs_behind(self.device):
+            return self.tables
+        return self.tables[:, : -(-length // BLOCK_TOKENS)]
+
     def slots(self, rows: Ints, positions: Ints) -> Ints:
         """int64 [n] each -> where K and V of these tokens are written."""
         blocks = self._tables[rows, positions // BLOCK_TOKENS]
