@@ -2,6 +2,7 @@
 
 import mmap
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -96,8 +97,8 @@ def test_cpu_has_a_name_and_defaults() -> None:
 
 
 def test_nothing_to_read_back_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chunk in the middle of a prompt has no result: unless the host waits for it all the same, it gives the
-    device a whole long prompt at once, and whoever comes next waits behind all of it."""
+    """A chunk in the middle of a prompt has no result: unless the host waits for it all the same, it gives
+    the device a whole long prompt at once, and whoever comes next waits behind all of it."""
     waited: list[str] = []
 
     class Event:
@@ -115,3 +116,41 @@ def test_nothing_to_read_back_is_waited_for_too(monkeypatch: pytest.MonkeyPatch)
     assert waited == ["recorded", "waited"]
     assert device.Readback([], torch.device("cpu")).wait() == []
     assert len(waited) == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_runs_once_before_it_is_captured(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """What fails while capturing is told as it is, and the capture is ended all the same."""
+    done: list[str] = []
+
+    class Graph:
+        def capture_begin(self, **_: object) -> None:
+            done.append("begin")
+
+        def capture_end(self) -> None:
+            done.append("end")
+            if fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        def replay(self) -> None:
+            done.append("replay")
+
+    def run() -> torch.Tensor:
+        done.append("run")
+        if fails and "begin" in done:
+            raise ValueError("a kernel asks the host")
+        return torch.ones(1)
+
+    for name in ("Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    torch.cuda.stream.return_value.__exit__.return_value = False
+    pool = device.GraphPool()
+    if fails:
+        with pytest.raises(ValueError, match="asks the host"):
+            pool.capture(run)
+        assert done == ["run", "begin", "run", "end"]
+    else:
+        assert pool.capture(run).replay() == torch.ones(1)
+        assert done == ["run", "begin", "run", "end", "replay"]
