@@ -15,6 +15,21 @@ for name in [name for name in os.environ if name.startswith("HALFTONE_") and nam
 os.environ["HALFTONE_CONFIG"] = os.devnull
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Figures that tests tell with `record_property("figure", ...)`: they are to be read, not bounded."""
+    figures = [
+        str(text)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        for name, text in report.user_properties
+        if name == "figure"
+    ]
+    if figures:
+        terminalreporter.section("figures")
+    for line in figures:
+        terminalreporter.line(line)
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo checkpoint's folder, fetched on a machine's first run: tests that use it are marked `demo`."""

@@ -28,7 +28,7 @@ from service.messages import EngineConfig
 from service.quality.texts import Text, read_text, token_windows
 from tests.benchmarks.awq_quality import detokenized
 from tests.e2e.demo_server import serving
-from tests.e2e.neighbours import answer_all, answer_each, prompts_from
+from tests.e2e.neighbours import answer_all, answer_each, differing, prompts_from
 from tests.e2e.reference_models import LINEARS, load_reference, reference_logits
 
 DECODE_WINDOWS = 8
@@ -84,7 +84,6 @@ def compare_decode(folder: Path, precisions: list[str], windows: list[list[int]]
 
 
 def compare_neighbours(folder: Path, precisions: list[str], text: list[int]) -> None:
-    """All behind the first token that differs may differ, so answers count beside tokens."""
     print(f"{'precision':24} {'answers':>10} {'tokens':>10}", flush=True)
     prompts = prompts_from(text)
     for precision in precisions:
@@ -98,13 +97,7 @@ def compare_neighbours(folder: Path, precisions: list[str], text: list[int]) -> 
         serving = start(config, lambda _: None, time.monotonic())
         together = answer_all(serving, prompts, NEIGHBOUR_TOKENS)
         alone = answer_each(serving, prompts, NEIGHBOUR_TOKENS)
-        pairs = [
-            (x, y)
-            for one, other in zip(together, alone, strict=True)
-            for x, y in zip(one.token_ids, other.token_ids, strict=True)
-        ]
-        tokens = sum(x != y for x, y in pairs) / len(pairs)
-        answers = sum(one.token_ids != other.token_ids for one, other in zip(together, alone, strict=True))
+        answers, tokens = differing(together, alone)
         print(f"{precision:24} {answers:>5} of {len(prompts)} {tokens:10.1%}", flush=True)
 
 
