@@ -100,6 +100,10 @@ class Settings(BaseSettings):
         "kernel, as always where a precision cannot be captured.",
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: one per core.")
+    cpu_kernels: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="On a CPU: `native` are our own, or an error; `auto` is torch's where they cannot run.",
+    )
     # HTTP
     host: str = Field("127.0.0.1", description="Address to bind.")
     port: int = Field(8000, ge=0, le=65535, description="Port of the API; 0: any free one.")

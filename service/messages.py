@@ -37,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     calibration: str = ""  # text file for calibrated modes; empty: the interpreter's documentation
     cache_dir: str = ""
     threads: int = 0  # 0: one per physical core
+    cpu_kernels: Literal["auto", "native", "torch"] = "auto"
     tokenizer: str = ""  # folder with tokenizer.json; empty: the model's own
     load_format: Literal["safetensors", "random"] = "safetensors"  # `random` needs config.json alone
     load_seed: int = 0

@@ -18,6 +18,7 @@ from service.cores import physical_cores
 from service.disk import existing_parent, folder_bytes, megabytes
 from service.errors import HalftoneError
 from service.front.host import bind
+from service.kernels import native
 from service.model.demo import NEEDED_BYTES, demo_folder
 from service.model.folders import is_whole
 
@@ -104,6 +105,16 @@ def check_libraries(settings: Settings) -> list[Finding]:
     return [kernels, Finding("triton", f"{triton}; {use}", fix)]
 
 
+def check_cpu_kernels(settings: Settings) -> list[Finding]:
+    """Who multiplies on a CPU; without our own kernels it is slower, which is no fault to be mended."""
+    try:
+        native.choose(settings.cpu_kernels)
+    except HalftoneError as error:
+        return [Finding("CPU kernels", error.message, error.hint)]
+    library = native.load()
+    return [Finding("CPU kernels", f"native, {library.isa}" if library else f"torch's: {native.absence()}")]
+
+
 def check_disk(settings: Settings) -> list[Finding]:
     """Room for the caches and what they hold now."""
     cache = settings.cache_dir
@@ -140,6 +151,7 @@ CHECKS: tuple[Callable[[Settings], list[Finding]], ...] = (
     check_python,
     check_device,
     check_libraries,
+    check_cpu_kernels,
     check_disk,
     check_port,
 )

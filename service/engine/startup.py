@@ -3,6 +3,7 @@
 child --EngineConfig--> start --Loading ...--> Serving (engine, model, EngineInfo)
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from service.engine.link import Throttle
 from service.engine.shortage import MIB, told_shortage, weight_bytes
 from service.engine.warm_up import warm_up
 from service.errors import DeviceError, PrecisionError, SettingError
+from service.kernels import native
 from service.messages import EngineConfig, EngineInfo, Loading
 from service.model.batch import BLOCK_TOKENS, PagedKV
 from service.model.checkpoint import Checkpoint, TensorSource
@@ -23,6 +25,8 @@ from service.model.instance import ModelInstance, Progress
 from service.model.random_weights import Draw, RandomWeights, save_random
 from service.precision import TABLE, backend_of, load_backend
 from service.precision.base import Backend
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -68,6 +72,8 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     """
     stages = Stages(send, started_at)
     device = devices.resolve(config.device)
+    if device.type == "cpu":
+        choose_kernels(config)
     source, backend = open_model(config, config.precision, device, stages)
     if config.save and isinstance(source, RandomWeights):
         with told_shortage(device, "a tensor of the random weights"):
@@ -92,6 +98,13 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
         engine.runner.capture(lambda done, total: stages("capture", done, total, "graphs"))
     stages.close()
     return Serving(engine, model, kv, engine_info(config, model, kv, engine, stages.seconds))
+
+
+def choose_kernels(config: EngineConfig) -> None:
+    """Before a layer is built: its form depends on who multiplies. SettingError where `native` cannot be."""
+    native.choose(config.cpu_kernels)
+    if config.cpu_kernels == "auto" and (reason := native.absence()):
+        logger.warning("torch's CPU kernels serve: %s", reason)
 
 
 def load_model(

@@ -22,6 +22,7 @@ def test_a_machine_that_lacks_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
         "memory",
         "bitsandbytes",
         "triton",
+        "CPU kernels",
         "cache",
         "disk",
         "port",
@@ -45,6 +46,18 @@ def test_a_device_that_torch_cannot_use_is_a_fix(monkeypatch: pytest.MonkeyPatch
     assert driver == Finding("driver", "535.10")
     assert "535.10" in device.found
     assert "make install" in device.fix
+
+
+def test_cpu_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.kernels.native._State.choice", "auto")
+    monkeypatch.setattr("service.kernels.native._State.library", None)
+    monkeypatch.setattr("service.kernels.native._State.reason", "this CPU is another")
+    assert checks.check_cpu_kernels(load_settings()) == [
+        Finding("CPU kernels", "torch's: this CPU is another")
+    ]
+    [asked] = checks.check_cpu_kernels(load_settings(cpu_kernels="native"))
+    assert "this CPU is another" in asked.found
+    assert asked.fix
 
 
 def test_little_memory_and_little_disk_are_fixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from service.engine.startup import choose_kernels
 from service.errors import SettingError
 from service.kernels import native
 from service.kernels.native import Library
 from service.kernels.native import build as native_build
+from service.messages import EngineConfig
 
 LIBRARY = native.load()
 needs_library = pytest.mark.skipif(LIBRARY is None, reason=native.absence())
@@ -122,6 +124,23 @@ def unchosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice, and what was found, are put back."""
     for name in ("choice", "library", "reason"):
         monkeypatch.setattr(native._State, name, getattr(native._State, name))
+
+
+@pytest.mark.usefixtures("unchosen")
+@pytest.mark.parametrize("choice", ["auto", "torch", "native"])
+def test_an_engine_without_the_library_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, choice: native.Choice
+) -> None:
+    """Once, and not where torch was asked for."""
+    monkeypatch.setattr(native._State, "library", None)
+    monkeypatch.setattr(native._State, "reason", "this CPU is another")
+    config = EngineConfig(model_path="/nowhere", precision="bf16", cpu_kernels=choice)
+    if choice == "native":
+        with pytest.raises(SettingError, match="this CPU is another"):
+            choose_kernels(config)
+    else:
+        choose_kernels(config)
+    assert ("this CPU is another" in caplog.text) == (choice == "auto")
 
 
 @pytest.mark.usefixtures("unchosen")
