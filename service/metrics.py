@@ -66,6 +66,10 @@ _FAMILIES = (
     Family("halftone_engine_up", "gauge", (), "", "1 while the engine is ready, else 0."),
     Family("halftone_engine_restarts_total", "counter", (), "", "Engines started after the first."),
     Family("halftone_model_load_seconds", "gauge", ("stage",), "seconds", "Last load, by stage."),
+    Family("halftone_loading_done", "gauge", ("stage", "unit"), "",
+           "How far a stage of the present engine's load is, in its unit: bytes, layers, steps, graphs, ..."),
+    Family("halftone_loading_expected", "gauge", ("stage", "unit"), "",
+           "What halftone_loading_done is at the end of the stage."),
     Family("halftone_memory_bytes", "gauge", ("part",), "bytes", "Memory now, by part of the ledger."),
     Family("halftone_memory_peak_bytes", "gauge", ("phase",), "bytes",
            "Highest memory of the engine's process, by phase: load, prefill, decode."),
@@ -227,6 +231,11 @@ class Metrics:
         if stats.peak_bytes is not None:
             self._replace("halftone_memory_peak_bytes", stats.peak_bytes)
 
+    def loading(self, stage: str, done: int, total: int, unit: str) -> None:
+        """An engine on its way to ready said how far it is; its last word of each stage stands."""
+        self._set("halftone_loading_done", done, stage, unit)
+        self._set("halftone_loading_expected", total, stage, unit)
+
     def engine_ready(self, info: EngineInfo) -> None:
         """A loaded engine said what it serves."""
         self.common = (self.common[0], info.precision)
@@ -250,6 +259,9 @@ class Metrics:
     def engine_state(self, state: str) -> None:
         """The client's state changed."""
         self._set("halftone_engine_up", state == "ready")
+        if state == "starting":
+            for name in ("halftone_loading_done", "halftone_loading_expected"):
+                self._scalars[name].clear()
         if state in ("down", "failed"):
             # a dead engine holds nothing; its last figures would stand as if it did
             for name in (

@@ -255,6 +255,7 @@ class EngineClient:
             self._evaluated(message)
         elif isinstance(message, Loading):
             self.loading = message
+            self._metrics.loading(message.stage, message.done, message.total, message.unit)
         elif isinstance(message, Ready):
             self.info = message.info
             self.loading = None

@@ -75,6 +75,14 @@ def test_while_the_engine_loads(tmp_path: Path) -> None:
             "state": "starting",
             "loading": {"stage": "import", "done": 1, "total": 1, "unit": "layers"},
         }
+        told = {
+            family.name: [(sample.labels["stage"], sample.labels["unit"], sample.value)]
+            for family in text_string_to_metric_families(http.get("/metrics").text)
+            for sample in family.samples
+            if family.name.startswith("halftone_loading")
+        }
+        at = [("import", "layers", 1.0)]
+        assert told == {"halftone_loading_done": at, "halftone_loading_expected": at}
         assert http.get("/version").json()["engine"] is None
         assert http.post("/tokenize", json={"prompt": "x"}).json()["max_model_len"] is None
         refused = http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "stream": True})

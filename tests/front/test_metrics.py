@@ -100,6 +100,7 @@ def test_labels_of_every_series_are_declared() -> None:
     metrics = Metrics("demo", "bf16")
     metrics.step(StepStats(step_seconds=0.1, memory_bytes={"weights": 1}, peak_bytes={"decode": 2}))
     metrics.http_request("/metrics", 200, 0.01)
+    metrics.loading("load", 1, 2, "bytes")
     declared = {family.name: {*family.labels, "le"} for family in catalogue()}
     for series, labels in samples(metrics):
         name = series if series in declared else series.rpartition("_")[0]
@@ -183,6 +184,22 @@ def test_another_engine_takes_up_the_counts_of_the_last() -> None:
     assert value(metrics, "halftone_kv_cache_usage_ratio") == 0.25
     assert value(metrics, "halftone_kv_cache_tokens", state="reusable") == 30
     assert value(metrics, "halftone_model_load_seconds", stage="load", precision="nf4") == 0.5
+
+
+def test_each_stage_of_a_load_stands_until_another_engine_starts() -> None:
+    metrics = Metrics("demo", "auto")
+    metrics.loading("load", 100, 400, "bytes")
+    metrics.loading("load", 400, 400, "bytes")
+    metrics.loading("capture", 3, 70, "graphs")
+    metrics.engine_state("down")  # where it died
+    for stage, unit, done, total in (("load", "bytes", 400, 400), ("capture", "graphs", 3, 70)):
+        assert value(metrics, "halftone_loading_done", stage=stage, unit=unit) == done
+        assert value(metrics, "halftone_loading_expected", stage=stage, unit=unit) == total
+    metrics.engine_state("starting")
+    metrics.loading("import", 0, 1, "modules")
+    assert {
+        dict(labels)["stage"] for name, labels in samples(metrics) if name == "halftone_loading_done"
+    } == {"import"}
 
 
 @pytest.mark.parametrize("state", ["down", "failed"])
