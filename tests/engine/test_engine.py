@@ -199,6 +199,15 @@ def test_a_repeated_prefix_computes_one_block_and_its_tail() -> None:
         assert computed == {1: 512, 2: 16, 3: 9}[request_id]
 
 
+@pytest.mark.parametrize("num_tokens", [28, 29, 30])  # 47, 48 and 49 tokens are computed, the last is not
+def test_the_next_turn_of_a_chat_finds_the_answer(num_tokens: int) -> None:
+    engine = fake_engine()
+    engine.add(Submit(1, prompt(20), greedy(num_tokens)))
+    answer = Client().run(engine).answers[1]
+    engine.add(Submit(2, [*prompt(20), *answer, 5, 6], greedy(1)))
+    assert Client().run(engine).firsts[2].cached_tokens == (32 if num_tokens == 28 else 48)
+
+
 def test_answers_to_one_prompt_compute_it_once() -> None:
     """`n` submits of the same prompt at the same time: the others wait a step and share."""
     engine = fake_engine(num_blocks=100, max_batch_tokens=1024)
