@@ -2,83 +2,26 @@
 
 import json
 import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
+from engine_child import spawned
 from tiny_models import greedy, load_instance, make_checkpoint
 
 from service.messages import (
-    HEADER,
     Abort,
     EngineConfig,
-    EngineMessage,
     Evaluate,
     Evaluated,
     Fatal,
-    FrontMessage,
     Loading,
-    Output,
     Ready,
     Sampling,
     Shutdown,
     Step,
     Submit,
-    engine_decoder,
-    frame,
 )
-
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass
-class Child:
-    process: subprocess.Popen[bytes]
-    connection: socket.socket
-
-    def send(self, *messages: FrontMessage) -> None:
-        self.connection.sendall(b"".join(map(frame, messages)))
-
-    def receive(self) -> EngineMessage:
-        (size,) = HEADER.unpack(self._read(HEADER.size))
-        return engine_decoder.decode(self._read(size))
-
-    def outputs(self, until: int) -> list[Output]:
-        """All outputs up to the one that ends request `until`."""
-        outputs: list[Output] = []
-        while not any(output.id == until and output.finish_reason for output in outputs):
-            message = self.receive()
-            assert isinstance(message, Step)
-            outputs += message.outputs
-        return outputs
-
-    def _read(self, num_bytes: int) -> bytes:
-        data = self.connection.recv(num_bytes, socket.MSG_WAITALL)
-        assert len(data) == num_bytes, "the child hung up"
-        return data
-
-
-@contextmanager
-def spawned(config: EngineConfig) -> Iterator[Child]:
-    ours, theirs = socket.socketpair()
-    ours.settimeout(60)
-    command = [sys.executable, "-m", "service.engine.child", "--fd", str(theirs.fileno())]
-    command += ["--config", msgspec.json.encode(config).decode()]
-    with theirs:
-        process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
-    try:
-        with ours:
-            yield Child(process, ours)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
