@@ -251,10 +251,12 @@ def test_the_kernel_that_is_named_serves(
     plan = plan_attention(torch.tensor([[0], [1]], dtype=torch.int32), [0, 1, 5], [3, 4], 1)
     paged_attention(q, *caches, plan, 1.0)
     named = attention_kernel(dtype, torch.device("cpu"), head_dim, group)
-    assert ("native.decode_attention" in named) is ("_decode" not in by_torch)
-    assert ("native.prefill_attention" in named) is ("_prefill" not in by_torch)
-    assert ("native.decode_attention" in named) is (dtype is BFLOAT16 and head_dim in (64, 96))
-    assert ("native.prefill_attention" in named) is (dtype is BFLOAT16 and head_dim == 64 and group == 3)
+    assert ("native.avx512.decode_attention" in named) is ("_decode" not in by_torch)
+    assert ("native.avx512.prefill_attention" in named) is ("_prefill" not in by_torch)
+    assert ("native.avx512.decode_attention" in named) is (dtype is BFLOAT16 and head_dim in (64, 96))
+    assert ("native.avx512.prefill_attention" in named) is (
+        dtype is BFLOAT16 and head_dim == 64 and group == 3
+    )
 
 
 def test_nothing_is_gathered_for_a_native_decode() -> None:

@@ -34,4 +34,4 @@ def add_rms_norm_kernel(dtype: torch.dtype, device: torch.device) -> str:
     """Name of what serves, for /version."""
     if device.type == "cuda":
         return "triton.add_rms_norm"
-    return "native.add_rms_norm" if device.type == "cpu" and native.has_kernel(dtype) else "torch"
+    return "native.avx512.add_rms_norm" if device.type == "cpu" and native.has_kernel(dtype) else "torch"

@@ -35,4 +35,4 @@ def gated_silu_kernel(dtype: torch.dtype, device: torch.device) -> str:
     """Name of what serves, for /version."""
     if device.type == "cuda":
         return "triton.gated_silu"
-    return "native.gated_silu" if device.type == "cpu" and native.has_kernel(dtype) else "torch"
+    return "native.avx512.gated_silu" if device.type == "cpu" and native.has_kernel(dtype) else "torch"

@@ -81,7 +81,7 @@ static void transpose(const bf16 *from, int64_t stride, uint32_t *to) {
     }
 }
 
-/* Keys token .. end - 1 and whatever their last page holds behind them; the scores of that are masked. */
+/* Keys token .. end - 1. The columns behind them keep what was there: their scores are masked. */
 static void pair_keys(struct tile *t, int64_t token, int64_t end) {
     int64_t n = t->job->head_dim;
     for (int64_t at = 0; at < KEYS && token + at < end; at += PAGE) {
@@ -202,11 +202,9 @@ static void attend_queries(const void *arguments, int64_t number) {
         for (int64_t i = 0; i < n; i += 32)
             _mm512_store_si512(t.q + row * n + i, is_real ? _mm512_loadu_si512(from + i) : _mm512_setzero_si512());
         for (int64_t i = 0; i < n; i += 16) _mm512_store_ps(t.out + row * n + i, _mm512_setzero_ps());
-        for (int64_t i = 0; i < KEYS; i += 16) _mm512_store_ps(t.scores + row * KEYS + i, _mm512_setzero_ps());
         t.largest[row] = -__builtin_inff();
         t.sum[row] = 0;
     }
-    for (int64_t i = 0; i < n / 2 * KEYS; i += 16) _mm512_store_si512(t.pairs + i, _mm512_setzero_si512());
     int64_t begin = oldest_seen(job, t.position);
     for (int64_t token = begin / KEYS * KEYS; token < end; token += KEYS) attend_block(&t, rows, token, begin, end);
     for (int64_t row = 0; row < t.count * job->group; row++) {

@@ -19,9 +19,9 @@ def attention_kernel(dtype: torch.dtype, device: torch.device, head_dim: int, gr
     """Name of what serves attention without a softcap on a CPU."""
     is_cpu, fused = device.type == "cpu", "torch.scaled_dot_product_attention"
     if is_cpu and native.has_prefill(dtype, head_dim, group):
-        return "native.decode_attention, native.prefill_attention"
+        return "native.avx512.decode_attention, native.avx512.prefill_attention"
     if is_cpu and native.has_decode(dtype, head_dim):
-        return f"native.decode_attention, {fused} in prefill"
+        return f"native.avx512.decode_attention, {fused} in prefill"
     if _has_batched_products(dtype, device):
         return f"{fused}, torch.bmm from {MIN_BATCHED_PRODUCTS} decoding sequences"
     return fused

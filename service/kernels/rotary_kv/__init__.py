@@ -55,4 +55,6 @@ def rotary_kv_kernel(dtype: torch.dtype, device: torch.device, head_dim: int) ->
     """Name of what serves, for /version."""
     if device.type == "cuda":
         return "triton.rotary_kv"
-    return "native.rotary_kv" if device.type == "cpu" and native.has_kernel(dtype, head_dim) else "torch"
+    return (
+        "native.avx512.rotary_kv" if device.type == "cpu" and native.has_kernel(dtype, head_dim) else "torch"
+    )
