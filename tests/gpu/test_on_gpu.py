@@ -116,7 +116,7 @@ def test_paged_attention_agrees_with_the_reference(dtype: torch.dtype, window: i
     pages = [-(-length // BLOCK_TOKENS) for length in lengths]
     order = (torch.randperm(sum(pages)) + 1).tolist()
     tables = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
-    keys, values = torch.full((2, sum(pages) + 1, 3, BLOCK_TOKENS, 64), 1e4, dtype=dtype)
+    keys, values = torch.full((2, sum(pages) + 1, 3, BLOCK_TOKENS, 64), float("nan"), dtype=dtype)
     for sequence, length in enumerate(lengths):
         blocks = torch.tensor([order.pop() for _ in range(pages[sequence])])
         tables[sequence, : len(blocks)] = blocks

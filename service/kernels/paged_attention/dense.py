@@ -81,9 +81,19 @@ def _decode(
     kv_heads = key_cache.shape[1]
     keys, values = _gather(key_cache, rows, batch), _gather(value_cache, rows, batch)
     grouped = q.view(batch, kv_heads, heads // kv_heads, head_dim)
-    if batch >= MIN_BATCHED_PRODUCTS and _has_batched_products(q.dtype, q.device) and not softcap:
-        return _batched_products(grouped, keys, values, mask, scale).reshape(batch, heads, head_dim)
-    return _attention(grouped, keys, values, mask, scale, softcap).reshape(batch, heads, head_dim)
+    has_products = batch >= MIN_BATCHED_PRODUCTS and _has_batched_products(q.dtype, q.device) and not softcap
+
+    def attend(keys: Tensor, values: Tensor) -> Tensor:
+        if has_products:
+            return _batched_products(grouped, keys, values, mask, scale)
+        return _attention(grouped, keys, values, mask, scale, softcap)
+
+    result = attend(keys, values)
+    if mask is not None and not result.isfinite().all():
+        # a broken request's keys may lie where nobody looks, and 0 times NaN is NaN
+        unseen = mask.isinf().transpose(2, 3)
+        result = attend(keys.masked_fill(unseen, 0), values.masked_fill(unseen, 0))
+    return result.reshape(batch, heads, head_dim)
 
 
 def _batched_products(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
