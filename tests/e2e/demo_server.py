@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from tokenizers import Tokenizer
 from service.api.app import create_app
 from service.config import Settings
 from service.front.host import Host
+from service.front.supervisor import ENGINE_COMMAND
 from service.messages import EngineInfo, Evaluated
 
+# one step ahead of its results, as on a GPU
+ENGINE_AHEAD = (sys.executable, str(Path(__file__).with_name("engine_ahead.py")))
 PROSE = Path(__file__).parents[2] / "LICENSE"  # some 2,300 tokens that nobody will edit
 START_TIMEOUT_S = 120
 ANSWER_TIMEOUT_S = 180
@@ -57,11 +61,16 @@ class DemoServer:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[DemoServer]:
-    """A ready server over the checkpoint in `folder`, on a free port."""
+def serving(
+    folder: Path, *, command: Sequence[str] = ENGINE_COMMAND, **settings: Any
+) -> Iterator[DemoServer]:
+    """A ready server over the checkpoint in `folder`, on a free port; `command` is its engine's program."""
     server = DemoServer()
     configured = Settings(model=str(folder), served_model_name="demo", port=0, device="cpu", **settings)
-    with running(lambda: Host(configured, folder, create_app), START_TIMEOUT_S) as (server.host, server.loop):
+    with running(lambda: Host(configured, folder, create_app, command=command), START_TIMEOUT_S) as (
+        server.host,
+        server.loop,
+    ):
         assert server.host.client.info is not None
         server.info = server.host.client.info
         yield server

@@ -7,7 +7,6 @@ budgets that cut their prompts; every second engine launches a step before it re
 import asyncio
 import itertools
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from demo_server import ENGINE_AHEAD
 from tiny_models import make_checkpoint
 from transformers import PreTrainedModel
 
@@ -24,7 +24,6 @@ from service.front.host import Host, run_loop
 from service.front.supervisor import ENGINE_COMMAND
 from service.model.config import FAMILIES
 
-ENGINE_AHEAD = (sys.executable, str(Path(__file__).with_name("engine_ahead.py")))
 NEW_TOKENS = 24
 NUM_PROMPTS = 64
 KEYS = ("first-key", "second-key")
