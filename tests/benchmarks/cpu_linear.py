@@ -1,10 +1,11 @@
-"""Microseconds of every linear of a model on this CPU, by precision and by rows: docs/cpu-kernels.md.
+"""Milliseconds of every linear of a model on this CPU, by precision, kernels and rows: docs/cpu-kernels.md.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 .venv/bin/python -m tests.benchmarks.cpu_linear [--rows 1,8,64,512]
 
-Each layer class is built as often as the model has layers and the copies are called in turn, so that weights
-come from memory as they do in a server. All modes run in turns inside one process; the least of the rounds
-counts, and what is printed is the sum over all layers, in milliseconds a step.
+Each layer class is built as often as the model has layers and the layers are called in their order, so that
+weights come from memory as they do in a server. All modes run in turns inside one process. The least time of
+each single layer over the rounds counts, so that other work on the machine disturbs little; printed is
+their sum, in milliseconds a step. With OMP_NUM_THREADS=1 it is CPU time, which a busy machine hardly moves.
 """
 
 import argparse
@@ -14,15 +15,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from service.kernels.awq_linear import cpu
+from service.kernels import native
 from service.kernels.awq_linear.reference import pack
+from service.kernels.dense_linear import pack_weight
+from service.model.head import FullHead
 from service.precision import load_backend
 from service.precision.base import LinearGroup, LinearSpec
 
 LAYERS = 30
 GROUP = 64
+VOCAB, HIDDEN = 49152, 576
 SHAPES = {"qkv_proj": (576, 960), "o_proj": (576, 576), "gate_up_proj": (576, 3072), "down_proj": (1536, 576)}
-MODES = ("bf16", "int8", "int8:threshold=0", "nf4", "nf4:double_quant=off", "awq")
+MODES = ("bf16", "int8", "nf4", "awq", "head")
+CHOICES: tuple[native.Choice, ...] = ("native", "torch")
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -37,50 +42,51 @@ def tensors(in_features: int, out_features: int) -> dict[str, Tensor]:
     }
 
 
-def build(mode: str, name: str) -> list[Layer]:
-    """One layer class of the model; AWQ's two CPU paths are told apart by `awq/packed`, `awq/dequantized`."""
-    in_features, out_features = SHAPES[name]
-    parts = (LinearSpec("linear", in_features, out_features),)
-    group = LinearGroup(name, parts, torch.device("cpu"), torch.bfloat16)
+def build(mode: str) -> list[tuple[int, Layer]]:
+    """All layers of the model, or its bf16 head, in their order, each with its number of input features."""
+    if mode == "head":
+        return [(HIDDEN, FullHead(pack_weight((torch.randn(VOCAB, HIDDEN) * 0.05).bfloat16())))]
     backend = load_backend(mode)
-    return [backend.build(group, tensors(in_features, out_features).__getitem__) for _ in range(LAYERS)]
+    layers: list[tuple[int, Layer]] = []
+    given = {name: tensors(*shape) for name, shape in SHAPES.items()}
+    for _ in range(LAYERS):
+        for name, (in_features, out_features) in SHAPES.items():
+            parts = (LinearSpec("linear", in_features, out_features),)
+            group = LinearGroup(name, parts, torch.device("cpu"), torch.bfloat16)
+            layers.append((in_features, backend.build(group, given[name].__getitem__)))
+    return layers
 
 
-def step_milliseconds(layers: list[Layer], x: Tensor) -> float:
-    start = time.perf_counter()
-    for layer in layers:
-        layer(x)
-    return (time.perf_counter() - start) * 1e3
+def measure(layers: list[tuple[int, Layer]], inputs: dict[int, Tensor], least: list[float]) -> None:
+    """One round; lowers each layer's time in `least`."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    for number, (in_features, layer) in enumerate(layers):
+        start = clock()
+        layer(inputs[in_features])
+        least[number] = min(least[number], clock() - start)
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,512")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
     rows = [int(count) for count in arguments.rows.split(",")]
-    columns = [*MODES, "awq/packed", "awq/dequantized"]
-    least = {(count, column): 0.0 for count in rows for column in columns}
-    for name, (in_features, _) in SHAPES.items():
-        built = {mode: build(mode, name) for mode in MODES}
-        for count in rows:
-            x = torch.randn(count, in_features).bfloat16()
-            best = dict.fromkeys(columns, float("inf"))
-            for _ in range(arguments.rounds):
-                for column in columns:
-                    mode, _, path = column.partition("/")
-                    limit = cpu.MAX_PACKED_ROWS
-                    if path:
-                        cpu.MAX_PACKED_ROWS = 1 << 30 if path == "packed" else 0
-                    best[column] = min(best[column], step_milliseconds(built[mode], x))
-                    cpu.MAX_PACKED_ROWS = limit
-            for column in columns:
-                least[count, column] += best[column]
-    print(f"| rows | {' | '.join(columns)} |")
-    print("|---" * (len(columns) + 1) + "|")
+    built = {}
+    for choice in CHOICES:
+        native.choose(choice)
+        built |= {f"{mode} {choice}": build(mode) for mode in MODES}
+    print(f"| rows | {' | '.join(built)} |")
+    print("|---" * (len(built) + 1) + "|")
     for count in rows:
-        print(f"| {count} | {' | '.join(f'{least[count, column]:.1f}' for column in columns)} |")
+        inputs = {width: torch.randn(count, width).bfloat16() for width, _ in SHAPES.values()}
+        least = {name: [float("inf")] * len(layers) for name, layers in built.items()}
+        for _ in range(arguments.rounds):
+            for name, layers in built.items():
+                measure(layers, inputs, least[name])
+        times = " | ".join(f"{sum(least[name]) * 1e3:.1f}" for name in built)
+        print(f"| {count} | {times} |", flush=True)
 
 
 if __name__ == "__main__":
