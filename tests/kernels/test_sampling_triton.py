@@ -31,13 +31,15 @@ def sample(greedy: ModuleType) -> Iterator[ModuleType]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_greedy(greedy: ModuleType, dtype: torch.dtype) -> None:
     logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[5] -= 20  # a sum beyond what float16 holds
     logits[0, 8999] = logits[0, 4097] = logits[0, 4099] = 60.0  # between equals the first
     logits[1, VOCAB - 1] = 60.0
     logits[2, 5] = float("nan")
     logits[3, 9000] = float("inf")
     logits[4, 4096] = float("-inf")
     got = greedy.greedy(logits)
-    assert got.tolist() == greedy_reference.greedy(logits.float()).tolist()
+    assert got.tolist() == greedy_reference.greedy(logits).tolist()
+    assert got[5] == logits[5].argmax()
     assert got.tolist()[:5] == [4097, VOCAB - 1, -1, -1, -1]
 
 

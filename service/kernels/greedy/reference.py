@@ -6,4 +6,4 @@ from torch import Tensor
 
 def greedy(logits: Tensor) -> Tensor:
     """See the package. A sum is finite only where each of its parts is."""
-    return torch.where(torch.isfinite(logits.sum(-1)), logits.argmax(-1), -1)
+    return torch.where(torch.isfinite(logits.sum(-1, dtype=torch.float32)), logits.argmax(-1), -1)
