@@ -91,8 +91,9 @@ def decode_plan(block_tables: Tensor, lengths: Tensor) -> AttentionPlan:
 
 
 def on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """int32; the host does not wait for the copy."""
-    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    """int32; the host does not wait for the copy, which from pageable memory would wait for earlier work."""
+    on_cuda = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=on_cuda).to(device, non_blocking=True)
 
 
 def gather_plan(
