@@ -91,6 +91,12 @@ class TensorSource(ABC):
         """Elements of all tensors; a pre-quantized checkpoint counts its containers."""
         return sum(torch.Size(info.shape).numel() for info in self._tensors.values())
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors whose type torch has; `verify` lets no other pass."""
+        sizes = [(torch.Size(info.shape).numel(), info.dtype) for info in self._tensors.values()]
+        return sum(count * dtype.itemsize for count, dtype in sizes if isinstance(dtype, torch.dtype))
+
 
 class Checkpoint(TensorSource):
     """An opened folder."""

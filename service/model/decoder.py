@@ -158,7 +158,6 @@ class Decoder(nn.Module):
         *,
         head: str = "16bit",
         max_context_tokens: int = 0,
-        progress: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -168,8 +167,6 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList()
         for index in range(config.num_layers):
             self.layers.append(DecoderLayer(config, index, backend, read, device, dtype))
-            if progress:
-                progress(index + 1)
         self.register_buffer("final_norm", read("model.norm.weight").to(device, dtype, copy=True))
         if not config.tied_head:
             weight = read("lm_head.weight").to(device, dtype, copy=True)

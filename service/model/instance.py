@@ -18,7 +18,7 @@ from service.model.checkpoint import Checkpoint, TensorSource
 from service.model.config import ModelConfig
 from service.model.decoder import Decoder, DecoderLayer, Observe
 from service.model.verify import verify
-from service.precision.base import Backend, QuantLinear
+from service.precision.base import Backend, QuantLinear, Read
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit
 
@@ -72,18 +72,18 @@ class ModelInstance:
         verify(checkpoint, tokenizer)
         if progress:
             progress("verify", len(checkpoint.names), len(checkpoint.names), "tensors")
-        num_layers = checkpoint.config.num_layers
         with checkpoint.reading(device) as read:
             decoder = Decoder(
                 checkpoint.config,
                 backend,
-                read,
+                counted(read, checkpoint, progress) if progress else read,
                 device,
                 dtype or backend.activation_dtype(device, checkpoint.dtype),
                 head=head,
                 max_context_tokens=max_context_tokens,
-                progress=(lambda done: progress("load", done, num_layers, "layers")) if progress else None,
             )
+        if progress:
+            progress("load", checkpoint.num_bytes, checkpoint.num_bytes, "bytes")
         return cls(checkpoint, backend, decoder, device)
 
     def forward(self, batch: StepBatch, kv: PagedKV, observe: Observe | None = None) -> Tensor:
@@ -145,3 +145,20 @@ class ModelInstance:
 
 def _bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def counted(read: Read, source: TensorSource, progress: Progress) -> Read:
+    """`read` that tells the bytes it has brought; a head that is the embedding may stay unread."""
+    names: set[str] = set()
+    num_bytes, total = 0, source.num_bytes
+
+    def read_and_tell(name: str) -> Tensor:
+        nonlocal num_bytes
+        tensor = read(name)
+        if name not in names:  # some are read twice
+            names.add(name)
+            num_bytes += tensor.numel() * tensor.element_size()
+            progress("load", num_bytes, total, "bytes")
+        return tensor
+
+    return read_and_tell

@@ -70,6 +70,12 @@ def test_progress_ends_at_its_total(folder: Path) -> None:
     last = {stage: (done, total) for stage, done, total, _ in reports}
     assert last.keys() == {"verify", "load"}
     assert all(done == total > 0 for done, total in last.values())
+    loaded = [(done, total, unit) for stage, done, total, unit in reports if stage == "load"]
+    assert loaded == sorted(loaded)
+    assert len(loaded) > 20
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert {unit for *_, unit in loaded} == {"bytes"}
+    assert size - 8192 < loaded[-2][0] <= loaded[-2][1] < size  # but for the file's header
 
 
 def test_kv_block_bytes(folder: Path) -> None:
