@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.quantize.calibration import InputStatistics
+from service.quantize.calibration import InputStatistics, blocks
 
 ALPHAS = 20  # resolution of the scale search: alpha is a multiple of 1/20, from 0 (no scaling) on
 STRIDE = 3  # of the first pass over these points; the second tries the neighbours of the best
@@ -82,7 +82,13 @@ def rounding_error(weight: Tensor, step: Tensor, zero: Tensor, grid: Grid) -> Te
 
 def output_error(error: Tensor, gram: Tensor) -> float:
     """Weight error D [out, in] -> tr(D G D^T), the mean squared norm of D x."""
-    return float(torch.sum((error @ gram).mul_(error), dtype=torch.float64))
+    total = torch.zeros((), dtype=torch.float64, device=error.device)
+    for block in blocks(gram):  # what lies on both sides of the diagonal counts twice and is computed once
+        product = error[:, block] @ gram[block, block.start :]
+        product.mul_(error[:, block.start :])
+        width = block.stop - block.start
+        total += product[:, :width].sum(dtype=torch.float64) + 2 * product[:, width:].sum(dtype=torch.float64)
+    return float(total)
 
 
 def full_range_error(weight: Tensor, grid: Grid) -> Tensor:

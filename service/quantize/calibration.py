@@ -16,6 +16,8 @@ from service.model.batch import BLOCK_TOKENS, StepBatch
 from service.model.decoder import DecoderLayer, layer_groups
 from service.model.instance import ModelInstance
 
+BLOCKS = 6  # of a symmetric product: 21 of its 36 parts are computed
+
 
 @dataclass(frozen=True)
 class InputStatistics:
@@ -27,11 +29,22 @@ class InputStatistics:
     @classmethod
     def of(cls, x: Tensor) -> "InputStatistics":
         wide = x.float()
-        return cls((wide.t() @ wide).div_(wide.shape[0]), wide.abs().mean(0))
+        gram = wide.new_empty(wide.shape[1], wide.shape[1])
+        for block in blocks(gram):  # one half is computed, the other is its mirror image
+            part = wide[:, block].t() @ wide[:, block.start :]
+            gram[block, block.start :] = part
+            gram[block.start :, block] = part.t()
+        return cls(gram.div_(wide.shape[0]), wide.abs().mean(0))
 
     def divided(self, scale: Tensor) -> "InputStatistics":
         """Moments of X / scale, `scale` [in_features]."""
         return InputStatistics(self.gram / scale / scale.unsqueeze(1), self.mean_abs / scale)
+
+
+def blocks(gram: Tensor) -> list[slice]:
+    """A symmetric matrix's columns in a few parts; from each on, the part's rows hold what is to be computed."""
+    size = -(-gram.shape[0] // BLOCKS)
+    return [slice(start, min(start + size, gram.shape[0])) for start in range(0, gram.shape[0], size)]
 
 
 def windows_batch(windows: list[list[int]], device: torch.device) -> tuple[StepBatch, int]:
