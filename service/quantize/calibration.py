@@ -42,7 +42,7 @@ class InputStatistics:
 
 
 def blocks(gram: Tensor) -> list[slice]:
-    """A symmetric matrix's columns in a few parts; from each on, the part's rows hold what is to be computed."""
+    """A symmetric matrix's columns in parts; what a part's rows hold from there on is to be computed."""
     size = -(-gram.shape[0] // BLOCKS)
     return [slice(start, min(start + size, gram.shape[0])) for start in range(0, gram.shape[0], size)]
 
