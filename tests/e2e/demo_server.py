@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from front_thread import running
+from tests.front_thread import running
 from tokenizers import Tokenizer
 
 from service.api.app import create_app
