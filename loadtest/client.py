@@ -52,7 +52,7 @@ class Recorder:
                 self.record.counted_by = "server"
                 tokens = usage.get("completion_tokens", 0)
             else:
-                tokens = self._tokens + bool(choice.get("text") or (choice.get("delta") or {}).get("content"))
+                tokens = self._tokens + brings_token(choice)
             if tokens > self._tokens:
                 self._tokens = tokens
                 self.record.arrivals.append((now_s, tokens))
@@ -80,6 +80,16 @@ class Recorder:
                 record.output_tokens = self._tokens
         if not record.finish_reason:
             record.finished_s = now_s
+
+
+def brings_token(choice: dict[str, Any]) -> bool:
+    """Whether an event's choice stands for a token: it has text, or empty text before the end.
+
+    Servers send empty text for a token inside a character; a chat's opening names a role, and is no token.
+    """
+    delta = choice.get("delta") or {}
+    text = choice.get("text", delta.get("content"))
+    return bool(text) or (text == "" and "role" not in delta and choice.get("finish_reason") is None)
 
 
 def error_text(error: Any) -> str:

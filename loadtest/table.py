@@ -130,11 +130,11 @@ def notes(result: dict[str, Any]) -> list[str]:
     levels = [level["figures"] for level in result["levels"]]
     said = []
     if any("events" in figures["counted_by"] for figures in levels):
-        said.append("the server sends no usage; each event with text counts as one token")
+        said.append("the server sends no usage; each event with a text counts as one token")
     brought = [figures["tokens_per_event"] for figures in levels if "usage" in figures["counted_by"]]
     if brought:
         said.append(
-            f"ITL is the gap between events with text, which bring {min(brought):.3f} to {max(brought):.3f} "
+            f"ITL is the gap between events, which bring {min(brought):.3f} to {max(brought):.3f} "
             "tokens each; `--continuous-usage` counts every token"
         )
     return said

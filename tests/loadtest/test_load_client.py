@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scripted_server import event, full_answer, refusal, sse, usage_of
 
-from loadtest.client import Client, Recorder
+from loadtest.client import Client, Recorder, brings_token
 from loadtest.errors import LoadTestError
 from loadtest.statistics import Record
 
@@ -111,6 +111,23 @@ async def answer_in_pieces(reader: asyncio.StreamReader, writer: asyncio.StreamW
         writer.write(bytes([byte]))
         await writer.drain()
     await reader.read()
+
+
+@pytest.mark.parametrize(
+    ("choice", "counts"),
+    [
+        ({"text": "a", "finish_reason": None}, True),
+        ({"text": "", "finish_reason": None}, True),  # half a character
+        ({"text": "a", "finish_reason": "length"}, True),
+        ({"text": "", "finish_reason": "stop"}, False),
+        ({"delta": {"role": "assistant", "content": ""}, "finish_reason": None}, False),
+        ({"delta": {"content": ""}, "finish_reason": None}, True),
+        ({"delta": {"content": "a"}, "finish_reason": None}, True),
+        ({"delta": {}, "finish_reason": "stop"}, False),
+    ],
+)
+def test_which_events_stand_for_a_token(choice: dict[str, Any], counts: bool) -> None:
+    assert brings_token(choice) is counts
 
 
 def test_a_stream_torn_into_bytes_ends_at_done() -> None:
