@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "kernels": BELOW | {"device"},
     "precision": BELOW | {"device", "kernels"},
     "model": BELOW | {"device", "kernels", "precision"},
-    "quality": BELOW | {"device", "model", "precision"},
+    "quality": BELOW | {"device", "kernels", "model", "precision"},
     "quantize": BELOW | {"device", "kernels", "model", "precision", "quality"},
     "engine": BELOW | {"device", "kernels", "model", "precision", "quality", "quantize", "logs"},
     "front": BELOW | {"metrics"},

@@ -7,17 +7,9 @@ import math
 
 from torch import Tensor
 
+from service.kernels.divergence import kl_divergence, negative_log_likelihood
 
-def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """[rows, vocab] of any float type, int64 [rows] -> float64 [rows], nats."""
-    return -logits.double().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
-
-
-def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
-    """Logits [rows, vocab] of both -> float64 [rows], nats: KL(reference || other), whole vocabulary."""
-    reference_log = reference.double().log_softmax(-1)
-    difference = reference_log - other.double().log_softmax(-1)
-    return (reference_log.exp() * difference).sum(-1)
+__all__ = ["agrees_on_top", "kl_divergence", "negative_log_likelihood", "paired_difference"]
 
 
 def agrees_on_top(reference: Tensor, other: Tensor) -> Tensor:
