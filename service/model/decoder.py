@@ -96,6 +96,9 @@ class DecoderLayer(nn.Module):
         self.paths = {name: tuple(part.path for part in parts) for name, parts in groups.items()}
         for name, parts in groups.items():
             self.add_module(name, backend.build(LinearGroup(name, parts, device, dtype), read))
+        # called as functions: a module's own call, and finding it, take as long as a row's kernel
+        self._qkv, self._o = self.qkv_proj.forward, self.o_proj.forward
+        self._gate_up, self._down = self.gate_up_proj.forward, self.down_proj.forward
 
     def forward(
         self, hidden: Tensor, delta: Tensor | None, step: Step, observe: Observe | None = None
@@ -104,16 +107,16 @@ class DecoderLayer(nn.Module):
         hidden, x = add_rms_norm(hidden, delta, self.input_norm, eps)
         if observe:
             self._show(observe, "qkv_proj", x)
-        x = self._attend(self.qkv_proj(x), step)
+        x = self._attend(self._qkv(x), step)
         if observe:
             self._show(observe, "o_proj", x)
-        hidden, x = add_rms_norm(hidden, self.o_proj(x), self.post_attention_norm, eps)
+        hidden, x = add_rms_norm(hidden, self._o(x), self.post_attention_norm, eps)
         if observe:
             self._show(observe, "gate_up_proj", x)
-        x = gated_silu(self.gate_up_proj(x))
+        x = gated_silu(self._gate_up(x))
         if observe:
             self._show(observe, "down_proj", x)
-        return hidden, self.down_proj(x)
+        return hidden, self._down(x)
 
     def _attend(self, qkv: Tensor, step: Step) -> Tensor:
         """Packed q, k, v [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
