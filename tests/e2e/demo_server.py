@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from tests.front_thread import running
 from tokenizers import Tokenizer
 
 from service.api.app import create_app
@@ -16,6 +15,7 @@ from service.config import Settings
 from service.front.host import Host
 from service.front.supervisor import ENGINE_COMMAND
 from service.messages import EngineInfo, Evaluated
+from tests.front_thread import running
 
 # one step ahead of its results, as on a GPU
 ENGINE_AHEAD = (sys.executable, str(Path(__file__).with_name("engine_ahead.py")))

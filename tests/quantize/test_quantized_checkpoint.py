@@ -13,8 +13,8 @@ from service.errors import CheckpointError, PrecisionError, SystemProblem
 from service.kernels.awq_linear.reference import pack, unpack
 from service.kernels.dense_linear import pack_weight, unpack_weight
 from service.messages import EngineConfig
-from service.model.checkpoint import Checkpoint
 from service.model import shards
+from service.model.checkpoint import Checkpoint
 from service.model.config import read_config
 from service.precision import load_backend
 from service.quality.texts import Text
