@@ -202,29 +202,22 @@ def memory_of(host: Host, info: EngineInfo) -> Memory:
 
 
 async def evaluate(job: Job, host: Host, advance: Advance) -> Quality:
-    """Perplexity and divergence over the whole text, and the same tokens scored by prefill and by decode."""
-
-    def progress(start: float, share: float) -> Callable[[Evaluated], None]:
-        return lambda message: advance("quality", start + share * message.done / max(message.total, 1))
-
-    options, text = job.plan.options, job.text
-    whole = await host.client.evaluate(
-        text.windows, ["prefill"], reference=job.plan.reference, progress=progress(0.0, 0.25)
-    )
+    """Perplexity and divergence over the whole text by prefill, and its windows' beginnings by decode too."""
     modes: list[Literal["prefill", "decode1", "decode8"]] = ["prefill", "decode1", "decode8"]
-    thrice = await host.client.evaluate(
-        text.shortened(options.agreement_tokens),
+    evaluated = await host.client.evaluate(
+        job.text.windows,
         modes,
-        decode_tokens=options.agreement_tokens,
-        progress=progress(0.25, 0.75),
+        decode_tokens=job.plan.options.agreement_tokens,
+        reference=job.plan.reference,
+        progress=lambda message: advance("quality", message.done / max(message.total, 1)),
     )
     return Quality(
-        perplexity=perplexity(whole, "prefill"),
-        tokens=whole.tokens["prefill"],
-        kl_mean=whole.kl_mean,
-        kl_tokens=whole.kl_tokens,
-        top1_agreement=whole.top1_agreement,
-        agreement=agreement_of(thrice),
+        perplexity=perplexity(evaluated, "prefill"),
+        tokens=evaluated.tokens["prefill"],
+        kl_mean=evaluated.kl_mean,
+        kl_tokens=evaluated.kl_tokens,
+        top1_agreement=evaluated.top1_agreement,
+        agreement=agreement_of(evaluated),
     )
 
 
@@ -236,13 +229,15 @@ def perplexity(evaluated: Evaluated, mode: str) -> float:
 def agreement_of(evaluated: Evaluated) -> Agreement:
     """Three perplexities of the same tokens -> how far decode is from prefill, and how sure that is.
 
-    Raises HalftoneError where the modes scored different numbers of tokens: that compares nothing.
+    Prefill scored more tokens than decode did; of those that both did, the pairs tell its share. Raises
+    HalftoneError where the modes scored different numbers of tokens: that compares nothing.
     """
     pairs = [evaluated.paired[mode] for mode in ("decode1", "decode8")]
-    counts = {*evaluated.tokens.values(), *(pair.tokens for pair in pairs)}
+    counts = {evaluated.tokens["decode1"], evaluated.tokens["decode8"], *(pair.tokens for pair in pairs)}
     if len(counts) != 1:
         raise HalftoneError(f"prefill and decode scored different tokens: {evaluated.tokens}")
-    prefill, decode1, decode8 = (perplexity(evaluated, mode) for mode in ("prefill", "decode1", "decode8"))
+    decode1, decode8 = (perplexity(evaluated, mode) for mode in ("decode1", "decode8"))
+    prefill = decode1 * exp(-pairs[0].mean)
     # exp(mean) is the ratio of the perplexities, and also what a small error of the mean is multiplied by
     apart1, apart8 = (
         Apart(change=expm1(pair.mean), standard_error=exp(pair.mean) * pair.standard_error) for pair in pairs

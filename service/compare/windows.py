@@ -17,8 +17,6 @@ from service.quality.texts import (
     token_windows,
 )
 
-DECODE_WIDTH = 8  # the most sequences that quality decodes together
-
 
 @dataclass(frozen=True)
 class EvaluationText:
@@ -54,10 +52,3 @@ class EvaluationText:
             f"token perplexity over {len(self.windows)} disjoint windows of {len(self.windows[0])} tokens, "
             "evenly spaced in the text, each scored on its own from its second token"
         )
-
-    def shortened(self, scored_tokens: int) -> list[list[int]]:
-        """The beginnings of the first eight windows, together `scored_tokens` scored ones: the same tokens
-        serve prefill, decode one by one, and decode eight at once."""
-        width = min(DECODE_WIDTH, len(self.windows))
-        each = scored_tokens // width + 1
-        return [window[:each] for window in self.windows[:width]]
