@@ -32,7 +32,7 @@ class CompareOptions:
     concurrencies: tuple[int, ...] = (1, 4)
     rate_per_s: float = 0.0  # 0: half of what the first mode reaches at the widest concurrency
     requests_per_stream: int = 4
-    num_open_requests: int = 16
+    num_open_requests: int = 12
     warmup_per_stream: int = 1
     output_tokens: int = 32
     num_windows: int = 8  # at least 8: that many sequences decode together
