@@ -288,10 +288,10 @@ def metrics_app(metrics: Metrics) -> ASGIApp:
     return app
 
 
-def run_loop(main: Coroutine[Any, Any, T], *, may_be_uvloop: bool = True) -> T:
-    """asyncio.run on uvloop's event loop where uvloop is installed and may serve."""
+def run_loop(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run on uvloop's event loop where uvloop is installed."""
     loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
-    if may_be_uvloop and find_spec("uvloop") is not None:
+    if find_spec("uvloop") is not None:
         loop_factory = import_module("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(main)
@@ -301,7 +301,7 @@ def run_to_end(main: Coroutine[Any, Any, T]) -> T:
     """`run_loop` for a command that ends by itself, in the main thread: SIGTERM cancels it as Ctrl-C does.
 
     What `main` has started is ended on its way out. Raises SystemExit(143) then, KeyboardInterrupt after
-    Ctrl-C. Not on uvloop: closing its loop waits for every socket, and once waited for ever after a signal.
+    Ctrl-C.
     """
     before = signal.getsignal(signal.SIGTERM)
     was_asked = False
@@ -320,7 +320,7 @@ def run_to_end(main: Coroutine[Any, Any, T]) -> T:
         return await main
 
     try:
-        return run_loop(ended_by_signal(), may_be_uvloop=False)
+        return run_loop(ended_by_signal())
     except asyncio.CancelledError:
         if was_asked:
             raise SystemExit(128 + signal.SIGTERM) from None

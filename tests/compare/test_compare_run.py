@@ -301,12 +301,15 @@ def test_a_signal_leaves_a_report_and_no_process(
     """SIGTERM once left the event loop where it stood: half a report, and tasks that nobody awaited."""
     interrupted = Interrupted(number, stage, monkeypatch)
     before = signal.signal(signal.SIGTERM, leave)  # as __main__ does
+    # a shell's background jobs ignore Ctrl-C, and the tests may be one
+    before_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(raised) as error:
             compare(["bf16", "int8", "nf4"], measure_mode=interrupted)
         assert signal.getsignal(signal.SIGTERM) is leave
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_interrupt)
     assert not isinstance(error.value, SystemExit) or error.value.code == 143
     assert all(process.returncode is not None for process in interrupted.started)
     partial = json.loads((tmp_path / "report/report.json").read_bytes())
