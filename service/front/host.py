@@ -214,12 +214,17 @@ class HTTPServer(uvicorn.Server):
         self._ticks = asyncio.create_task(self.main_loop(), name="http server")
 
     async def stop(self) -> None:
-        """Takes no more connections; open responses have CLOSE_GRACE_S, then their sockets are cut."""
+        """Takes no more connections; open responses have CLOSE_GRACE_S, then their sockets are cut.
+
+        So too where a signal cancels the wait.
+        """
         self._ticks.cancel()
-        await asyncio.gather(self._ticks, return_exceptions=True)
-        await self.shutdown()
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
+        try:
+            await asyncio.gather(self._ticks, return_exceptions=True)
+        finally:
+            await self.shutdown()
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
 
 
 @contextlib.contextmanager

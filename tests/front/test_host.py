@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from engine_rig import ENDLESS, FAKE_ENGINE, Stream, write_tokenizer
 
 from service.config import Settings
 from service.errors import CheckpointError, EngineUnavailableError, SettingError, SystemProblem
 from service.front.engine_client import EngineClient
-from service.front.host import ASGIApp, Host, bind, run_loop, url_of
+from service.front.host import ASGIApp, Host, HTTPServer, bind, run_loop, url_of
 from service.front.text import TextCodec
 from service.messages import EngineInfo, Sampling
 from service.metrics import Metrics
@@ -212,6 +213,21 @@ async def test_after_a_second_signal_no_response_is_waited_for(
     with contextlib.suppress(ConnectionResetError):
         await reader.read()
     writer.close()
+
+
+async def test_a_stop_that_is_cancelled_still_closes_the_port() -> None:
+    with bind("127.0.0.1", 0, "port") as listener:
+        server = HTTPServer(uvicorn.Config(stub_app, lifespan="off", log_config=None))
+        await server.start(listener)
+        stop = asyncio.create_task(server.stop())
+        await asyncio.sleep(0)  # it has begun
+        stop.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stop
+        is_serving = [opened.is_serving() for opened in server.servers]
+        for opened in server.servers:
+            opened.close()
+        assert is_serving == [False]
 
 
 async def test_a_signal_before_ready_ends_the_load(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
