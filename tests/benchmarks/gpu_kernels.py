@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from service.kernels import dependent_launch
+from service.kernels import launch
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.dense_linear import dense_linear
 from service.kernels.dense_linear import triton as linear
@@ -137,10 +137,10 @@ def layers(rows: int, keys: list[Tensor], values: list[Tensor]) -> None:
 
     num_bytes = sum(weight.numel() for weight in weights[0]) * 2 + rows * CONTEXT * KV_HEADS * HEAD_DIM * 4
     for is_dependent in (False, True):
-        dependent_launch.ENABLED = is_dependent
+        launch.DEPENDENT = is_dependent
         label = "with" if is_dependent else "without"
         show(rows, f"a whole layer, {label} dependent launch", microseconds(layer), num_bytes)
-    dependent_launch.ENABLED = False
+    launch.DEPENDENT = False
 
 
 def prefill(chunk: int, earlier: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> None:

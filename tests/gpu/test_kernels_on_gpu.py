@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.kernels import dependent_launch
+from service.kernels import launch
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.add_rms_norm import reference as norm_reference
 from service.kernels.dense_linear import dense_linear
@@ -323,7 +323,7 @@ def test_a_captured_chain_of_layers_equals_the_eager_one(
         return add_rms_norm(hidden, delta, weight, 1e-5)[1]
 
     want = step().clone()
-    monkeypatch.setattr(dependent_launch, "ENABLED", is_dependent)
+    monkeypatch.setattr(launch, "DEPENDENT", is_dependent)
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

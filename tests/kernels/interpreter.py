@@ -28,11 +28,11 @@ def interpreted(name: str) -> Iterator[ModuleType]:
         from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
         from triton.runtime.jit import JITFunction
 
-        from service.kernels import dependent_launch
+        from service.kernels import launch
 
         # what Triton itself wrote in its language (sum, max, cdiv) was made for the compiler at its import,
         # and so was what our kernels share
-        for namespace in (tl.standard, tl.random, tl, dependent_launch):
+        for namespace in (tl.standard, tl.random, tl, launch):
             for function, value in list(vars(namespace).items()):
                 if isinstance(value, JITFunction):
                     patch.setattr(namespace, function, InterpretedFunction(value.fn))

@@ -25,8 +25,10 @@ _add_rms_norm = torch.ops.halftone.add_rms_norm.default
 
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[T, n], the same or None for nothing to add, [n] -> (hidden + delta, its RMSNorm times weight)."""
-    if hidden.is_cpu:  # the dispatcher takes longer than a row's kernel
+    if hidden.is_cpu:  # past the dispatcher, which takes longer than a row's kernel
         return native.add_rms_norm(hidden, delta, weight, eps)
+    if hidden.is_cuda:
+        return cuda.add_rms_norm(hidden, delta, weight, eps)
     return _add_rms_norm(hidden, delta, weight, eps)
 
 

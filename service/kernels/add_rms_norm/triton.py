@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels import dependent_launch
-from service.kernels.dependent_launch import await_predecessor
+from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
 
 ELEMENTS_PER_PROGRAM = 2048  # narrow rows share a program up to here
 ELEMENTS_PER_WARP = 512  # two 16-byte loads a thread
@@ -51,11 +50,15 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: floa
     total, normed = torch.empty_like(hidden), torch.empty_like(hidden)
     width = hidden.shape[-1]
     num_rows = hidden.numel() // width
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     rows = max(1, ELEMENTS_PER_PROGRAM // columns)
     warps = min(16, max(1, rows * columns // ELEMENTS_PER_WARP))
-    add_rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-        hidden, delta, weight, total, normed, num_rows, eps, delta is not hidden, width, columns, rows,
-        dependent_launch.ENABLED, num_warps=warps, launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    launch(
+        add_rms_norm_kernel,
+        (cdiv(num_rows, rows),),
+        (hidden, delta, weight, total, normed),
+        (num_rows, eps),
+        (delta is not hidden, width, columns, rows),
+        num_warps=warps,
+    )
     return total, normed

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels import dependent_launch
-from service.kernels.dependent_launch import await_predecessor
+from service.kernels.launch import await_predecessor, launch, next_power_of_2
 
 MAX_ROWS = (
     16  # 157 us a layer of Llama-3.1-8B, the sum of the parts apart, to cuBLAS's 167: docs/experiments.md
@@ -130,12 +129,14 @@ def stream_linear(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int = 
     out_features = weight.shape[0]
     splits = splits or splits_of(in_features, out_features)
     out = x.new_empty(num_rows, out_features)
-    rows = max(16, triton.next_power_of_2(num_rows))
+    rows = max(16, next_power_of_2(num_rows))
     parts = out if splits == 1 else x.new_empty(splits, num_rows, out_features, dtype=torch.float32)
-    stream_kernel[(out_features // TILE_OUT, splits)](
-        x, weight, weight if bias is None else bias, out, parts, arrivals(x.device), num_rows, in_features,
-        in_features // splits, out_features, bias is not None, splits, rows, TILE_OUT, TILE_IN,
-        LINE, PREFETCHED, dependent_launch.ENABLED, num_warps=4, num_stages=STAGES,
-        launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    launch(
+        stream_kernel,
+        (out_features // TILE_OUT, splits),
+        (x, weight, weight if bias is None else bias, out, parts, arrivals(x.device)),
+        (num_rows, in_features, in_features // splits, out_features),
+        (bias is not None, splits, rows, TILE_OUT, TILE_IN, LINE, PREFETCHED),
+        num_stages=STAGES,
+    )
     return out

@@ -25,8 +25,10 @@ _gated_silu = torch.ops.halftone.gated_silu.default
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """[T, 2 n], gate and up side by side -> silu(gate) * up [T, n]."""
-    if gate_up.is_cpu:  # the dispatcher takes longer than a row's kernel
+    if gate_up.is_cpu:  # past the dispatcher, which takes longer than a row's kernel
         return native.gated_silu(gate_up)
+    if gate_up.is_cuda:
+        return cuda.gated_silu(gate_up)
     y: Tensor = _gated_silu(gate_up)
     return y
 

@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels import dependent_launch
-from service.kernels.dependent_launch import await_predecessor
+from service.kernels.launch import await_predecessor, cdiv, launch
 
 TILE = 1024
 
@@ -34,7 +33,5 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     rows, both = gate_up.shape
     width = both // 2
     out = gate_up.new_empty(rows, width)
-    gated_silu_kernel[(rows, triton.cdiv(width, TILE))](
-        gate_up, out, width, TILE, dependent_launch.ENABLED, num_warps=4, launch_pdl=dependent_launch.ENABLED
-    )
+    launch(gated_silu_kernel, (rows, cdiv(width, TILE)), (gate_up, out), (), (width, TILE))
     return out

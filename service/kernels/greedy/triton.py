@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels import dependent_launch
-from service.kernels.dependent_launch import await_predecessor
+from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
 
 CHUNK = 4096  # tokens of one program: 32 programs a row of 128k
 
@@ -70,13 +69,10 @@ def greedy_kernel(  # type: ignore[no-untyped-def]
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """[rows, vocab], contiguous -> float32 and int32 [rows, chunks]: what `likeliest_kernel` finds."""
     rows, vocab = logits.shape
-    chunks = triton.cdiv(vocab, CHUNK)
+    chunks = cdiv(vocab, CHUNK)
     highest = logits.new_empty(rows, chunks, dtype=torch.float32)
     token_ids = logits.new_empty(rows, chunks, dtype=torch.int32)
-    likeliest_kernel[(rows, chunks)](
-        logits, highest, token_ids, vocab, CHUNK, dependent_launch.ENABLED, num_warps=4,
-        launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    launch(likeliest_kernel, (rows, chunks), (logits, highest, token_ids), (vocab,), (CHUNK,))
     return highest, token_ids
 
 
@@ -85,8 +81,6 @@ def greedy(logits: Tensor) -> Tensor:
     highest, token_ids = likeliest(logits.contiguous())
     rows, chunks = highest.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    greedy_kernel[(rows,)](
-        highest, token_ids, out, chunks, triton.next_power_of_2(chunks), dependent_launch.ENABLED,
-        num_warps=1, launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    constants = (chunks, next_power_of_2(chunks))
+    launch(greedy_kernel, (rows,), (highest, token_ids, out), (), constants, num_warps=1)
     return out

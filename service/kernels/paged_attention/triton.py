@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels import dependent_launch
-from service.kernels.dependent_launch import await_predecessor
+from service.kernels.launch import await_predecessor, launch, next_power_of_2
 from service.kernels.paged_attention.plan import AttentionPlan
 
 PROGRAMS = 528  # four for each multiprocessor of an H100: what its registers let run at once
@@ -307,24 +306,30 @@ def decode(
     _, kv_heads, page, _ = key_cache.shape
     rows, max_blocks = plan.num_decode, plan.block_tables.shape[1]
     tile, stages = decode_shape(head_dim, q.dtype)
-    width = triton.next_power_of_2(head_dim)
+    width = next_power_of_2(head_dim)
     splits = splits or splits_of(rows, kv_heads, max_blocks * page, tile)
     target = logs = out
     if splits > 1:
         target = q.new_empty(rows * heads * splits, head_dim, dtype=torch.float32)
         logs = q.new_empty(rows * heads * splits, dtype=torch.float32)
     group = heads // kv_heads
-    decode_kernel[(rows, kv_heads, splits)](
-        q, key_cache, value_cache, plan.block_tables, plan.lengths, target, logs, max_blocks, window, scale,
-        softcap, group, kv_heads, head_dim, page, softcap > 0, splits, max(16, triton.next_power_of_2(group)),
-        width, tile, dependent_launch.ENABLED, num_warps=4, num_stages=stages,
-        launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    padded_group = max(16, next_power_of_2(group))
+    launch(
+        decode_kernel,
+        (rows, kv_heads, splits),
+        (q, key_cache, value_cache, plan.block_tables, plan.lengths, target, logs),
+        (max_blocks, window, scale, softcap),
+        (group, kv_heads, head_dim, page, softcap > 0, splits, padded_group, width, tile),
+        num_stages=stages,
+    )
     if splits > 1:
-        combine_kernel[(rows * heads,)](
-            target, logs, plan.lengths, out, window, heads, head_dim, splits, width, tile,
-            dependent_launch.ENABLED, num_warps=4, launch_pdl=dependent_launch.ENABLED,
-        )  # fmt: skip
+        launch(
+            combine_kernel,
+            (rows * heads,),
+            (target, logs, plan.lengths, out),
+            (window,),
+            (heads, head_dim, splits, width, tile),
+        )
 
 
 def prefill(
@@ -342,11 +347,15 @@ def prefill(
     _, kv_heads, page, _ = key_cache.shape
     rows, tile, warps, stages = prefill_shape(head_dim, q.dtype)
     group = heads // kv_heads
-    rows = max(rows, triton.next_power_of_2(group))
+    rows = max(rows, next_power_of_2(group))
     tiles = plan.tiles(rows // group)
-    prefill_kernel[(tiles.shape[0], kv_heads)](
-        q, key_cache, value_cache, plan.block_tables, plan.lengths, plan.starts, tiles, out,
-        plan.block_tables.shape[1], window, scale, softcap, group, kv_heads, head_dim, page, softcap > 0,
-        rows, triton.next_power_of_2(head_dim), tile, dependent_launch.ENABLED, num_warps=warps,
-        num_stages=stages, launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    width = next_power_of_2(head_dim)
+    launch(
+        prefill_kernel,
+        (tiles.shape[0], kv_heads),
+        (q, key_cache, value_cache, plan.block_tables, plan.lengths, plan.starts, tiles, out),
+        (plan.block_tables.shape[1], window, scale, softcap),
+        (group, kv_heads, head_dim, page, softcap > 0, rows, width, tile),
+        num_warps=warps,
+        num_stages=stages,
+    )

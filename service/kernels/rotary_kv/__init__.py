@@ -45,8 +45,10 @@ def rotary_kv(
     `q_norm` and `k_norm` [head_dim] or None; caches [block, kv_head, token, head_dim].
     Rotated in float32, rounded once.
     """
-    if qkv.is_cpu:  # the dispatcher takes longer than a row's kernel
+    if qkv.is_cpu:  # past the dispatcher, which takes longer than a row's kernel
         return native.rotary_kv(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache)
+    if qkv.is_cuda:
+        return cuda.rotary_kv(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache)
     q: Tensor = _rotary_kv(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache)
     return q
 

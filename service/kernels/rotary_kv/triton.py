@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels import dependent_launch
-from service.kernels.dependent_launch import await_predecessor
+from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
 
 HEADS = 8  # of one program
 
@@ -100,11 +99,15 @@ def rotary_kv(
     all_heads = width // head_dim
     q_heads = all_heads - 2 * kv_heads
     q = qkv.new_empty(tokens, q_heads, head_dim)
-    rotary_kv_kernel[(tokens, triton.cdiv(all_heads, HEADS))](
-        qkv, qkv if cos is None else cos, qkv if sin is None else sin, positions, slots,
-        qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, q, key_cache, value_cache, eps,
-        cos is not None, q_norm is not None, q_heads, kv_heads, head_dim, page,
-        triton.next_power_of_2(head_dim // 2), HEADS, dependent_launch.ENABLED, num_warps=2,
-        launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    columns = next_power_of_2(head_dim // 2)
+    table = (qkv, qkv) if cos is None or sin is None else (cos, sin)
+    norms = (qkv, qkv) if q_norm is None or k_norm is None else (q_norm, k_norm)
+    launch(
+        rotary_kv_kernel,
+        (tokens, cdiv(all_heads, HEADS)),
+        (qkv, *table, positions, slots, *norms, q, key_cache, value_cache),
+        (eps,),
+        (cos is not None, q_norm is not None, q_heads, kv_heads, head_dim, page, columns, HEADS),
+        num_warps=2,
+    )
     return q

@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels import dependent_launch
-from service.kernels.dependent_launch import await_predecessor
+from service.kernels.launch import await_predecessor, launch
 
 WIDTH = 256  # entries of a block table that are copied at a time
 
@@ -76,17 +75,17 @@ def read_rows(
     )
     lengths = torch.empty(num_rows, dtype=torch.int32, device=rows.device)
     blocks = torch.empty(num_rows, max_blocks, dtype=torch.int32, device=rows.device)
-    read_rows_kernel[(num_rows,)](
-        fields, tables, rows, token_ids, positions, slots, lengths, blocks, max_blocks, tables.stride(0),
-        fields.shape[1], block_tokens, WIDTH, dependent_launch.ENABLED, num_warps=4,
-        launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    launch(
+        read_rows_kernel,
+        (num_rows,),
+        (fields, tables, rows, token_ids, positions, slots, lengths, blocks),
+        (max_blocks, tables.stride(0)),
+        (fields.shape[1], block_tokens, WIDTH),
+    )
     return token_ids, positions, slots, lengths, blocks
 
 
 def write_rows(fields: Tensor, rows: Tensor, token_ids: Tensor, padding: int) -> None:
     """See the package."""
-    write_rows_kernel[(rows.shape[0],)](
-        fields, rows, token_ids.contiguous(), padding, fields.shape[1], dependent_launch.ENABLED,
-        num_warps=1, launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    tensors = (fields, rows, token_ids.contiguous())
+    launch(write_rows_kernel, (rows.shape[0],), tensors, (padding,), (fields.shape[1],), num_warps=1)

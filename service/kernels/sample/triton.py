@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels import dependent_launch
-from service.kernels.dependent_launch import await_predecessor
 from service.kernels.greedy.triton import CHUNK, likeliest, likeliest_of_chunks
+from service.kernels.launch import await_predecessor, launch, next_power_of_2
 from service.kernels.sample.reference import MIN_TEMPERATURE
 
 
@@ -94,16 +93,12 @@ def sample(
     rows, vocab = logits.shape
     highest, token_ids = likeliest(logits)
     chunks = highest.shape[1]
-    padded = triton.next_power_of_2(chunks)
+    padded = next_power_of_2(chunks)
     masses = torch.empty(rows, chunks, dtype=torch.float64, device=logits.device)
-    mass_kernel[(rows, chunks)](
-        logits, temperature, highest, token_ids, masses, vocab, MIN_TEMPERATURE, chunks, padded, CHUNK,
-        dependent_launch.ENABLED, num_warps=4, launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    numbers, constants = (vocab, MIN_TEMPERATURE), (chunks, padded, CHUNK)
+    found = (highest, token_ids, masses)
+    launch(mass_kernel, (rows, chunks), (logits, temperature, *found), numbers, constants)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    draw_kernel[(rows,)](
-        logits, temperature, seeds.contiguous(), positions.contiguous(), sample_indices.contiguous(),
-        highest, token_ids, masses, out, vocab, MIN_TEMPERATURE, chunks, padded, CHUNK,
-        dependent_launch.ENABLED, num_warps=8, launch_pdl=dependent_launch.ENABLED,
-    )  # fmt: skip
+    keys = (seeds.contiguous(), positions.contiguous(), sample_indices.contiguous())
+    launch(draw_kernel, (rows,), (logits, temperature, *keys, *found, out), numbers, constants, num_warps=8)
     return out

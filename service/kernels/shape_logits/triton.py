@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
+
 CHUNK = 4096  # tokens of one program: 32 programs a row of 128k
 NUM_FACTORS = 4
 
@@ -18,7 +20,9 @@ def penalty_kernel(  # type: ignore[no-untyped-def]
     width,
     FACTORS: tl.constexpr,
     CHUNK: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + place).to(tl.int64)
     factors = factors_ptr + row * FACTORS
@@ -46,7 +50,9 @@ def bias_kernel(  # type: ignore[no-untyped-def]
     places,
     FACTORS: tl.constexpr,
     PADDED: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + place).to(tl.int64)
     if tl.load(factors_ptr + row * FACTORS + 3) > 0:
@@ -60,8 +66,15 @@ def bias_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def count_kernel(  # type: ignore[no-untyped-def]
-    occurrences_ptr, rows_ptr, factors_ptr, token_ids_ptr, width, FACTORS: tl.constexpr
+    occurrences_ptr,
+    rows_ptr,
+    factors_ptr,
+    token_ids_ptr,  # int64 [n]
+    width,
+    FACTORS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     place = tl.program_id(0)
     row = tl.load(rows_ptr + place).to(tl.int64)
     token_id = tl.load(token_ids_ptr + place)
@@ -77,16 +90,20 @@ def shape_logits(
     assert logits.is_contiguous()
     num_rows, vocab = logits.shape
     places = bias_ids.shape[1]
-    penalty_kernel[(num_rows, triton.cdiv(vocab, CHUNK))](
-        logits, rows, occurrences, factors, vocab, occurrences.shape[1], NUM_FACTORS, CHUNK, num_warps=8
+    launch(
+        penalty_kernel,
+        (num_rows, cdiv(vocab, CHUNK)),
+        (logits, rows, occurrences, factors),
+        (vocab, occurrences.shape[1]),
+        (NUM_FACTORS, CHUNK),
+        num_warps=8,
     )
-    bias_kernel[(num_rows,)](
-        logits, rows, factors, bias_ids, biases, vocab, places, NUM_FACTORS, triton.next_power_of_2(places),
-        num_warps=4,
-    )  # fmt: skip
+    tensors = (logits, rows, factors, bias_ids, biases)
+    launch(bias_kernel, (num_rows,), tensors, (vocab, places), (NUM_FACTORS, next_power_of_2(places)))
 
 
 def count_tokens(occurrences: Tensor, rows: Tensor, factors: Tensor, token_ids: Tensor) -> None:
     """See the package."""
     width = occurrences.shape[1]
-    count_kernel[(len(rows),)](occurrences, rows, factors, token_ids, width, NUM_FACTORS, num_warps=1)
+    tensors = (occurrences, rows, factors, token_ids)
+    launch(count_kernel, (len(rows),), tensors, (width,), (NUM_FACTORS,), num_warps=1)

@@ -1,0 +1,91 @@
+"""How a Triton kernel gets onto the device: past Triton's own binding of arguments, ahead of its predecessor.
+
+A step with prompts launches some 300 kernels from Python. Triton's `kernel[grid](...)` binds, specializes and
+looks up anew each time, which took longer than the launch itself; `launch` does it once for each kind of
+arguments.
+
+Programmatic dependent launch: a kernel is placed on the device while the one before it still works. Every
+kernel begins with `await_predecessor`, so that what it reads is complete and what it overwrites is no longer
+read; only what no kernel writes (a weight) may be fetched before. The call comes first and unconditionally: a
+program that ends without it would let its successor overtake its predecessor. Source: CUDA C++ Programming
+Guide, "Programmatic Dependent Launch and Synchronization".
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
+
+DEPENDENT = False  # for kernels launched or captured from now on
+
+ALIGNMENT = 16  # bytes of a pointer, and a factor of a number, that Triton compiles for
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # what Triton compiled for a kind of arguments
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def await_predecessor(is_dependent: tl.constexpr):  # type: ignore[no-untyped-def]
+    if is_dependent:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def cdiv(total: int, part: int) -> int:
+    """Rounded up. Triton's own, which kernels may call too, takes as long as a launch."""
+    return -(-total // part)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least that is not below `number`, which is at least 1."""
+    return 1 << (number - 1).bit_length()
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    constants: tuple[int, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> None:
+    """One launch on the current stream of the tensors' device, which is the current one.
+
+    The kernel's parameters stand in this order: pointers, numbers, constexprs, and IS_DEPENDENT. A kind is
+    at least as fine as Triton's own: dtypes and alignment of tensors; of whole numbers, whether they are 1,
+    whether 16 divides them, whether 32 bits hold them.
+    """
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    kind = (
+        id(kernel),
+        constants,
+        num_warps,
+        num_stages,
+        DEPENDENT,
+        *[tensor.dtype for tensor in tensors],
+        *[pointer % ALIGNMENT for pointer in pointers],
+        *[
+            (number == 1, number % ALIGNMENT == 0, number >> 31) if type(number) is int else None
+            for number in numbers
+        ],
+    )
+    compiled = _compiled.get(kind)
+    if compiled is None:
+        compiled = kernel[grid](
+            *tensors, *numbers, *constants, DEPENDENT,
+            num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT,
+        )  # fmt: skip
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            _compiled[kind] = compiled
+        return
+    width, height, depth = (*grid, 1, 1)[:3]
+    stream = driver.active.get_current_stream(tensors[0].get_device())
+    compiled.run(
+        width, height, depth, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *pointers, *numbers, *constants, DEPENDENT,
+    )  # fmt: skip
