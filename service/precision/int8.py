@@ -1,20 +1,22 @@
 """LLM.int8(): int8 rows of weights against int8 rows of activations, outlier features in 16 bits.
 
-16-bit weights --build: bitsandbytes' row-wise absmax--> codes, scales --forward: its ops, or our own--> y
+16-bit weights --build: bitsandbytes' row-wise absmax--> codes, scales --forward: our own, or its ops--> y
 
-A feature of which any row of the batch reaches `threshold` is multiplied in 16 bits with dequantized
-weights; the rest goes through an int8 product. Source: arXiv 2208.07339. Because the rule looks at the
-whole forward, what else is in a batch can move a row's result, here as in bitsandbytes.
+An activation that reaches `threshold` is no part of the int8 product: it is multiplied in 16 bits. By row
+(`outliers=row`) that is decided in each row alone, so a row's result does not depend on what else is in the
+batch. bitsandbytes' rule (`outliers=batch`) takes a feature out of all rows of a forward where any of them
+reaches the threshold. Alone, a row is computed alike under both. Source: arXiv 2208.07339.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
-from service.kernels.int8_linear import native
+from service.errors import PrecisionError
+from service.kernels.int8_linear import native, reference
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.full import FullLinear
@@ -38,6 +40,26 @@ class Int8Options(Options):
     skip: str = Field(
         "", description=f"layer classes kept in 16 bits, joined by +: {' '.join(LAYER_CLASSES)}"
     )
+    outliers: Literal["row", "batch"] = Field(
+        "row",
+        description="row: decided in each row alone; batch: in all rows of a step, as bitsandbytes does",
+    )
+    kernel: Literal["auto", "bitsandbytes"] = Field(
+        "auto", description="bitsandbytes: its own product, with outliers=batch"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def follow_bitsandbytes(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Its product has one rule, which need not be said."""
+        return {"outliers": "batch"} | given if given.get("kernel") == "bitsandbytes" else given
+
+    @field_validator("kernel")
+    @classmethod
+    def check_kernel(cls, kernel: str, info: ValidationInfo) -> str:
+        if kernel == "bitsandbytes" and info.data.get("outliers") == "row":
+            raise ValueError("bitsandbytes decides by batch; `outliers=batch`, or another kernel, is needed")
+        return kernel
 
     @field_validator("skip")
     @classmethod
@@ -54,23 +76,32 @@ class Int8Linear(QuantLinear):
     bias: Tensor | None  # [out_features of all parts]
 
     def __init__(
-        self, group: LinearGroup, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float
+        self, group: LinearGroup, codes: Tensor, scales: Tensor, bias: Tensor | None, options: Int8Options
     ) -> None:
         super().__init__()
         assert codes.shape == (group.out_features, group.in_features)
         assert scales.shape == (group.out_features,)
         self.group = group
-        self.threshold = threshold
-        self.is_native = native.fits(group.device, group.dtype, *codes.shape)
-        self.kernel = "native.avx512.int8_linear" if self.is_native else "bitsandbytes.int8_mixed_scaled_mm"
+        self.threshold = options.threshold
+        self.by_row = options.outliers == "row"
+        fits = native.fits(group.device, group.dtype, *codes.shape)
+        self.is_native = options.kernel == "auto" and fits
+        if self.is_native:
+            kernel = "native.avx512.int8_linear"
+        else:
+            kernel = "torch.int8_linear" if self.by_row else "bitsandbytes.int8_mixed_scaled_mm"
+        self.kernel = f"{kernel}, outliers by {options.outliers}" if self.threshold else kernel
         self.register_buffer("codes", native.pack(codes) if self.is_native else codes)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
-        self.bound = native.linear(self.codes, scales, bias, threshold) if self.is_native else None
+        told = self.codes, scales, bias, self.threshold
+        self.bound = native.linear(*told, self.by_row) if self.is_native else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bound:
             return self.bound(x)
+        if self.by_row:
+            return reference.linear(x, self.codes, self.scales, self.bias, self.threshold)
         # bitsandbytes' CUDA kernel reads fp16 only; the CPU follows so that codes agree between the two
         rows, row_scales, outliers = bitsandbytes.int8_vectorwise_quant(
             x.to(torch.float16), threshold=self.threshold
@@ -98,12 +129,13 @@ class Int8:
 
     name = "int8"
     activation: Activation = "int8_rows"
-    capturable = False  # the outlier columns are found on the host
     quantizer: str | None = None
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: Int8Options = check_options(spec, Int8Options)
         self.canonical = canonical(self.name, self.options)
+        # bitsandbytes finds the outlier columns on the host
+        self.capturable = self.options.outliers == "row"
 
     @classmethod
     def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
@@ -119,10 +151,17 @@ class Int8:
         bias = read_bias(group, read)
         if group.name in self.options.skip.split("+"):
             return FullLinear(group, merged_weight(group, read, group.dtype), bias)
-        codes = torch.empty(group.out_features, group.in_features, dtype=torch.int8, device=group.device)
+        shape = group.out_features, group.in_features
+        if self.options.outliers == "row" and not reference.fits(group.device, *shape):
+            raise PrecisionError(
+                f"precision `{self.canonical}` cannot multiply `{group.name}` on {group.device}: "
+                f"{list(shape)} are no multiples of {reference.MULTIPLE}",
+                hint="`int8:outliers=batch` computes any shape, through bitsandbytes",
+            )
+        codes = torch.empty(shape, dtype=torch.int8, device=group.device)
         scales = torch.empty(group.out_features, device=group.device)
         for number, part in enumerate(group.parts):
             weight = read_weight(part, read, torch.float16).to(group.device)
             rows = part_rows(group, number)
             codes[rows], scales[rows], _ = bitsandbytes.int8_vectorwise_quant(weight)
-        return Int8Linear(group, codes, scales, bias, self.options.threshold)
+        return Int8Linear(group, codes, scales, bias, self.options)

@@ -149,7 +149,7 @@ def test_int8_computes_what_bitsandbytes_computes(demo_model: Path) -> None:
     assert len(modules) == 210
     ids = prose(demo_model)[WINDOW]
     wanted = reference_logits(theirs, ids)
-    ours = load(demo_model, "int8", torch.float32)
+    ours = load(demo_model, "int8:kernel=bitsandbytes", torch.float32)
     for layer in ours.layers():
         for name, paths in layer.paths.items():
             linear = getattr(layer, name)

@@ -165,24 +165,71 @@ ACTIVATIONS = [
 def test_int8_codes_of_x_are_those_of_bitsandbytes(
     rows: int, in_features: int, activations: Activations, threshold: float
 ) -> None:
+    """By batch as they code the whole of it, by row as they code each row alone."""
     x = activations.make(torch.randn(rows, in_features, generator=random_of(rows))).bfloat16()
-    codes, scales, outliers = int8_native.quantize(x, threshold)
-    want_codes, want_scales, want_outliers = bitsandbytes.int8_vectorwise_quant(x.half(), threshold=threshold)
-    sound = torch.isfinite(want_scales) & (want_scales > 0)  # torch has no code for NaN
-    assert torch.equal(scales, want_scales)
-    assert torch.equal(codes[sound], want_codes[sound])
-    assert outliers.tolist() == ([] if want_outliers is None else want_outliers.tolist())
+    for by_row in (False, True):
+        codes, scales, outliers = int8_native.quantize(x, threshold, by_row)
+        for chosen in [slice(row, row + 1) for row in range(rows)] if by_row else [slice(None)]:
+            want_codes, want_scales, columns = bitsandbytes.int8_vectorwise_quant(
+                x[chosen].half(), threshold=threshold
+            )
+            sound = torch.isfinite(want_scales) & (want_scales > 0)  # torch has no code for NaN
+            assert torch.equal(scales[chosen], want_scales)
+            assert torch.equal(codes[chosen][sound], want_codes[sound])
+            want_outliers = torch.zeros_like(outliers[chosen])
+            want_outliers[:, [] if columns is None else columns] = True
+            assert torch.equal(outliers[chosen], want_outliers)
 
 
 @needs_library
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("activations", ACTIVATIONS[:4], ids=lambda a: a.name)
-@pytest.mark.parametrize("mode", ["int8", "int8:threshold=0"])
+@pytest.mark.parametrize("mode", ["int8:outliers=batch", "int8:outliers=batch,threshold=0"])
 @pytest.mark.parametrize(("outs", "in_features"), [((64,), 20), ((128, 64, 64), 192), ((64, 192), 1600)])
 def test_int8_is_bitsandbytes_within_a_rounding(
     outs: tuple[int, ...], in_features: int, mode: str, activations: Activations
 ) -> None:
     """Of the same codes: theirs rounds both shares and the outliers' weights, ours the sum alone."""
+    ours, theirs = int8_layers(outs, in_features, mode, "int8:kernel=bitsandbytes" + mode[19:])
+    assert ours.kernel.startswith("native.avx512.int8_linear")
+    assert theirs.kernel.startswith("bitsandbytes")
+    for part in range(len(outs)):
+        assert torch.equal(ours.dense(part), theirs.dense(part))
+    generator = random_of(in_features)
+    for rows in ROWS:
+        x = activations.make(torch.randn(rows, in_features, generator=generator)).bfloat16()
+        got, want = ours(x).double(), theirs(x).double()
+        assert (got - want).norm() <= 4e-3 * want.norm(), rows
+
+
+@needs_library
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("mode", ["int8:outliers=row", "int8:outliers=row,threshold=0"])
+@pytest.mark.parametrize(("outs", "in_features"), [((64,), 20), ((128, 64, 64), 192), ((64, 192), 1600)])
+def test_int8_by_row_computes_each_row_as_if_it_were_alone(
+    outs: tuple[int, ...], in_features: int, mode: str
+) -> None:
+    """Bit for bit, in C and in torch; and a row alone is what the batch's rule makes of it."""
+    by_row, by_batch = int8_layers(outs, in_features, mode, mode.replace("row", "batch"))
+    in_torch, _ = int8_layers(outs, in_features, mode, mode, "torch")
+    assert in_torch.kernel.startswith("torch.int8_linear")
+    x = with_outliers(torch.randn(max(ROWS), in_features, generator=random_of(in_features))).bfloat16()
+    x[7], x[8], x[9, 3:7] = 0, 100, torch.tensor([900, 6.3, -41.7, 12.1])
+    together, want = by_row(x), in_torch(x)
+    for row in range(max(ROWS)):
+        assert torch.equal(by_batch(x[row : row + 1])[0], together[row]), row
+        assert torch.equal(in_torch(x[row : row + 1])[0], want[row]), row
+    for rows in ROWS:
+        assert torch.equal(by_row(x[:rows]), together[:rows]), rows
+        assert torch.equal(by_row(x[-rows:]), together[-rows:]), rows
+    assert ((together.float() - want.float()).abs() <= want.float().abs() * 2**-7 + 1e-2).all()
+    assert (together.double() - want.double()).norm() <= 1e-3 * want.double().norm()
+
+
+def int8_layers(
+    outs: tuple[int, ...], in_features: int, mode: str, other: str, cpu_kernels: native.Choice = "auto"
+) -> tuple[QuantLinear, QuantLinear]:
+    """The same weights in two modes."""
     generator = random_of(*outs, in_features)
     tensors = {
         f"part{n}.weight": torch.randn(out, in_features, generator=generator).bfloat16() * 0.1
@@ -190,19 +237,14 @@ def test_int8_is_bitsandbytes_within_a_rounding(
     }
     parts = tuple(LinearSpec(f"part{n}", in_features, out) for n, out in enumerate(outs))
     group = LinearGroup("qkv_proj", parts, CPU, torch.bfloat16)
-    ours = load_backend(mode).build(group, tensors.__getitem__)
-    native.choose("torch")
+    native.choose(cpu_kernels)
     try:
-        theirs = load_backend(mode).build(group, tensors.__getitem__)
+        return (
+            load_backend(mode).build(group, tensors.__getitem__),
+            load_backend(other).build(group, tensors.__getitem__),
+        )
     finally:
         native.choose("auto")
-    assert (ours.kernel, theirs.kernel[:12]) == ("native.avx512.int8_linear", "bitsandbytes")
-    for part in range(len(outs)):
-        assert torch.equal(ours.dense(part), theirs.dense(part))
-    for rows in ROWS:
-        x = activations.make(torch.randn(rows, in_features, generator=generator)).bfloat16()
-        got, want = ours(x).double(), theirs(x).double()
-        assert (got - want).norm() <= 4e-3 * want.norm(), rows
 
 
 # --- layouts and edges ---------------------------------------------------------------------------

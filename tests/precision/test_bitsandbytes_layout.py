@@ -57,16 +57,17 @@ def test_int8_forward_is_that_of_bitsandbytes(threshold: float) -> None:
     theirs = Linear8bitLt(IN, weight.shape[0], bias=False, has_fp16_weights=False, threshold=threshold)
     theirs.load_state_dict({"weight": weight})
     theirs = theirs.to("cpu").eval()
-    ours = int8("int8" if threshold else "int8:threshold=0")
+    ours = int8(f"int8:kernel=bitsandbytes,threshold={threshold}")
     assert torch.equal(ours(x), theirs(x))
 
 
-def test_int8_outlier_features_are_exact() -> None:
+@pytest.mark.parametrize("rule", ["row", "batch"])
+def test_int8_outlier_features_are_exact(rule: str) -> None:
     """A feature that reaches the threshold is not rounded; without decomposition it ruins its row."""
     x = torch.zeros(1, IN)
     x[0, 5], x[0, 6] = 100, 0.3
     want = x @ torch.cat([int8("int8").dense(part) for part in range(3)]).t()
-    split = int8("int8", torch.float32)(x)
+    split = int8(f"int8:outliers={rule}", torch.float32)(x)
     whole = int8("int8:threshold=0", torch.float32)(x)
     assert (split - want).norm() < 1e-3 * want.norm()
     assert (whole - want).norm() > 10 * (split - want).norm()
