@@ -5,7 +5,7 @@ import contextlib
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -15,14 +15,15 @@ from service.cli.model import find_model
 from service.config import NO_TOKENIZER, Settings
 from service.disk import megabytes
 from service.errors import PrecisionError, SettingError
-from service.front.chat_template import ChatTemplate
 from service.front.engine_client import EngineClient
 from service.front.host import ASGIApp, Host, bind, run_loop
-from service.front.text import TextCodec
 from service.messages import EngineInfo
 from service.metrics import Metrics
 from service.precision import CALIBRATED, TABLE
 from service.precision.spec import PrecisionSpec
+
+if TYPE_CHECKING:
+    from service.front.text import TextCodec
 
 QUESTION = "Why is the sky blue?"
 OPEN_TO_ALL = "  no key     everyone who can reach `{}` may use it; `--api-key` (HALFTONE_API_KEY) closes it"
@@ -66,7 +67,7 @@ def check_calibration(calibration: str, precisions: list[str]) -> None:
         )
 
 
-def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metrics: Metrics) -> ASGIApp:
+def create_app(settings: Settings, client: EngineClient, codec: "TextCodec", metrics: Metrics) -> ASGIApp:
     """The API's factory, imported when it is called: by then the engine is on its way in its own process."""
     from service.api import app
 
@@ -98,6 +99,8 @@ async def run(settings: Settings, model_path: Path, display: Display) -> None:
 
 def ready_lines(host: Host, info: EngineInfo) -> str:
     """URL, model, precision, bytes, room, and one command that works as pasted."""
+    from service.front.chat_template import ChatTemplate  # not before the engine is on its way
+
     settings = host.settings
     size = f"{info.architecture}, {info.num_parameters / 1e6:,.1f} M parameters"
     drawn = f", random (seed {info.random_weights['seed']})" if info.random_weights else ""

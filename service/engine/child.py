@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
+from service.engine.early import importing, wake_gpu
 from service.engine.link import Link
 from service.errors import HalftoneError
 from service.messages import Abort, EngineConfig, Evaluate, Fatal, Loading, Ready, Submit
@@ -45,8 +46,11 @@ def main() -> NoReturn:
     try:
         config = msgspec.json.decode(arguments.config, type=EngineConfig)
         link.send(Loading("import", 0, 1, "modules"))
-        set_threads(config.threads)
-        from service.engine.startup import start
+        if config.device != "cpu":
+            wake_gpu()
+        with importing():
+            set_threads(config.threads)
+            from service.engine.startup import start
 
         link.send(Loading("import", 1, 1, "modules"))
         serving = start(config, link.send, started_at)

@@ -71,6 +71,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     Raises HalftoneError for whatever the user can mend.
     """
     stages = Stages(send, started_at)
+    stages("device", 0, 1, "devices")
     device = devices.resolve(config.device)
     if device.type == "cpu":
         choose_kernels(config)

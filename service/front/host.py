@@ -18,18 +18,18 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
-
-import uvicorn
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from service.config import NO_TOKENIZER, Settings
 from service.errors import HalftoneError, SettingError, SystemProblem
 from service.front.engine_client import SHUTTING_DOWN, EngineClient
-from service.front.http_protocol import HTTPProtocol
 from service.front.supervisor import ENGINE_COMMAND, Supervisor
-from service.front.text import IdsOnly, TextCodec
 from service.messages import EngineInfo
 from service.metrics import CONTENT_TYPE, Metrics
+
+if TYPE_CHECKING:  # imported while the engine loads, which nothing here shall keep waiting
+    from service.front.http_server import HTTPServer
+    from service.front.text import TextCodec
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
-AppFactory = Callable[[Settings, EngineClient, TextCodec, Metrics], ASGIApp]
+AppFactory = Callable[[Settings, EngineClient, "TextCodec", Metrics], ASGIApp]
 
-CLOSE_GRACE_S = 5  # for the last bytes of ended responses; a reader that has stalled is cut off then
-KEEP_ALIVE_S = 75  # longer than common proxies keep theirs, so that they close first
 BACKLOG = 2048
 
 
@@ -96,6 +94,7 @@ class Host:
             )
             exits.push_async_callback(self.supervisor.stop)
             self.supervisor.start()
+            await asyncio.sleep(0)  # the engine's process comes first
             # the tokenizer is read while the engine loads
             codec = await asyncio.to_thread(self._load_codec)
             app = self._app_factory(settings, self.client, codec, self.metrics)
@@ -167,7 +166,9 @@ class Host:
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _load_codec(self) -> TextCodec:
+    def _load_codec(self) -> "TextCodec":
+        from service.front.text import IdsOnly, TextCodec
+
         settings = self.settings
         if settings.tokenizer == NO_TOKENIZER:
             return IdsOnly()
@@ -184,47 +185,12 @@ class Host:
             self._stop_asked.set()
 
     async def _serve(self, exits: contextlib.AsyncExitStack, app: ASGIApp, listener: socket.socket) -> None:
-        config = uvicorn.Config(
-            app,
-            http=HTTPProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=CLOSE_GRACE_S,
-        )
-        server = HTTPServer(config)
+        from service.front.http_server import HTTPServer
+
+        server = HTTPServer(app, BACKLOG)
         self._servers.append(server)
         exits.push_async_callback(server.stop)
         await server.start(listener)
-
-
-class HTTPServer(uvicorn.Server):
-    """Uvicorn inside an event loop and a process that are not its own: signals are the host's."""
-
-    async def start(self, listener: socket.socket) -> None:
-        """Returns when connections are answered."""
-        self.config.load()
-        self.lifespan = self.config.lifespan_class(self.config)
-        await self.startup([listener])
-        self._ticks = asyncio.create_task(self.main_loop(), name="http server")
-
-    async def stop(self) -> None:
-        """Takes no more connections; open responses have CLOSE_GRACE_S, then their sockets are cut.
-
-        So too where a signal cancels the wait.
-        """
-        self._ticks.cancel()
-        try:
-            await asyncio.gather(self._ticks, return_exceptions=True)
-        finally:
-            await self.shutdown()
-            for connection in list(self.server_state.connections):
-                connection.transport.abort()
 
 
 @contextlib.contextmanager

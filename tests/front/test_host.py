@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -13,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from engine_rig import ENDLESS, FAKE_ENGINE, Stream, write_tokenizer
 
 from service.config import Settings
 from service.errors import CheckpointError, EngineUnavailableError, SettingError, SystemProblem
 from service.front.engine_client import EngineClient
-from service.front.host import ASGIApp, Host, HTTPServer, bind, run_loop, url_of
+from service.front.host import ASGIApp, Host, bind, run_loop, url_of
+from service.front.http_server import HTTPServer
 from service.front.text import TextCodec
 from service.messages import EngineInfo, Sampling
 from service.metrics import Metrics
@@ -60,6 +62,17 @@ async def get(url: str) -> str:
             return str(response.read().decode())
 
     return await asyncio.to_thread(read)
+
+
+async def test_the_engine_is_spawned_before_what_it_does_not_need_is_imported() -> None:
+    """Text and HTTP take a quarter of a second, in which the engine's process imports as well."""
+    code = (
+        "import sys, service.cli.serve\n"
+        "print([name for name in ('uvicorn', 'fastapi', 'jinja2', 'tokenizers') if name in sys.modules])"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 async def test_serves_while_the_engine_loads(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +214,7 @@ async def test_a_second_signal_ends_what_is_open(model_path: Path) -> None:
 async def test_after_a_second_signal_no_response_is_waited_for(
     model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.front.host.CLOSE_GRACE_S", 1000)
+    monkeypatch.setattr("service.front.http_server.CLOSE_GRACE_S", 1000)
     async with hosted(model_path) as host:
         run = await ready_run(host)
         reader, writer = await asyncio.open_connection(*url_of_parts(host.url))
@@ -217,7 +230,7 @@ async def test_after_a_second_signal_no_response_is_waited_for(
 
 async def test_a_stop_that_is_cancelled_still_closes_the_port() -> None:
     with bind("127.0.0.1", 0, "port") as listener:
-        server = HTTPServer(uvicorn.Config(stub_app, lifespan="off", log_config=None))
+        server = HTTPServer(stub_app, backlog=16)
         await server.start(listener)
         stop = asyncio.create_task(server.stop())
         await asyncio.sleep(0)  # it has begun
@@ -260,7 +273,7 @@ async def test_a_client_that_asks_nothing_is_hung_up_on(
 async def test_a_stalled_reader_does_not_keep_the_server(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("service.front.host.CLOSE_GRACE_S", 0)
+    monkeypatch.setattr("service.front.http_server.CLOSE_GRACE_S", 0)
     async with hosted(model_path) as host:
         name, port = url_of_parts(host.url)
         reader, writer = await asyncio.open_connection(name, port)

@@ -12,8 +12,8 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from service.front import http_protocol
-from service.front.host import HTTPServer
 from service.front.http_protocol import HEADER_TIMEOUT_S, STALL_TIMEOUT_S, HTTPProtocol
+from service.front.http_server import HTTPServer
 
 pytestmark = pytest.mark.anyio
 
@@ -185,8 +185,7 @@ async def serving(app: Application) -> AsyncIterator[tuple[str, int]]:
     """The address of a server as the host starts it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
-        config = uvicorn.Config(app, http=HTTPProtocol, ws="none", lifespan="off", log_config=None)
-        server = HTTPServer(config)
+        server = HTTPServer(app, backlog=16)
         await server.start(listener)
         try:
             async with asyncio.timeout(30):

@@ -1,0 +1,87 @@
+"""What the engine's process does before it imports torch."""
+
+import gc
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engine import early
+
+
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("unfrozen")
+def test_nothing_is_collected_while_modules_are_imported() -> None:
+    frozen = gc.get_freeze_count()
+    with early.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > frozen
+
+
+@pytest.mark.usefixtures("unfrozen")
+def test_an_import_that_fails_leaves_the_collector_on() -> None:
+    with pytest.raises(ImportError), early.importing():
+        raise ImportError
+    assert gc.isenabled()
+
+
+class Driver:
+    """Stands for libcuda; `broken` is the call that fails."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken = broken
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*_: object) -> int:
+            self.called.append(name)
+            return 999 if name == self.broken else early.SUCCESS
+
+        return call
+
+
+def torch_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModuleSpec("torch", None, origin=str(folder / "__init__.py"))
+    monkeypatch.setattr(early, "find_spec", lambda name: spec)
+
+
+@pytest.mark.parametrize(
+    ("broken", "called"),
+    [("", ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]), ("cuInit", ["cuInit"])],
+    ids=["there", "no device"],
+)
+def test_a_gpu_is_woken_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, called: list[str]
+) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    torch_in(tmp_path, monkeypatch)
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")  # else it would be set for the tests behind this one
+    driver = Driver(broken)
+    monkeypatch.setattr(early.ctypes, "CDLL", lambda name: driver)
+    thread = early.wake_gpu()
+    assert thread is not None
+    thread.join()
+    assert driver.called == called
+
+
+def test_a_machine_without_a_driver_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
+    monkeypatch.setattr(early.ctypes, "CDLL", missing)
+    early.open_first_gpu()
+
+
+def test_a_torch_for_the_cpu_leaves_the_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_in(tmp_path, monkeypatch)
+    assert early.wake_gpu() is None
