@@ -40,8 +40,8 @@ heads |= {"IS_DEPENDENT": True}
 tiles = {"TILE_OUT": TILE_OUT, "TILE_IN": TILE_IN, "LINE": 64, "PREFETCHED": 1024, "IS_DEPENDENT": True}
 norm = {"ADDS": True, "WIDTH": 4096, "COLUMNS": 4096, "ROWS": 1, "IS_DEPENDENT": True}
 print(json.dumps({
-    "decode": ptx(decode_kernel, heads | {"SPLITS": 4, "ROWS": 16}, 4, 3),
-    "prefill": ptx(prefill_kernel, heads | {"ROWS": 128}, 8, 3),
+    "decode": ptx(decode_kernel, heads | {"SPLITS": 4, "LEAST": 0, "ROWS": 16}, 4, 3),
+    "prefill": ptx(prefill_kernel, heads | {"FIXED": False, "ROWS": 128}, 8, 3),
     "stream": ptx(stream_kernel, tiles | {"BIASED": False, "SPLITS": 4, "ROWS": 16}, 4, STAGES),
     "norm": ptx(add_rms_norm_kernel, norm, 8, 3),
 }))

@@ -22,6 +22,7 @@ class AttentionPlan:
     num_decode: int
     query_starts: list[int]  # `starts`, or empty
     context_lengths: list[int]  # `lengths`, or empty
+    deterministic: bool = False  # a row's result depends on its own sequence alone, bit for bit
     _gathered: dict[int, Gathered] = field(default_factory=dict)
     _tiles: dict[int, Tensor] = field(default_factory=dict)
 
@@ -72,22 +73,26 @@ def plan_attention(
     num_decode: int,
     lengths: Tensor | None = None,
     starts: Tensor | None = None,
+    *,
+    deterministic: bool = False,
 ) -> AttentionPlan:
     """The lists are always given; `lengths` and `starts` are copied from them where the caller has none."""
     if lengths is None or starts is None:
         packed = on_device(context_lengths + query_starts, block_tables.device)
         lengths, starts = packed.split([len(context_lengths), len(query_starts)])
-    return AttentionPlan(block_tables, lengths, starts, num_decode, query_starts, context_lengths)
+    return AttentionPlan(
+        block_tables, lengths, starts, num_decode, query_starts, context_lengths, deterministic
+    )
 
 
-def decode_plan(block_tables: Tensor, lengths: Tensor) -> AttentionPlan:
+def decode_plan(block_tables: Tensor, lengths: Tensor, *, deterministic: bool = False) -> AttentionPlan:
     """One query a sequence, known to the device alone: nothing is copied from it or to it.
 
     int32 [S, max blocks], int32 [S]. A padded row has length 0 or 1 and block 0.
     """
     sequences = block_tables.shape[0]
     starts = torch.arange(sequences + 1, dtype=torch.int32, device=block_tables.device)
-    return AttentionPlan(block_tables, lengths, starts, sequences, [], [])
+    return AttentionPlan(block_tables, lengths, starts, sequences, [], [], deterministic)
 
 
 def on_device(numbers: list[int], device: torch.device) -> Tensor:

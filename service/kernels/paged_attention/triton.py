@@ -4,6 +4,10 @@ The query heads of a KV head lie in one tile, so a key is loaded once for all of
 many programs as fill the machine whatever the lengths are, which only the device knows: each split finds its
 own share of the context, and a second kernel joins the shares in their order. There are no atomics, so one
 input has one result. Softmax is float32 everywhere, in powers of two.
+
+A deterministic plan lets a row's own length alone decide how its context is split, and has a prompt's keys go
+through one loop: else those that a whole tile of queries sees go through another, whose code may round
+differently, and which they are depends on how the prompt was cut.
 """
 
 import torch
@@ -11,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels.launch import await_predecessor, launch, next_power_of_2
+from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
 from service.kernels.paged_attention.plan import AttentionPlan
 
 PROGRAMS = 528  # four for each multiprocessor of an H100: what its registers let run at once
 MAX_SPLITS = 32
+FIXED_SPLITS, FIXED_LEAST_TOKENS = 16, 256  # of a deterministic decode: as many splits, of at least so much
 
 
 @triton.jit
@@ -47,6 +52,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     CAPPED: tl.constexpr,
     SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,  # tiles of a split
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -59,7 +65,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     length = tl.load(lengths_ptr + sequence)
     first = tl.maximum(tl.where(window > 0, length - window, 0), 0)
     first_tile = first // TILE
-    per_split = tl.cdiv(tl.cdiv(length, TILE) - first_tile, SPLITS)
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(length, TILE) - first_tile, SPLITS), LEAST)
     begin = (first_tile + split * per_split) * TILE
     end = tl.minimum(begin + per_split * TILE, length)
     if (SPLITS == 1) | (begin < end):
@@ -112,6 +118,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
@@ -123,7 +130,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     first = tl.maximum(tl.where(window > 0, length - window, 0), 0)
     num_tiles = tl.cdiv(length, TILE) - first // TILE
     splits = tl.arange(0, SPLITS)
-    used = splits * tl.cdiv(num_tiles, SPLITS) < num_tiles
+    used = splits * tl.maximum(tl.cdiv(num_tiles, SPLITS), LEAST) < num_tiles
     dims = tl.arange(0, WIDTH)
     is_dim = dims < DIM
     logs = tl.load(logs_ptr + row * SPLITS + splits, mask=used, other=float("-inf"))
@@ -208,6 +215,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
     CAPPED: tl.constexpr,
+    FIXED: tl.constexpr,  # one loop over the keys, whatever the tile's queries are
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -233,16 +241,18 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     result = tl.zeros([ROWS, WIDTH], tl.float32)
     end = earlier + tl.minimum(first + ROWS // GROUP, count)
     begin = tl.maximum(tl.where(window > 0, earlier + first + 1 - window, 0), 0) // TILE * TILE
-    # the keys that every query of the tile sees; with a window they are not worth a loop of their own
-    clear = tl.where(window > 0, begin, (earlier + first + 1) // TILE * TILE)
     table_ptr = tables_ptr + sequence.to(tl.int64) * max_blocks
+    if not FIXED:
+        # the keys that every query of the tile sees; with a window they are not worth a loop of their own
+        clear = tl.where(window > 0, begin, (earlier + first + 1) // TILE * TILE)
+        highest, total, result = attend(
+            q, highest, total, result, begin, clear, positions,
+            keys_ptr, values_ptr, table_ptr, kv_head, window, scale, softcap,
+            False, KV_HEADS, DIM, PAGE, CAPPED, WIDTH, TILE,
+        )  # fmt: skip
+        begin = clear
     highest, total, result = attend(
-        q, highest, total, result, begin, clear, positions,
-        keys_ptr, values_ptr, table_ptr, kv_head, window, scale, softcap,
-        False, KV_HEADS, DIM, PAGE, CAPPED, WIDTH, TILE,
-    )  # fmt: skip
-    highest, total, result = attend(
-        q, highest, total, result, clear, end, positions,
+        q, highest, total, result, begin, end, positions,
         keys_ptr, values_ptr, table_ptr, kv_head, window, scale, softcap,
         True, KV_HEADS, DIM, PAGE, CAPPED, WIDTH, TILE,
     )  # fmt: skip
@@ -307,7 +317,11 @@ def decode(
     rows, max_blocks = plan.num_decode, plan.block_tables.shape[1]
     tile, stages = decode_shape(head_dim, q.dtype)
     width = next_power_of_2(head_dim)
-    splits = splits or splits_of(rows, kv_heads, max_blocks * page, tile)
+    least = 0
+    launched = splits = splits or splits_of(rows, kv_heads, max_blocks * page, tile)
+    if plan.deterministic:
+        splits, least = FIXED_SPLITS, FIXED_LEAST_TOKENS // tile
+        launched = min(splits, cdiv(max_blocks * page, FIXED_LEAST_TOKENS))  # no row has more
     target = logs = out
     if splits > 1:
         target = q.new_empty(rows * heads * splits, head_dim, dtype=torch.float32)
@@ -316,10 +330,10 @@ def decode(
     padded_group = max(16, next_power_of_2(group))
     launch(
         decode_kernel,
-        (rows, kv_heads, splits),
+        (rows, kv_heads, launched),
         (q, key_cache, value_cache, plan.block_tables, plan.lengths, target, logs),
         (max_blocks, window, scale, softcap),
-        (group, kv_heads, head_dim, page, softcap > 0, splits, padded_group, width, tile),
+        (group, kv_heads, head_dim, page, softcap > 0, splits, least, padded_group, width, tile),
         num_stages=stages,
     )
     if splits > 1:
@@ -328,7 +342,7 @@ def decode(
             (rows * heads,),
             (target, logs, plan.lengths, out),
             (window,),
-            (heads, head_dim, splits, width, tile),
+            (heads, head_dim, splits, least, width, tile),
         )
 
 
@@ -355,7 +369,7 @@ def prefill(
         (tiles.shape[0], kv_heads),
         (q, key_cache, value_cache, plan.block_tables, plan.lengths, plan.starts, tiles, out),
         (plan.block_tables.shape[1], window, scale, softcap),
-        (group, kv_heads, head_dim, page, softcap > 0, rows, width, tile),
+        (group, kv_heads, head_dim, page, softcap > 0, plan.deterministic, rows, width, tile),
         num_warps=warps,
         num_stages=stages,
     )
