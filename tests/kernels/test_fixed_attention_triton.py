@@ -1,6 +1,7 @@
-"""Attention of a deterministic plan in Triton's interpreter: a row's bits depend on its own sequence alone."""
+"""Attention of a deterministic plan in Triton's interpreter: a row depends on its own sequence alone."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from types import ModuleType
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_query_is_the_same_however_its_prompt_is_cut(
 
     def attended(cuts: list[int], beside: bool = False) -> torch.Tensor:
         parts = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             count = stop - start
             queries = torch.cat((q[start:stop], q[length:])) if beside else q[start:stop].contiguous()
             lengths, starts = ([stop, other], [0, count, count + other]) if beside else ([stop], [0, count])

@@ -1,4 +1,4 @@
-"""The linear whose rows do not depend on their number, in Triton's interpreter: against torch, and bit for bit."""
+"""The linear whose rows do not depend on their number, in Triton's interpreter: near torch, and bit for bit."""
 
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,7 +17,7 @@ ROWS = ((0, 1), (77, 1), (40, 5), (3, 16), (0, 17), (66, 64))  # first of 130, h
 
 @pytest.fixture(scope="module")
 def fixed() -> Iterator[ModuleType]:
-    with interpreted("service.kernels.dense_linear.fixed") as module:
+    with interpreted("service.kernels.fixed_linear.triton") as module:
         yield module
 
 

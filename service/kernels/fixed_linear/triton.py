@@ -1,14 +1,13 @@
-"""A linear on CUDA whose rows do not depend on how many there are: one order of sums for every number of rows.
+"""A linear on CUDA whose rows do not depend on how many there are: one order of sums for any number of rows.
 
-Elsewhere a few rows go to `triton.py` and many to cuBLAS, which cuts the inputs another way for another number
-of rows. Here the weight's shape alone says how many shares the inputs are cut into. An output is the sum of
-each share, added up by the same instruction from its first input to its last, and then the shares in their
-order. Few rows leave most of the machine idle, so each share gets a program; with many, one program computes
-all shares, one behind the other. Tiles that stick out are masked, so it serves every shape.
+Elsewhere a few rows go to dense_linear's kernel and many to cuBLAS, which cuts the inputs another way for
+another number of rows. Here the weight's shape alone says how many shares the inputs are cut into. An output
+is the sum of each share, added up by one instruction from its first input to its last, and then the shares in
+their order. Few rows leave most of the machine idle, so each share gets a program; with many, one program
+computes all shares, one behind the other. Tiles that stick out are masked, so it serves every shape.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
@@ -25,7 +24,7 @@ SPLIT_OUT = 64  # outputs of the tiles that shares are counted by
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a weight is walked over. `rows` is the width of the tensor cores' product, one for both of a type."""
+    """How a weight is walked over. `rows` is the width of the tensor cores' product: one for a type."""
 
     rows: int
     outputs: int
@@ -120,7 +119,7 @@ def fixed_kernel(  # type: ignore[no-untyped-def]
 
 
 def splits_of(in_features: int, out_features: int, tile_in: int) -> int:
-    """By the weight's shape: the least power of two that makes `PROGRAMS` of a block of rows, if it can be."""
+    """By the weight's shape: the least power of two that makes `PROGRAMS` of a few rows, if it can be."""
     splits, tiles = 1, cdiv(out_features, SPLIT_OUT)
     while splits < MAX_SPLITS and tiles * splits < PROGRAMS and in_features % (2 * splits * tile_in) == 0:
         splits *= 2
@@ -167,8 +166,3 @@ def fixed_linear(
         num_stages=tiles.num_stages,
     )
     return out
-
-
-def bind(weight: Tensor, bias: Tensor | None) -> partial[Tensor]:
-    """`fixed_linear` of this weight."""
-    return partial(fixed_linear, weight=weight, bias=bias)
