@@ -60,14 +60,15 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from service.kernels.awq_linear.triton import awq_linear_kernel, tile
+from service.kernels.awq_linear.triton import STAGES, awq_linear_kernel, tile
 
 rows, x_type, y_type = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-options = tile(rows, 128)
-launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-constants = options | {"GROUPS_PER_SPLIT": 4}
+launch = {"num_warps": 4, "num_stages": STAGES}
+constants = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile(rows, 128)))
+constants |= {"GROUP": 128, "IS_DEPENDENT": True}
 signature = {"x_ptr": f"*{x_type}", "qweight_ptr": "*i32", "qzeros_ptr": "*i32", "scales_ptr": "*fp16"}
-signature |= {"y_ptr": f"*{y_type}", "M": "i32", "num_words": "i32", "K": "i32"}
+signature |= {"y_ptr": f"*{y_type}"}
+signature |= dict.fromkeys(("num_rows", "num_words", "in_features", "groups_per_split"), "i32")
 divisible = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7)}
 signature |= dict.fromkeys(constants, "constexpr")
 source = ASTSource(awq_linear_kernel, signature, constants, divisible)

@@ -6,33 +6,37 @@ most of the machine idle, so the input features are split: each share writes its
 adds the shares in their order. There are no atomics, so one input has one result.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.launch import await_predecessor, cdiv, launch
+
 MAX_SPLITS = 8
 PROGRAMS = 264  # two for each multiprocessor of an H100: enough to hide the latency of the loads
+STAGES = 4
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Compiled for none of the numbers that change with the rows of a step: a start captures some 34 sizes.
+@triton.jit(do_not_specialize=["num_rows", "groups_per_split"])  # type: ignore[untyped-decorator]
 def awq_linear_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # [M, K]
-    qweight_ptr,  # int32 [K, N / 8]
-    qzeros_ptr,  # int32 [K / GROUP, N / 8]
-    scales_ptr,  # float16 [K / GROUP, N]
-    y_ptr,  # float32 [splits, M, N], or x's dtype [1, M, N]
-    M,
-    num_words,  # N / 8, an argument of its own so that the compiler sees when it divides by 16
-    K,
+    x_ptr,  # [num_rows, in_features]
+    qweight_ptr,  # int32 [in_features, out_features / 8]
+    qzeros_ptr,  # int32 [in_features / GROUP, out_features / 8]
+    scales_ptr,  # float16 [in_features / GROUP, out_features]
+    y_ptr,  # float32 [splits, num_rows, out_features], or x's dtype [1, num_rows, out_features]
+    num_rows,
+    num_words,  # out_features / 8, a number of its own so that the compiler sees when 16 divides it
+    in_features,
+    groups_per_split,
     GROUP: tl.constexpr,
-    GROUPS_PER_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):
+    await_predecessor(IS_DEPENDENT)
     num_columns = num_words * 8
     split = tl.program_id(2)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -43,10 +47,10 @@ def awq_linear_kernel(  # type: ignore[no-untyped-def]
     shifts = ((eight // 2) + (eight % 2) * 4) * 4
     total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
 
-    for step in range(GROUPS_PER_SPLIT):
-        group = split * GROUPS_PER_SPLIT + step
+    for step in range(groups_per_split):
+        group = split * groups_per_split + step
         # the last share may be shorter: masked groups have zeros and scales of 0, so they add nothing
-        within = group * GROUP < K
+        within = group * GROUP < in_features
         word_mask = (words[None, :] < num_words) & within
         column_mask = (columns[None, :] < num_columns) & within
         packed_zeros = tl.load(qzeros_ptr + group * num_words + words[None, :], mask=word_mask, other=0)
@@ -55,30 +59,22 @@ def awq_linear_kernel(  # type: ignore[no-untyped-def]
         partial = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
         for inner in tl.static_range(GROUP // BLOCK_K):
             k = group * GROUP + inner * BLOCK_K + tl.arange(0, BLOCK_K)
-            x_mask = (rows[:, None] < M) & within
-            x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=x_mask, other=0.0)
+            x_mask = (rows[:, None] < num_rows) & within
+            x = tl.load(x_ptr + rows[:, None] * in_features + k[None, :], mask=x_mask, other=0.0)
             packed = tl.load(qweight_ptr + k[:, None] * num_words + words[None, :], mask=word_mask, other=0)
             codes = tl.reshape((packed[:, :, None] >> shifts[None, None, :]) & 0xF, (BLOCK_K, BLOCK_N))
             # -15..15 is exact in both 16-bit types, and the scale is applied once a group in float32
             partial = tl.dot(x, (codes - zeros).to(x.dtype), partial)
         total += partial * scales.to(tl.float32)
 
-    target = y_ptr + (split * M + rows[:, None]) * num_columns + columns[None, :]
-    inside = (rows[:, None] < M) & (columns[None, :] < num_columns)
+    target = y_ptr + (split * num_rows + rows[:, None]) * num_columns + columns[None, :]
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
     tl.store(target, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def tile(num_rows: int, group: int) -> dict[str, Any]:
-    """Tile sizes and warps for a number of rows."""
-    block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
-    return {
-        "GROUP": group,
-        "BLOCK_M": block_m,
-        "BLOCK_N": 128,
-        "BLOCK_K": min(group, 64),
-        "num_warps": 4,
-        "num_stages": 4,
-    }
+def tile(num_rows: int, group: int) -> tuple[int, int, int]:
+    """Rows, columns and input features of a tile."""
+    return 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64, 128, min(group, 64)
 
 
 def awq_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
@@ -86,23 +82,20 @@ def awq_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Te
     x = x.contiguous()
     num_rows, in_features = x.shape
     num_groups, out_features = scales.shape
-    options = tile(num_rows, in_features // num_groups)
-    tiles = triton.cdiv(out_features, options["BLOCK_N"]) * triton.cdiv(num_rows, options["BLOCK_M"])
-    splits = max(1, min(MAX_SPLITS, num_groups, PROGRAMS // max(tiles, 1)))
-    groups_per_split = triton.cdiv(num_groups, splits)
-    splits = triton.cdiv(num_groups, groups_per_split)
+    group = in_features // num_groups
+    block_m, block_n, block_k = tile(num_rows, group)
+    width, height = cdiv(out_features, block_n), cdiv(num_rows, block_m)
+    splits = max(1, min(MAX_SPLITS, num_groups, PROGRAMS // max(width * height, 1)))
+    groups_per_split = cdiv(num_groups, splits)
+    splits = cdiv(num_groups, groups_per_split)
     y = x.new_empty(splits, num_rows, out_features, dtype=torch.float32 if splits > 1 else x.dtype)
-    grid = (triton.cdiv(out_features, options["BLOCK_N"]), triton.cdiv(num_rows, options["BLOCK_M"]), splits)
-    awq_linear_kernel[grid](
-        x,
-        qweight,
-        qzeros,
-        scales,
-        y,
-        num_rows,
-        out_features // 8,
-        in_features,
-        GROUPS_PER_SPLIT=groups_per_split,
-        **options,
+    launch(
+        awq_linear_kernel,
+        (width, height, splits),
+        (x, qweight, qzeros, scales, y),
+        (num_rows, out_features // 8, in_features, groups_per_split),
+        (group, block_m, block_n, block_k),
+        num_warps=4,
+        num_stages=STAGES,
     )
     return y[0] if splits == 1 else y.sum(0).to(x.dtype)
