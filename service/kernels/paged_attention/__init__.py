@@ -4,7 +4,7 @@ decoder --plan_attention (once a step)--> AttentionPlan --paged_attention (each 
 step are written before (kernels/rotary_kv), so a query finds its own key in the cache.
 
 `reference.py` is the definition, `triton.py` serves CUDA, `native.py` bfloat16 on a CPU, and plain torch
-(`dense.py`) the rest.
+(`dense.py`; for a deterministic plan `by_page.py`) the rest.
 """
 
 import torch
@@ -38,8 +38,10 @@ def paged_attention(
     return dense.paged_attention(q, key_cache, value_cache, plan, scale, window, softcap)
 
 
-def attention_kernel(dtype: torch.dtype, device: torch.device, head_dim: int, group: int) -> str:
+def attention_kernel(
+    dtype: torch.dtype, device: torch.device, head_dim: int, group: int, deterministic: bool = False
+) -> str:
     """Name of what serves attention without a softcap, for /version; `group` query heads share a KV head."""
     if device.type == "cuda":
         return "triton.paged_attention"
-    return dense.attention_kernel(dtype, device, head_dim, group)
+    return dense.attention_kernel(dtype, device, head_dim, group, deterministic)

@@ -9,20 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from service.kernels.paged_attention import native
+from service.kernels.paged_attention import by_page, native
 from service.kernels.paged_attention.plan import AttentionPlan
 
 MIN_BATCHED_PRODUCTS = 4  # sequences from which two batched products beat the fused attention on a CPU
 
 
-def attention_kernel(dtype: torch.dtype, device: torch.device, head_dim: int, group: int) -> str:
+def attention_kernel(
+    dtype: torch.dtype, device: torch.device, head_dim: int, group: int, deterministic: bool = False
+) -> str:
     """Name of what serves attention without a softcap on a CPU."""
-    is_cpu, fused = device.type == "cpu", "torch.scaled_dot_product_attention"
+    is_cpu = device.type == "cpu"
+    fused = "torch.bmm by page" if deterministic else "torch.scaled_dot_product_attention"
     if is_cpu and native.has_prefill(dtype, head_dim, group):
         return "native.avx512.decode_attention, native.avx512.prefill_attention"
     if is_cpu and native.has_decode(dtype, head_dim):
         return f"native.avx512.decode_attention, {fused} in prefill"
-    if _has_batched_products(dtype, device):
+    if not deterministic and _has_batched_products(dtype, device):
         return f"{fused}, torch.bmm from {MIN_BATCHED_PRODUCTS} decoding sequences"
     return fused
 
@@ -50,6 +53,10 @@ def paged_attention(
     if plan.num_decode:
         if fits and native.has_decode(q.dtype, head_dim):
             native.decode(q, key_cache, value_cache, plan, scale, window, softcap, result)
+        elif plan.deterministic:
+            by_page.paged_attention(
+                q, key_cache, value_cache, plan, scale, window, softcap, result, 0, plan.num_decode
+            )
         else:
             _, kv_heads, block_tokens, _ = key_cache.shape
             rows, mask = plan.gathered(window, kv_heads, block_tokens, q.dtype)
@@ -59,6 +66,10 @@ def paged_attention(
         return result
     if fits and native.has_prefill(q.dtype, head_dim, group):
         native.prefill(q, key_cache, value_cache, plan, scale, window, softcap, result)
+        return result
+    if plan.deterministic:
+        sequences = plan.num_decode, plan.num_sequences
+        by_page.paged_attention(q, key_cache, value_cache, plan, scale, window, softcap, result, *sequences)
         return result
     for sequence in range(plan.num_decode, plan.num_sequences):
         chunk = slice(plan.query_starts[sequence], plan.query_starts[sequence + 1])
