@@ -17,6 +17,7 @@ TABLE = {
     "int8": "service.precision.int8:Int8",
     "nf4": "service.precision.nf4:NF4",
     "awq": "service.precision.awq:AWQ",
+    "fp8": "service.precision.fp8:FP8",
 }
 CALIBRATED = ("awq",)  # those whose backend has a `quantizer`; the front asks before anything is loaded
 

@@ -81,6 +81,7 @@ def built(precision: str, dtype: torch.dtype, device: torch.device) -> QuantLine
         ("nf4", torch.float16, 1e-3),
         ("nf4", torch.bfloat16, 6e-3),
         ("nf4:double_quant=off", torch.bfloat16, 6e-3),
+        ("fp8", torch.bfloat16, 0.04),
     ],
 )
 def test_forward_agrees_with_dense(precision: str, dtype: torch.dtype, bound: float, rows: int) -> None:
@@ -92,7 +93,7 @@ def test_forward_agrees_with_dense(precision: str, dtype: torch.dtype, bound: fl
     assert relative_rms(layer(x.to(CUDA)).cpu(), F.linear(x.double(), weight.double())) < bound
 
 
-@pytest.mark.parametrize("precision", ["int8", "nf4", "nf4:double_quant=off"])
+@pytest.mark.parametrize("precision", ["int8", "nf4", "nf4:double_quant=off", "fp8"])
 def test_codes_are_those_of_the_cpu(precision: str) -> None:
     """bitsandbytes rounds int8 ties differently on its two devices: one step, in one weight of thousands."""
     cpu = torch.device("cpu")

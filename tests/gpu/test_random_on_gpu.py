@@ -52,7 +52,7 @@ def test_packed_values_are_as_on_a_cpu(precision: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["llama-3.1-8b", "qwen3-8b"])
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "nf4", "awq"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "nf4", "awq", "fp8"])
 def test_an_8b_is_built_within_its_memory(preset: str, precision: str) -> None:
     """At most the finished weights, one 16-bit decoder layer and a GiB; `-s` prints the seconds."""
     backend = load_backend(precision)

@@ -30,10 +30,12 @@ PRECISIONS = (
     "nf4:double_quant=off",
     "awq",
     "awq:bits=3",
+    "fp8",
 )
 # rounding of x, y and, in the packed products, of scales; fp16 sums on a CPU are taken in float32
 RELATIVE_RMS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 INT8_ROWS = 0.012  # int8 activations: 1/127 of each row's maximum, uniformly rounded
+FP8_ROWS = 0.03  # E4M3 activations: each to an eighth of its power of two, uniformly rounded
 
 
 def group_of(
@@ -90,6 +92,8 @@ def relative_rms(got: Tensor, want: Tensor) -> float:
 
 
 def tolerance(layer: QuantLinear, dtype: torch.dtype) -> float:
+    if "fp8" in layer.kernel:
+        return FP8_ROWS
     return INT8_ROWS if "int8" in layer.kernel else RELATIVE_RMS[dtype]
 
 
@@ -147,6 +151,9 @@ def half_steps(precision: str, weight: Tensor) -> Tensor:
     grouped = weight.view(out, -1, GROUP)
     if precision.startswith("int8"):
         return (weight.abs().amax(1, keepdim=True) / 127 / 2).expand_as(weight)
+    if precision == "fp8":
+        # half of an eighth of a power of two, and below the normal numbers half of 2^-9 of the scale
+        return weight.abs() / 16 + weight.abs().amax(1, keepdim=True) / 448 * 2**-10
     if precision.startswith("nf4"):
         # the table's widest gap is 1 - 0.6962; double quantization moves an absmax by under 1 %
         most = 0.3038072 / 2 + (0.01 if precision == "nf4" else 0)

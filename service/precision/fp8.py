@@ -1,0 +1,119 @@
+"""FP8: 8-bit floats (E4M3), a scale for each output of a weight and for each row of activations.
+
+16-bit weights --build: rows' absmax / 448--> codes, scales --forward: rows of x likewise--> y
+
+W8A8 with dynamic activation scales, per channel and per token, made while the checkpoint loads; nothing is
+calibrated. Source: arXiv 2209.05433. A row's result does not depend on what else is in the batch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.errors import PrecisionError
+from service.kernels.fp8_linear import fp8_linear, native, quantize_rows
+from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.source import part_rows, read_bias, read_weight, tensor_bytes
+from service.precision.spec import Options, PrecisionSpec, canonical, check_options
+
+LEAST_CAPABILITY = (8, 9)  # of the NVIDIA devices that multiply E4M3
+MULTIPLE = 16  # of in and out features, which their kernels want
+
+
+class FP8Options(Options):
+    """None."""
+
+
+class FP8Linear(QuantLinear):
+    codes: (
+        Tensor  # float8_e4m3fn [out_features of all parts, in_features], or as kernels/fp8_linear packs them
+    )
+    scales: Tensor  # float32 [out_features of all parts], what a code's unit counts
+    bias: Tensor | None  # [out_features of all parts]
+
+    def __init__(self, group: LinearGroup, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group = group
+        self.is_native = native.fits(group.device, group.dtype, *codes.shape)
+        if self.is_native:
+            self.kernel = "native.avx512.fp8_linear"
+        else:
+            self.kernel = "torch.scaled_mm fp8" if group.device.type == "cuda" else "torch.fp8_linear"
+        self.register_buffer("codes", native.pack(codes) if self.is_native else codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+        self.bound = native.linear(self.codes, scales, bias) if self.is_native else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bound(x) if self.bound else fp8_linear(x, self.codes, self.scales, self.bias)
+
+    def dense(self, part: int) -> Tensor:
+        rows = part_rows(self.group, part)
+        codes = native.unpack(self.codes) if self.is_native else self.codes
+        return (codes[rows].float() * self.scales[rows, None]).cpu()
+
+    def bytes(self) -> dict[str, int]:
+        return {
+            "codes": tensor_bytes(self.codes),
+            "scales": tensor_bytes(self.scales),
+            "weights16": tensor_bytes(self.bias),
+        }
+
+
+class FP8:
+    """`--precision fp8`: quantized from a 16-bit checkpoint while it loads."""
+
+    name = "fp8"
+    activation: Activation = "fp8_rows"
+    capturable = True
+    quantizer: str | None = None
+
+    def __init__(self, spec: PrecisionSpec) -> None:
+        self.options: Options = check_options(spec, FP8Options)
+        self.canonical = canonical(self.name, self.options)
+
+    @classmethod
+    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
+        return None
+
+    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
+        return quantization is None
+
+    def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+        return torch.bfloat16
+
+    def build(self, group: LinearGroup, read: Read) -> FP8Linear:
+        if group.device.type == "cuda":
+            check_on_cuda(group, torch.cuda.get_device_capability(group.device))
+        codes = torch.empty(
+            group.out_features, group.in_features, dtype=torch.float8_e4m3fn, device=group.device
+        )
+        scales = torch.empty(group.out_features, device=group.device)
+        for number, part in enumerate(group.parts):
+            rows = part_rows(group, number)
+            codes[rows], scales[rows] = quantize_rows(read_weight(part, read).to(group.device))
+        return FP8Linear(group, codes, scales, read_bias(group, read))
+
+
+def check_on_cuda(group: LinearGroup, capability: tuple[int, int]) -> None:
+    """Raises PrecisionError for what no kernel there computes."""
+    if capability < LEAST_CAPABILITY:
+        raise PrecisionError(
+            f"precision `fp8` needs an NVIDIA device of compute capability 8.9 or newer, this one has "
+            f"{capability[0]}.{capability[1]}",
+            hint="serve with `--precision int8` here",
+        )
+    if group.dtype != torch.bfloat16:
+        raise PrecisionError(
+            f"precision `fp8` computes with bfloat16 activations on a GPU, got dtype {group.dtype}",
+            hint="leave `--dtype auto`, or give `--dtype bfloat16`",
+        )
+    for part in group.parts:
+        if part.in_features % MULTIPLE or group.out_features % MULTIPLE:
+            raise PrecisionError(
+                f"precision `fp8` needs in and out features divisible by {MULTIPLE} on a GPU; `{part.path}` "
+                f"has {part.in_features} and {part.out_features}",
+                hint="serve this checkpoint with `--precision int8` or `bf16`",
+            )
