@@ -6,12 +6,13 @@ it, so that no addition stands alone. Linears are built by a precision backend, 
 shares an input. What is the same for every layer of a step is computed once, in `Step`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from service.errors import PrecisionError
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.dense_linear import pack_weight
 from service.kernels.gated_silu import gated_silu
@@ -77,10 +78,12 @@ class DecoderLayer(nn.Module):
         read: Read,
         device: torch.device,
         dtype: torch.dtype,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.index = index
+        self.deterministic = deterministic
         self.window = config.windows[index]
         self.rotary = config.rotary[index]
         prefix = f"model.layers.{index}"
@@ -95,7 +98,8 @@ class DecoderLayer(nn.Module):
         groups = layer_groups(config, index)
         self.paths = {name: tuple(part.path for part in parts) for name, parts in groups.items()}
         for name, parts in groups.items():
-            self.add_module(name, backend.build(LinearGroup(name, parts, device, dtype), read))
+            group = LinearGroup(name, parts, device, dtype, deterministic)
+            self.add_module(name, backend.build(group, read))
         # called as functions: a module's own call, and finding it, take as long as a row's kernel
         self._qkv, self._o = self.qkv_proj.forward, self.o_proj.forward
         self._gate_up, self._down = self.gate_up_proj.forward, self.down_proj.forward
@@ -113,7 +117,7 @@ class DecoderLayer(nn.Module):
         hidden, x = add_rms_norm(hidden, self._o(x), self.post_attention_norm, eps)
         if observe:
             self._show(observe, "gate_up_proj", x)
-        x = gated_silu(self._gate_up(x))
+        x = gated_silu(self._gate_up(x), self.deterministic)
         if observe:
             self._show(observe, "down_proj", x)
         return hidden, self._down(x)
@@ -161,22 +165,32 @@ class Decoder(nn.Module):
         *,
         head: str = "16bit",
         max_context_tokens: int = 0,
+        deterministic: bool = False,
     ) -> None:
+        """`deterministic`: a row's logits depend on its own sequence alone, bit for bit; PrecisionError where
+        a layer cannot do that."""
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.deterministic = deterministic
         weight = read("model.embed_tokens.weight").to(device, dtype, copy=True)
         self.embedding = Embedding(weight, is_head=config.tied_head and head == "16bit")
         self.layers = nn.ModuleList()
         for index in range(config.num_layers):
-            self.layers.append(DecoderLayer(config, index, backend, read, device, dtype))
+            layer = DecoderLayer(config, index, backend, read, device, dtype, deterministic)
+            if deterministic:
+                refuse_variance(backend.canonical, {name: getattr(layer, name) for name in layer.paths})
+            self.layers.append(layer)
         self.register_buffer("final_norm", read("model.norm.weight").to(device, dtype, copy=True))
         if not config.tied_head:
             weight = read("lm_head.weight").to(device, dtype, copy=True)
         if head == "int8":
             self.head = Int8Head(weight)
         else:
-            self.head = FullHead(self.embedding.weight if config.tied_head else pack_weight(weight))
+            weight = self.embedding.weight if config.tied_head else pack_weight(weight)
+            self.head = FullHead(weight, deterministic=deterministic)
+        if deterministic:
+            refuse_variance(backend.canonical, {"lm_head": self.head})
         positions = max_context_tokens or config.max_context_tokens
         cos, sin = config.rope.table(config.head_dim, positions, device)
         self.register_buffer("cos", cos)
@@ -211,7 +225,7 @@ class Decoder(nn.Module):
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
         """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, delta, step)`."""
         if batch.lengths is not None and not batch.context_lengths:
-            plan = decode_plan(batch.block_tables, batch.lengths)
+            plan = decode_plan(batch.block_tables, batch.lengths, deterministic=self.deterministic)
         else:
             plan = plan_attention(
                 batch.block_tables,
@@ -220,5 +234,18 @@ class Decoder(nn.Module):
                 batch.num_decode,
                 batch.lengths,
                 batch.starts,
+                deterministic=self.deterministic,
             )
         return Step(batch, kv, self.cos, self.sin, plan)
+
+
+def refuse_variance(precision: str, layers: Mapping[str, QuantLinear | FullHead | Int8Head]) -> None:
+    """PrecisionError if a row's result may depend on the rows beside it in one of these."""
+    for name, layer in layers.items():
+        if not layer.row_invariant:
+            raise PrecisionError(
+                f"setting `deterministic` with precision `{precision}`: `{name}` is served by "
+                f"`{layer.kernel}`, whose results depend on how many rows it is given",
+                hint="on a GPU fp32, bf16, fp16 and int8 can be deterministic, on a CPU fp32, int8 and, with "
+                "native kernels, bf16, nf4 and awq; each with `--head 16bit`",
+            )

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from service.kernels.dense_linear import bind_linear, dense_linear, linear_kernel, packed_bytes
+from service.kernels.dense_linear import (
+    bind_linear,
+    dense_linear,
+    is_row_invariant,
+    linear_kernel,
+    packed_bytes,
+)
 from service.kernels.dense_linear.table import pack_table
 
 
@@ -31,14 +37,12 @@ class Embedding(nn.Module):
 class FullHead(nn.Module):
     weight: Tensor  # [vocab, hidden], from `pack_weight` or the embedding's own
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, *, deterministic: bool = False) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.bound = bind_linear(weight)
-
-    @property
-    def kernel(self) -> str:
-        return linear_kernel(self.weight)
+        self.kernel = linear_kernel(weight, deterministic=deterministic)
+        self.row_invariant = is_row_invariant(weight, deterministic=deterministic)
+        self.bound = bind_linear(weight, deterministic=deterministic)
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab], float32 on a CPU, on CUDA x's type: kernels there widen as they read."""
@@ -53,6 +57,7 @@ class Int8Head(nn.Module):
     codes: Tensor  # int8 [vocab, hidden]
     scales: Tensor  # x's dtype [vocab]
     kernel = "torch._weight_int8pack_mm"
+    row_invariant = False
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

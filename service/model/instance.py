@@ -51,6 +51,7 @@ class ModelInstance:
         *,
         head: Literal["16bit", "int8"] = "16bit",
         max_context_tokens: int = 0,
+        deterministic: bool = False,
         tokenizer: Path | None = None,
         progress: Progress | None = None,
     ) -> "ModelInstance":
@@ -58,7 +59,7 @@ class ModelInstance:
 
         `dtype` None: what the backend wants here. `tokenizer`: folder of one that is not the checkpoint's.
         Raises CheckpointError for a folder that is not exactly what its config.json says, PrecisionError
-        for one that this backend does not read.
+        for one that this backend does not read, and for a backend that cannot be `deterministic` here.
         """
         checkpoint = source if isinstance(source, TensorSource) else Checkpoint(source)
         if not backend.accepts(checkpoint.quantization):
@@ -81,6 +82,7 @@ class ModelInstance:
                 dtype or backend.activation_dtype(device, checkpoint.dtype),
                 head=head,
                 max_context_tokens=max_context_tokens,
+                deterministic=deterministic,
             )
         if progress:
             progress("load", checkpoint.num_bytes, checkpoint.num_bytes, "bytes")
@@ -133,7 +135,9 @@ class ModelInstance:
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
         return names | {
             "lm_head": self.decoder.head.kernel,
-            "attention": attention_kernel(self.dtype, self.device, head_dim, group),
+            "attention": attention_kernel(
+                self.dtype, self.device, head_dim, group, self.decoder.deterministic
+            ),
             "add_rms_norm": add_rms_norm_kernel(self.dtype, self.device),
             "rotary_kv": rotary_kv_kernel(self.dtype, self.device, head_dim),
             "gated_silu": gated_silu_kernel(self.dtype, self.device),

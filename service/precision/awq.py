@@ -55,6 +55,7 @@ class AWQLinear(QuantLinear):
         self.register_buffer("scales", weight.scales)
         self.register_buffer("bias", bias)
         self.bound = awq_linear.bind(self.codes, self.zeros, self.scales, bias)
+        self.row_invariant = self.bound is not None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bound:

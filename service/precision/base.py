@@ -38,6 +38,7 @@ class LinearGroup:
     parts: tuple[LinearSpec, ...]
     device: torch.device
     dtype: torch.dtype  # of activations in and out
+    deterministic: bool = False  # take kernels that are row-invariant, where there is a choice
 
     @property
     def in_features(self) -> int:
@@ -53,6 +54,7 @@ class QuantLinear(nn.Module, ABC):
 
     group: LinearGroup
     kernel: str = ""  # name of the kernel that serves this layer, for /version
+    row_invariant: bool = False  # a row's result, bit for bit, does not depend on the others of its call
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from service.errors import PrecisionError
 from service.kernels.dense_linear import (
     bind_linear,
     dense_linear,
+    is_row_invariant,
     linear_kernel,
     pack_weight,
     packed_bytes,
@@ -35,8 +36,9 @@ class FullLinear(QuantLinear):
         self.group = group
         self.register_buffer("weight", pack_weight(weight))
         self.register_buffer("bias", bias)
-        self.kernel = linear_kernel(self.weight)
-        self.bound = bind_linear(self.weight, bias)
+        self.kernel = linear_kernel(self.weight, deterministic=group.deterministic)
+        self.row_invariant = is_row_invariant(self.weight, deterministic=group.deterministic)
+        self.bound = bind_linear(self.weight, bias, deterministic=group.deterministic)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bound:

@@ -83,7 +83,7 @@ class Int8Linear(QuantLinear):
         assert scales.shape == (group.out_features,)
         self.group = group
         self.threshold = options.threshold
-        self.by_row = options.outliers == "row"
+        self.by_row = self.row_invariant = options.outliers == "row"
         fits = native.fits(group.device, group.dtype, *codes.shape)
         self.is_native = options.kernel == "auto" and fits
         if self.is_native:

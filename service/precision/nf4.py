@@ -92,7 +92,7 @@ class NF4Linear(QuantLinear):
         self.group = group
         self.blocks_per_row = group.in_features // BLOCK
         outs = [part.out_features for part in group.parts]
-        self.is_native = native.fits(group.device, group.dtype, outs)
+        self.is_native = self.row_invariant = native.fits(group.device, group.dtype, outs)
         self.interleaved = (
             not self.is_native
             and group.device.type == "cpu"

@@ -3,10 +3,12 @@
 Given a plain weight, torch lets oneDNN copy it into blocks on every call. Packed at load, a step of few rows
 takes about two thirds of the time, and the bytes are the same: bfloat16 for our own kernel (native.py) where
 it serves, else for oneDNN. In float32 and in our own bfloat16 a row's result does not depend on how many rows
-are computed with it, bit for bit, so a batch cannot move a greedy token.
+are computed with it, bit for bit, so a batch cannot move a greedy token. On CUDA that is so where a linear is
+bound as `deterministic` (kernels/fixed_linear).
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from service.kernels.dense_linear import native
 __all__ = [
     "bind_linear",
     "dense_linear",
+    "is_row_invariant",
     "linear_kernel",
     "pack_onednn",
     "pack_weight",
@@ -26,6 +29,7 @@ __all__ = [
 
 if torch.cuda.is_available():
     from service.kernels.dense_linear import triton as cuda
+    from service.kernels.fixed_linear.triton import fixed_linear
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear = torch.ops.mkldnn._linear_pointwise.default
@@ -66,8 +70,12 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return _linear(x, weight, bias, "none", [], "")
 
 
-def bind_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
+def bind_linear(
+    weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = False
+) -> Callable[[Tensor], Tensor] | None:
     """`dense_linear` of this weight for a layer that calls it often; None where nothing can be prepared."""
+    if deterministic and weight.is_cuda:
+        return partial(fixed_linear, weight=weight, bias=bias)
     return native.linear(weight, bias) if native.is_packed(weight) else None
 
 
@@ -78,8 +86,17 @@ def unpack_weight(weight: Tensor) -> Tensor:
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
-def linear_kernel(weight: Tensor) -> str:
-    """Name of what `dense_linear` runs for this weight."""
+def is_row_invariant(weight: Tensor, *, deterministic: bool = False) -> bool:
+    """Does a row's result, bit for bit, not depend on the rows that are computed with it?"""
+    if weight.is_cuda:
+        return deterministic
+    return native.is_packed(weight) or (weight.is_mkldnn and weight.dtype is torch.float32)
+
+
+def linear_kernel(weight: Tensor, *, deterministic: bool = False) -> str:
+    """Name of what `bind_linear` or else `dense_linear` runs for this weight."""
+    if deterministic and weight.is_cuda:
+        return "triton.fixed_linear"
     if weight.is_cuda and cuda.serves(weight):
         return f"triton.stream_linear up to {cuda.MAX_ROWS} rows, torch.linear"
     if native.is_packed(weight):

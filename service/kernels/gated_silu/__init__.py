@@ -23,10 +23,13 @@ if torch.cuda.is_available():
 _gated_silu = torch.ops.halftone.gated_silu.default
 
 
-def gated_silu(gate_up: Tensor) -> Tensor:
-    """[T, 2 n], gate and up side by side -> silu(gate) * up [T, n]."""
+def gated_silu(gate_up: Tensor, deterministic: bool = False) -> Tensor:
+    """[T, 2 n], gate and up side by side -> silu(gate) * up [T, n].
+
+    `deterministic`: a row's result, bit for bit, does not depend on how many there are.
+    """
     if gate_up.is_cpu:  # past the dispatcher, which takes longer than a row's kernel
-        return native.gated_silu(gate_up)
+        return native.gated_silu(gate_up, deterministic)
     if gate_up.is_cuda:
         return cuda.gated_silu(gate_up)
     y: Tensor = _gated_silu(gate_up)

@@ -14,7 +14,7 @@ from service.kernels.native import Library, load
 _pack = Struct("2P2q").pack  # struct gated_silu in gated_silu_avx512.c
 
 
-def gated_silu(gate_up: Tensor) -> Tensor:
+def gated_silu(gate_up: Tensor, deterministic: bool = False) -> Tensor:
     """See the package."""
     library = load()
     if (
@@ -23,10 +23,10 @@ def gated_silu(gate_up: Tensor) -> Tensor:
         or gate_up.dim() != 2
         or not gate_up.is_contiguous()
     ):
-        return reference.gated_silu(gate_up)
+        return reference.gated_silu(gate_up, deterministic)
     rows, width = gate_up.shape
     if width % 2 or not width:
-        return reference.gated_silu(gate_up)
+        return reference.gated_silu(gate_up, deterministic)
     result = gate_up.new_empty(rows, width // 2)
     _function(library)(_pack(gate_up.data_ptr(), result.data_ptr(), rows, width // 2))
     return result
