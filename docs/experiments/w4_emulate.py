@@ -1,0 +1,178 @@
+"""Runs the W4 kernels on a CPU (w4_emulator.h) against float64 on small shapes; no GPU, no CUDA. A few minutes.
+
+python docs/experiments/w4_emulate.py [few] [tile] [whole]
+"""
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from w4_problem import Problem, make_parts
+
+HERE = Path(__file__).parent
+DRIVERS = {
+    "w4_few": """extern "C" void run(int grid, const char* codes, const char* scales, const char* zeros, const float* nested,
+        const float* map, const char* x, char* y, int rows, int n, Parts* parts) {
+        emulate(grid, CLUSTER, THREADS, [=] { w4_few(codes, scales, zeros, nested, map, x, y, rows, n, *parts); }); }""",
+    "w4_tile": """extern "C" void run(int grid, TensorMap* x, TensorMap* codes, const char* scales, const char* zeros,
+        const float* nested, const float* map, char* y, int rows, int n, int k, Parts* parts) {
+        emulate(grid, SPLIT, THREADS, [=] { w4_tile(*x, *codes, scales, zeros, nested, map, y, rows, n, k, *parts); }); }""",
+    "w4_whole": """extern "C" void run(int grid, const char* codes, const char* scales, const char* zeros, const float* nested,
+        const float* map, char* w, int first, int blocks, int n, int k, Parts* parts) {
+        emulate(grid, 1, THREADS, [=] { w4_whole(codes, scales, zeros, nested, map, w, first, blocks, n, k, *parts); }); }""",
+}
+
+
+def build(name: str, defines: dict[str, int]) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="w4_"))
+    source, library = folder / "driver.cpp", folder / "kernel.so"
+    source.write_text(f'#include "{name}.cu"\n{DRIVERS[name]}\n')
+    flags = [f"-D{key}={value}" for key, value in defines.items()]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O2",
+        "-mavx2",
+        "-mf16c",
+        "-mfma",
+        "-shared",
+        "-fPIC",
+        "-w",
+        "-Wno-psabi",
+        f"-I{HERE}",
+    ]
+    subprocess.run([*command, *flags, "-o", str(library), str(source)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.data_ptr() % 16 == 0
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def box(tensor: Tensor, columns: int, rows: int, box_columns: int, box_rows: int, swizzled: bool) -> Tensor:
+    size = tensor.element_size()
+    fields = [tensor.data_ptr(), columns, rows, columns * size, size, box_columns, box_rows, int(swizzled)]
+    return torch.tensor([*fields, *[0] * 8], dtype=torch.int64)
+
+
+def report(label: str, got: Tensor, want: Tensor) -> bool:
+    error = float((got.double() - want).norm() / want.norm())
+    fine = error < 6e-4
+    print(f"{'ok  ' if fine else 'BAD '} {error:.1e}  {label}", flush=True)
+    return fine
+
+
+def check_few() -> bool:
+    fine = True
+    for affine in (0, 1):
+        for cluster, kwarps, rblocks, chunks, nt, stages, n, rows_tried in (
+            (1, 4, 1, 2, 1, 3, 80, (1, 7)),
+            (1, 8, 2, 1, 2, 4, 96, (16, 9)),
+            (4, 2, 4, 2, 2, 4, 320, (16, 3)),
+            (4, 14, 1, 2, 2, 3, 96, (16,)),
+            (2, 7, 2, 4, 1, 4, 96, (1, 8)),
+            (8, 7, 2, 2, 2, 4, 96, (13,)),
+            (1, 16, 1, 2, 2, 4, 48, (16,)),
+        ):
+            names = ("AFFINE", "CLUSTER", "KWARPS", "RBLOCKS", "CHUNKS", "NT", "STAGES")
+            library = build(
+                "w4_few",
+                dict(zip(names, (affine, cluster, kwarps, rblocks, chunks, nt, stages), strict=True)),
+            )
+            problem = Problem(n, cluster * kwarps * chunks * 128, "cpu", parts=(n - 32, 16, 16))
+            operands = problem.affine if affine else problem.nf4
+            for rows in rows_tried:
+                x = torch.randn(rows, problem.k).half()
+                y = torch.full((rows, n), float("nan"), dtype=torch.float16)
+                parts = make_parts(problem)
+                library.run(2 * cluster, *(pointer(t) for t in operands), pointer(problem.map), pointer(x), pointer(y),
+                            rows, n, ctypes.byref(parts))  # fmt: skip
+                fine &= report(
+                    f"few affine {affine} cluster {cluster} kwarps {kwarps} rblocks {rblocks} chunks {chunks} nt {nt} M={rows}",
+                    y, x.double() @ problem.dense(affine).double().t())  # fmt: skip
+    return fine
+
+
+def check_tile() -> bool:
+    fine = True
+    names = ("AFFINE", "TILE", "RT", "WGS", "KS", "SPLIT", "STAGES")
+    for affine in (0, 1):
+        for tile, rt, wgs, ks, split, stages, blocks, k, grid, rows_tried in (
+            (16, 1, 2, 2, 1, 3, 2, 512, 2, (5, 16)),
+            (64, 2, 2, 2, 1, 4, 1, 512, 1, (50,)),
+            (64, 2, 2, 2, 8, 4, 1, 2048, 8, (64, 33)),
+            (64, 1, 3, 2, 4, 4, 1, 2048, 4, (61,)),
+            (32, 2, 2, 2, 4, 4, 2, 1024, 8, (17, 32)),
+            (128, 1, 3, 1, 2, 5, 1, 512, 4, (200,)),
+            (128, 2, 2, 1, 1, 4, 1, 768, 1, (256,)),
+            (256, 1, 2, 1, 1, 3, 2, 512, 3, (300,)),
+        ):
+            library = build(
+                "w4_tile", dict(zip(names, (affine, tile, rt, wgs, ks, split, stages), strict=True))
+            )
+            outputs = 64 * rt * wgs
+            n = outputs * blocks
+            problem = Problem(n, k, "cpu", parts=(n // 2, n // 4, n // 4))
+            codes, *rest = problem.affine if affine else problem.nf4
+            for rows in rows_tried:
+                x = torch.randn(rows, k).half()
+                y = torch.full((rows, n), float("nan"), dtype=torch.float16)
+                parts = make_parts(problem)
+                x_map = box(x, k, rows, 64, tile, True)
+                code_map = box(
+                    codes.view(torch.int32).view(n // 16, -1), k * 2, n // 16, 128 * ks, outputs // 16, False
+                )
+                library.run(grid, pointer(x_map), pointer(code_map), *(pointer(t) for t in rest), pointer(problem.map),
+                            pointer(y), rows, n, k, ctypes.byref(parts))  # fmt: skip
+                fine &= report(
+                    f"tile affine {affine} {outputs}x{tile} rt {rt} wgs {wgs} ks {ks} split {split} stages {stages} M={rows} K={k}",
+                    y, x.double() @ problem.dense(affine).double().t())  # fmt: skip
+    return fine
+
+
+def check_whole() -> bool:
+    fine = True
+    for affine in (0, 1):
+        library = build("w4_whole", {"AFFINE": affine})
+        n, k = 96, 512
+        problem = Problem(n, k, "cpu", parts=(48, 32, 16))
+        operands = problem.affine if affine else problem.nf4
+        parts = make_parts(problem)
+        for first, blocks in ((0, 6), (2, 3)):
+            w = torch.full((blocks * 16, k), float("nan"), dtype=torch.float16)
+            library.run(
+                2,
+                *(pointer(t) for t in operands),
+                pointer(problem.map),
+                pointer(w),
+                first,
+                blocks,
+                n,
+                k,
+                ctypes.byref(parts),
+            )
+            fine &= report(
+                f"whole affine {affine}",
+                w,
+                problem.dense(affine)[first * 16 : (first + blocks) * 16].double(),
+            )
+    return fine
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or ["few", "tile", "whole"]
+    np.seterr(all="raise")
+    torch.manual_seed(1)
+    checks = {"few": check_few, "tile": check_tile, "whole": check_whole}
+    results = [checks[name]() for name in wanted]
+    sys.exit(0 if all(results) else 1)
+
+
+if __name__ == "__main__":
+    main()
