@@ -29,6 +29,7 @@ NAMES = {
     "save": "Saving",
     "load": "Loading",
     "kernels": "Compiling kernels",
+    "check": "Checking kernels",
     "warm": "Warming up",
     "capture": "Capturing graphs",
     "evaluate": "Evaluating",

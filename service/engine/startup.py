@@ -14,6 +14,7 @@ import torch
 from service import device as devices
 from service.engine.engine import Engine, Limits
 from service.engine.link import Throttle
+from service.engine.self_check import check_linears
 from service.engine.shortage import MIB, told_shortage, weight_bytes
 from service.engine.warm_up import warm_up
 from service.errors import DeviceError, PrecisionError, SettingError
@@ -80,6 +81,8 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
         with told_shortage(device, "a tensor of the random weights"):
             save_random(source, Path(config.tokenizer or source.path), Path(config.save), stages)
     model = load(config, source, backend, device, stages, DTYPES.get(config.dtype))
+    stages("check", 0, 1, "kernels")
+    check_linears(model)
     max_batch_tokens, max_batch_requests = batch_limits(config, device)
     is_gpu = devices.runs_behind(device)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.backend.capturable

@@ -37,7 +37,7 @@ def test_a_life_from_loading_to_the_front_s_end(folder: Path) -> None:
         stages = []
         while isinstance(message := child.receive(), Loading):
             stages.append(message.stage)
-        assert list(dict.fromkeys(stages)) == ["import", "device", "verify", "load", "warm"]
+        assert list(dict.fromkeys(stages)) == ["import", "device", "verify", "load", "check", "warm"]
         assert isinstance(message, Ready)
         info = message.info
         assert (info.precision, info.dtype, info.device, info.vocab_size) == ("fp32", "fp32", "cpu", 128)
