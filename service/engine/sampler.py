@@ -4,8 +4,7 @@ runner --SamplingRows--> draw --> token ids, BAD_ROW where the model's numbers a
 
 A row's token depends on its logits, its parameters and one uniform number of (seed, sample index, position),
 never on its neighbours: what a step may leave out because no row asks for it changes no row that did not.
-Filters follow temperature: top-k, then top-p of what that leaves, then min-p. All are exact; between equal
-logits the lower token id comes first.
+Filters are exact, and between equal logits the lower token id comes first: kernels/sample_likely.
 """
 
 from dataclasses import dataclass
@@ -15,12 +14,10 @@ import torch
 from torch import Tensor
 
 from service.kernels.greedy import greedy
-from service.kernels.philox import uniform
-from service.kernels.sample import pick, sample, scaled
+from service.kernels.sample import sample
+from service.kernels.sample_likely import sample_likely
 
-BAD_ROW = -1  # as `greedy` and `sample` mark it
-# A full sort of the vocabulary costs twenty times a top-256, which most nuclei fit into.
-NUCLEUS_WIDTHS = (256, 4096)
+BAD_ROW = -1  # as the kernels that choose mark it
 SUPPRESSED = -1e30  # a logit that never wins; whole rows of it still have a finite sum
 
 Variant = Literal["greedy", "temperature", "full"]
@@ -35,7 +32,7 @@ class SamplingRows:
     seeds: Tensor  # int64 [rows], 64 bits
     positions: Tensor  # int64 [rows], of the token to draw
     sample_indices: Tensor  # int64 [rows]
-    top_k: Tensor  # int64 [rows], 0 is off
+    top_k: Tensor  # any int [rows], 0 is off
     top_p: Tensor  # float64 [rows], 1 is off
     min_p: Tensor  # float64 [rows], 0 is off
 
@@ -50,40 +47,10 @@ def draw(logits: Tensor, rows: SamplingRows, suppressed: tuple[Tensor, Tensor] |
         logits[suppressed[0], suppressed[1]] = SUPPRESSED
     if rows.variant == "greedy":
         return greedy(logits)
+    keys = (rows.seeds, rows.positions, rows.sample_indices)
     if rows.variant == "temperature":
-        return sample(logits, rows.temperature, rows.seeds, rows.positions, rows.sample_indices)
-    over = scaled(logits, rows.temperature)
-    over = over.masked_fill(~kept(over, rows.top_k, rows.top_p, rows.min_p), -torch.inf)
-    drawn = pick(over, uniform(rows.seeds, rows.positions, rows.sample_indices))
-    token_ids = torch.where(rows.temperature > 0, drawn, logits.argmax(-1))
-    return torch.where(torch.isfinite(logits.sum(-1)), token_ids, BAD_ROW)
-
-
-def kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """float32 [rows, vocab] with 0 as each row's largest, and each row's filters -> bool [rows, vocab]."""
-    vocab_size = scaled.shape[1]
-    max_kept = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size)  # by top-k alone
-    unlimited = max_kept == vocab_size
-    nucleus = top_p < 1
-    whole_mass = scaled.exp().sum(-1, dtype=torch.float64)
-    for width in (*NUCLEUS_WIDTHS, vocab_size):
-        width = min(width, vocab_size)
-        values = scaled.topk(width, dim=-1).values
-        cumulative = values.exp().cumsum(-1, dtype=torch.float64)
-        mass = cumulative.gather(1, max_kept.clamp(max=width).unsqueeze(1) - 1).squeeze(1)
-        target = top_p * torch.where(unlimited, whole_mass, mass)
-        settled = (max_kept <= width) | (unlimited & (~nucleus | (cumulative[:, -1] >= target)))
-        if width == vocab_size or settled.all():
-            break
-    in_nucleus = 1 + (cumulative < target.unsqueeze(1)).sum(-1)
-    num_kept = torch.where(nucleus, torch.minimum(in_nucleus, max_kept), max_kept)
-    smallest = values.gather(1, num_kept.clamp(max=width).unsqueeze(1) - 1)
-    smallest = smallest.masked_fill((num_kept > width).unsqueeze(1), -torch.inf)
-    above = scaled > smallest
-    level = scaled == smallest
-    room = num_kept - above.sum(-1)
-    keep = above | (level & (level.cumsum(-1) <= room.unsqueeze(1)))
-    return keep & (scaled >= min_p.log().to(scaled.dtype).unsqueeze(1))
+        return sample(logits, rows.temperature, *keys)
+    return sample_likely(logits, rows.temperature, *keys, rows.top_k, rows.top_p, rows.min_p)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.engine import sampler
-from service.engine.sampler import BAD_ROW, SamplingRows, Variant, draw, kept, logprobs
+from service.engine.sampler import BAD_ROW, SamplingRows, Variant, draw, logprobs
 from service.kernels.philox import uniform
+from service.kernels.sample_likely import kept, reference
 
 
 def rows_of(
@@ -84,7 +84,7 @@ def test_narrow_looks_at_the_vocabulary_change_nothing(
     rows = rows_of("full", 3, top_k=top_k, top_p=top_p)
     by_width = []
     for widths in [(), (8, 64), (256,)]:
-        monkeypatch.setattr(sampler, "NUCLEUS_WIDTHS", widths)
+        monkeypatch.setattr(reference, "NUCLEUS_WIDTHS", widths)
         by_width.append(kept(scaled, rows.top_k, rows.top_p, rows.min_p))
     assert torch.equal(by_width[0], by_width[1])
     assert torch.equal(by_width[0], by_width[2])

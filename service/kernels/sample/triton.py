@@ -1,4 +1,7 @@
-"""A draw on CUDA in three passes: the largest logit of each chunk, the mass of each, the chunk hit."""
+"""A draw on CUDA in three passes: the largest logit of each chunk, the mass of each, the chunk hit.
+
+`kernels/sample_likely` passes the last two the limits of what each row's filters keep.
+"""
 
 import torch
 import triton
@@ -10,6 +13,28 @@ from service.kernels.launch import await_predecessor, launch, next_power_of_2
 from service.kernels.sample.reference import MIN_TEMPERATURE
 
 
+@triton.jit
+def scaled_logits(  # type: ignore[no-untyped-def]
+    logits_ptr, row, token_ids, vocab, highest, temperature, min_temperature
+):
+    """-> logits less the largest over temperature, divided as a CPU does; -inf behind the vocabulary."""
+    logits = tl.load(logits_ptr + row * vocab + token_ids, mask=token_ids < vocab, other=float("-inf"))
+    return tl.div_rn(logits.to(tl.float32) - highest, tl.maximum(temperature, min_temperature))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def kept_weights(  # type: ignore[no-untyped-def]
+    scaled, token_ids, least_ptr, last_ptr, row, LIMITED: tl.constexpr
+):
+    """-> exponentials, 0 for what lies under the row's limit."""
+    weights = tl.exp(scaled)
+    if LIMITED:
+        least = tl.load(least_ptr + row)
+        is_kept = (scaled > least) | ((scaled == least) & (token_ids <= tl.load(last_ptr + row)))
+        weights = tl.where(is_kept, weights, 0.0)
+    return weights.to(tl.float64)
+
+
 @triton.jit(do_not_specialize_on_alignment=["temperature_ptr"])  # type: ignore[untyped-decorator]
 def mass_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # any float [rows, vocab]
@@ -17,11 +42,14 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     highest_ptr,  # float32 [rows, CHUNKS]
     token_ids_ptr,  # int32 [rows, CHUNKS]
     masses_ptr,  # float64 [rows, CHUNKS]
+    least_ptr,  # float32 [rows], the least scaled logit that is kept
+    last_ptr,  # int32 [rows], the last token that is kept of those at the least
     vocab,
     min_temperature,
     CHUNKS: tl.constexpr,
     PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
+    LIMITED: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
     """Each chunk's sum of exponentials; nothing for a row that does not draw."""
@@ -32,9 +60,9 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     if temperature > 0:
         highest, _ = likeliest_of_chunks(highest_ptr, token_ids_ptr, row, CHUNKS, PADDED)
         token_ids = chunk * CHUNK + tl.arange(0, CHUNK)
-        logits = tl.load(logits_ptr + row * vocab + token_ids, mask=token_ids < vocab, other=float("-inf"))
-        scaled = (logits.to(tl.float32) - highest) / tl.maximum(temperature, min_temperature)
-        tl.store(masses_ptr + row * CHUNKS + chunk, tl.sum(tl.exp(scaled).to(tl.float64), 0))
+        scaled = scaled_logits(logits_ptr, row, token_ids, vocab, highest, temperature, min_temperature)
+        weights = kept_weights(scaled, token_ids, least_ptr, last_ptr, row, LIMITED)
+        tl.store(masses_ptr + row * CHUNKS + chunk, tl.sum(weights, 0))
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
@@ -49,12 +77,15 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     highest_ptr,
     token_ids_ptr,
     masses_ptr,
+    least_ptr,
+    last_ptr,
     out_ptr,  # int64 [rows]
     vocab,
     min_temperature,
     CHUNKS: tl.constexpr,
     PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
+    LIMITED: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
     await_predecessor(IS_DEPENDENT)
@@ -75,9 +106,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
         before = tl.sum(tl.where(chunks < hit, masses, 0.0), 0)
         places = tl.arange(0, CHUNK)
         token_ids = hit * CHUNK + places
-        logits = tl.load(logits_ptr + row * vocab + token_ids, mask=token_ids < vocab, other=float("-inf"))
-        scaled = (logits.to(tl.float32) - highest) / tl.maximum(temperature, min_temperature)
-        weights = tl.exp(scaled).to(tl.float64)
+        scaled = scaled_logits(logits_ptr, row, token_ids, vocab, highest, temperature, min_temperature)
+        weights = kept_weights(scaled, token_ids, least_ptr, last_ptr, row, LIMITED)
         # the chunk's mass was added in another order: what rounding leaves over belongs to its last token
         last = tl.max(tl.where(weights > 0, places, 0), 0)
         place = tl.sum((before + tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
@@ -90,15 +120,25 @@ def sample(
 ) -> Tensor:
     """See the package."""
     logits, temperature = logits.contiguous(), temperature.contiguous()
+    return draw(logits, temperature, (seeds, positions, sample_indices), likeliest(logits), None)
+
+
+def draw(
+    logits: Tensor,
+    temperature: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor],
+    highest: tuple[Tensor, Tensor],
+    limits: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """From `highest`, what `likeliest` finds in `logits`, on; `limits` as the kernels' `least` and `last`."""
     rows, vocab = logits.shape
-    highest, token_ids = likeliest(logits)
-    chunks = highest.shape[1]
-    padded = next_power_of_2(chunks)
+    chunks = highest[0].shape[1]
     masses = torch.empty(rows, chunks, dtype=torch.float64, device=logits.device)
-    numbers, constants = (vocab, MIN_TEMPERATURE), (chunks, padded, CHUNK)
-    found = (highest, token_ids, masses)
+    numbers = (vocab, MIN_TEMPERATURE)
+    constants = (chunks, next_power_of_2(chunks), CHUNK, limits is not None)
+    found = (*highest, masses, *(limits or highest))
     launch(mass_kernel, (rows, chunks), (logits, temperature, *found), numbers, constants)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    keys = (seeds.contiguous(), positions.contiguous(), sample_indices.contiguous())
-    launch(draw_kernel, (rows,), (logits, temperature, *keys, *found, out), numbers, constants, num_warps=8)
+    drawing = (logits, temperature, *[key.contiguous() for key in keys], *found, out)
+    launch(draw_kernel, (rows,), drawing, numbers, constants, num_warps=8)
     return out
