@@ -13,10 +13,11 @@ from demo_server import prose
 from int4_checkpoint import load_meaning, round_to_int4
 from neighbours import answer_all, answer_each, differing, prompts_from
 from reference_models import LINEARS, load_reference, reference_logits
-from tiny_models import one_sequence
+from tiny_models import decode_batch, one_sequence
 from torch import Tensor, nn
 
 from service.engine.startup import Serving, start
+from service.kernels import native
 from service.kernels.dense_linear import packed_bytes
 from service.messages import EngineConfig
 from service.model.instance import ModelInstance
@@ -35,9 +36,8 @@ WEIGHT_GIGABYTES = {"bf16": 0.269, "int8": 0.163, "nf4:double_quant=off": 0.116,
 EXACT, BF16 = 1e-5, 0.05
 INT8 = 0.15  # against bitsandbytes' whole model: see the test
 
-# RMS in nats of what others in the batch do to a log-probability: sums of bf16 in another order; int8 decides
-# over all rows of a step which columns are outliers
-COMPANY = {"bf16": 0.1, "int8": 0.6, "nf4": 0.1, "awq": 0.1}
+# RMS in nats of what others in the batch do to a log-probability: sums of bf16 in another order
+COMPANY = {"bf16": 0.1, "int8": 0.1, "nf4": 0.1, "awq": 0.1}
 NEW_TOKENS = 8
 
 
@@ -163,6 +163,22 @@ def test_int8_computes_what_bitsandbytes_computes(demo_model: Path) -> None:
     got = logits_of(ours, ids, 0)
     assert relative_rms(got, wanted) < INT8
     assert agreement(got, wanted) > 0.85
+
+
+@pytest.mark.skipif(native.load() is None, reason=native.absence())
+def test_int8_computes_a_token_alike_in_any_company(demo_model: Path) -> None:
+    """Bit for bit through all layers: each token decoded alone, and all in one step; outliers are among them.
+
+    By bitsandbytes' rule the same steps are 14 % of the logits apart.
+    """
+    ours = load(demo_model, "int8")
+    ids = prose(demo_model)[WINDOW][:60]
+    blocks = list(range(1, 5))
+    sequences = [ids[: position + 1] for position in range(len(ids))]
+    kv = ours.new_kv(6)
+    alone = torch.cat([ours.forward(decode_batch([tokens], [blocks]), kv) for tokens in sequences])
+    kv = ours.new_kv(6)
+    assert torch.equal(ours.forward(decode_batch(sequences, [blocks] * len(ids)), kv), alone)
 
 
 def resident_bytes(instance: ModelInstance) -> int:
