@@ -153,15 +153,33 @@ def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_forward_pass_is_captured_when_a_step_first_needs_it() -> None:
-    """Top-k has no whole step; the second step of its size finds the graph of the first."""
+    """Log-probabilities have no whole step; the second step of its size finds the graph of the first."""
     engine = fake_engine(depth=1, captured=True)
     graphs = engine.runner.graphs
     assert graphs is not None
-    filtered = Submit(1, [3, 1, 4], Sampling(9, seed=2, top_k=3, ignore_eos=True))
-    engine.add(filtered)
+    asking = Submit(1, [3, 1, 4], Sampling(9, seed=2, top_k=3, logprobs=1, ignore_eos=True))
+    engine.add(asking)
     client = Client()
     client.take(engine.step())
     first = graphs.forward(1)
-    assert client.run(engine).answers[1] == expected_answer(filtered, 999)[0]
+    assert client.run(engine).answers[1] == expected_answer(asking, 999)[0]
     assert graphs.forward(1) is first
-    assert graphs.step(1, "full") is None
+
+
+def test_filters_and_temperatures_share_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What costs a capture in the middle of serving is left to those who ask for more than tokens."""
+    engine = fake_engine(depth=1, captured=True)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    assert graphs.step(2, "full") is graphs.step(2, "temperature")
+    monkeypatch.setattr(graphs, "forward", None)
+    submits = [
+        Submit(1, [3, 1, 4], Sampling(9, seed=2, top_k=3, top_p=0.8, ignore_eos=True)),
+        Submit(2, [1, 5], Sampling(12, seed=3, ignore_eos=True)),
+        Submit(3, [9], Sampling(7, seed=4, min_p=0.1, temperature=0.6, ignore_eos=True)),
+        Submit(4, [2, 7], Sampling(15, temperature=0, ignore_eos=True)),
+    ]
+    for submit in submits:
+        engine.add(submit)
+    answers = Client().run(engine).answers
+    assert answers == {submit.id: expected_answer(submit, 999)[0] for submit in submits}
