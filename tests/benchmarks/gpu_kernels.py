@@ -25,6 +25,7 @@ from service.kernels.paged_attention import decode_plan, paged_attention, plan_a
 from service.kernels.paged_attention import triton as attention
 from service.kernels.rotary_kv import rotary_kv
 from service.kernels.sample import sample
+from service.kernels.sample_likely import sample_likely
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 32, 4096, 32, 8, 128, 14336, 128256
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -188,8 +189,22 @@ def small(rows: int, keys: list[Tensor], values: list[Tensor]) -> None:
     show(rows, "rotary_kv", microseconds(rotate))
     num_bytes = logits.numel() * 4
     show(rows, "greedy", microseconds(lambda _: greedy(logits), 4), num_bytes)
-    draw = microseconds(lambda _: sample(logits, temperature, seeds, positions, seeds), 4)
-    show(rows, "sample at a temperature", draw, 2 * num_bytes)
+    keys = (temperature, seeds, positions, seeds)
+    show(rows, "sample at a temperature", microseconds(lambda _: sample(logits, *keys), 4), 2 * num_bytes)
+    # long lists in logits as random weights have them, short ones in those of a trained model
+    for name, spread in (("flat", logits), ("steep", logits * 4)):
+        for top_k, top_p in ((0, 1.0), (50, 1.0), (0, 0.9), (50, 0.9)):
+            taken = filtered(spread, keys, top_k, top_p)
+            show(rows, f"sample_likely, {name}, top-k {top_k}, top-p {top_p}", taken, 2 * num_bytes)
+
+
+def filtered(logits: Tensor, keys: tuple[Tensor, Tensor, Tensor, Tensor], top_k: int, top_p: float) -> float:
+    """Microseconds of a draw in which all rows filter alike."""
+    rows = len(logits)
+    counts = torch.full((rows,), top_k, dtype=torch.int32, device=CUDA)
+    shares = torch.full((rows,), top_p, dtype=torch.float64, device=CUDA)
+    min_p = torch.zeros_like(shares)
+    return microseconds(lambda _: sample_likely(logits, *keys, counts, shares, min_p), 4)
 
 
 @torch.inference_mode()

@@ -104,6 +104,16 @@ def test_replayed_steps_draw_what_steps_kernel_by_kernel_draw(folder: Path) -> N
     assert answers(replayed, submits) == answers(launched, submits)
 
 
+def test_filters_capture_nothing_while_others_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(folder, "fp16")
+    monkeypatch.setattr(engine.runner.graphs, "forward", None)
+    submits = [
+        Submit(i, prompt, Sampling(NEW_TOKENS, seed=i, top_k=9 * (i % 2), top_p=0.8, ignore_eos=True))
+        for i, prompt in enumerate(prompts(20))
+    ]
+    answers(engine, submits)
+
+
 def test_every_size_is_captured_before_ready(folder: Path) -> None:
     told: list[tuple[int, int]] = []
     config = EngineConfig(
@@ -128,10 +138,12 @@ def test_a_launch_waits_for_nothing(folder: Path, monkeypatch: pytest.MonkeyPatc
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(engine.runner, "launch", watched)
+    kinds: list[dict[str, Any]] = [{}, {"top_k": 20, "top_p": 0.9}, {"top_p": 0.5}, {"min_p": 0.1}]
     submits = [
-        Submit(i, prompt, Sampling(NEW_TOKENS, temperature=i % 2, logprobs=2 if i == 5 else -1))
+        Submit(i, prompt, Sampling(NEW_TOKENS, temperature=i % 2, **kinds[i // 2 % 4]))
         for i, prompt in enumerate(prompts(12))
     ]
+    submits.append(Submit(12, prompts(1)[0], Sampling(NEW_TOKENS // 2, logprobs=2)))
     answers(engine, submits)
 
 
