@@ -13,6 +13,8 @@ import torch
 
 from service import device as devices
 from service.engine.engine import Engine, Limits
+from service.engine.graphs import batch_sizes
+from service.engine.kernels_ahead import KernelsAhead, shapes_of
 from service.engine.link import Throttle
 from service.engine.self_check import check_linears
 from service.engine.shortage import MIB, told_shortage, weight_bytes
@@ -80,11 +82,20 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     if config.save and isinstance(source, RandomWeights):
         with told_shortage(device, "a tensor of the random weights"):
             save_random(source, Path(config.tokenizer or source.path), Path(config.save), stages)
-    model = load(config, source, backend, device, stages, DTYPES.get(config.dtype))
-    stages("check", 0, 1, "kernels")
-    check_linears(model)
+    dtype = DTYPES.get(config.dtype) or backend.activation_dtype(device, source.dtype)
     max_batch_tokens, max_batch_requests = batch_limits(config, device)
     is_gpu = devices.runs_behind(device)
+    ahead: KernelsAhead | None = None
+    if is_gpu:
+        shapes = shapes_of(source, backend, config, dtype, max_batch_requests)
+        ahead = KernelsAhead(shapes, batch_sizes(max_batch_requests))
+    model = load(config, source, backend, device, stages, dtype)
+    if ahead:
+        stages("kernels", 0, 1, "kernels")
+        num_kernels = ahead.wait()
+        stages("kernels", num_kernels, num_kernels, "kernels")
+    stages("check", 0, 1, "kernels")
+    check_linears(model)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.backend.capturable
     stages("warm", 0, 1, "steps")
     warm = warm_up(model, max_batch_tokens if is_gpu else 2 * BLOCK_TOKENS, max_batch_requests)

@@ -59,7 +59,15 @@ def launch(
     The kernel's parameters stand in this order: pointers, numbers, constexprs, and IS_DEPENDENT. A kind is
     at least as fine as Triton's own: dtypes and alignment of tensors; of whole numbers, whether they are 1,
     whether 16 divides them, whether 32 bits hold them.
+
+    On meta tensors, which stand for aligned ones, it only compiles: engine/kernels_ahead.
     """
+    if tensors[0].is_meta:
+        kernel.warmup(
+            *tensors, *numbers, *constants, DEPENDENT,
+            grid=grid, num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT,
+        )  # fmt: skip
+        return
     pointers = [tensor.data_ptr() for tensor in tensors]
     kind = (
         id(kernel),

@@ -10,7 +10,10 @@ from service.kernels.launch import await_predecessor, launch
 WIDTH = 256  # entries of a block table that are copied at a time
 
 
-@triton.jit(do_not_specialize=["max_blocks", "stride"])  # type: ignore[untyped-decorator]
+# where the rows lie among the state's words changes with the number of requests
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["max_blocks", "stride"], do_not_specialize_on_alignment=["rows_ptr"]
+)
 def read_rows_kernel(  # type: ignore[no-untyped-def]
     fields_ptr,  # int32 [requests, WORDS]
     tables_ptr,  # int32 [requests, stride]
@@ -47,7 +50,9 @@ def read_rows_kernel(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit(do_not_specialize=["padding"])  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["padding"], do_not_specialize_on_alignment=["rows_ptr"]
+)
 def write_rows_kernel(  # type: ignore[no-untyped-def]
     fields_ptr,  # int32 [requests, WORDS]
     rows_ptr,  # int32 [rows]

@@ -10,7 +10,7 @@ CHUNK = 4096  # tokens of one program: 32 programs a row of 128k
 NUM_FACTORS = 4
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])  # type: ignore[untyped-decorator]
 def penalty_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # float32 [n, vocab]
     rows_ptr,  # int32 [n]
@@ -39,7 +39,7 @@ def penalty_kernel(  # type: ignore[no-untyped-def]
         tl.store(logits_ptr + place * vocab + token_ids, shaped, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])  # type: ignore[untyped-decorator]
 def bias_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     rows_ptr,
@@ -64,7 +64,7 @@ def bias_kernel(  # type: ignore[no-untyped-def]
         tl.store(logits_ptr + place * vocab + token_ids, logits + biases, mask=used)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])  # type: ignore[untyped-decorator]
 def count_kernel(  # type: ignore[no-untyped-def]
     occurrences_ptr,
     rows_ptr,

@@ -1,0 +1,235 @@
+"""The Triton kernels of a start, compiled on all cores while the weights load.
+
+startup --shapes--> KernelsAhead --steps on meta tensors--> kernels/*/triton --launch--> Triton's caches
+
+A launch on meta tensors only compiles. So a start's steps are walked through here without weights: prompts,
+and a decode step of each size that is captured. What is missing here is compiled when it is first launched,
+alone and while everything waits; a test holds these steps against those of a whole start.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.cores import physical_cores
+from service.engine.decode_step import sampling_rows
+from service.engine.penalties import MAX_BIASES
+from service.engine.state import NUM_WORDS
+from service.kernels.shape_logits import NEUTRAL
+from service.messages import EngineConfig
+from service.model.batch import BLOCK_TOKENS
+from service.model.checkpoint import TensorSource
+from service.model.config import ModelConfig
+from service.model.decoder import layer_groups
+from service.precision.base import Backend
+
+logger = logging.getLogger(__name__)
+
+META = torch.device("meta")
+PROMPT_TOKENS = 64  # of the steps with prompts; their kernels are compiled for any number
+NUM_BLOCKS = 2  # of a layer's cache, likewise
+LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq"}  # precision -> Shapes.linears
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the kernels of an engine are compiled for."""
+
+    config: ModelConfig
+    dtype: torch.dtype  # of activations
+    linears: str  # `dense`, `awq` or, where no kernel of ours serves them, empty
+    group_size: int  # of awq
+    dense_head: bool  # a 16-bit lm_head
+    max_requests: int
+    max_context_tokens: int
+
+
+def shapes_of(
+    source: TensorSource, backend: Backend, config: EngineConfig, dtype: torch.dtype, max_requests: int
+) -> Shapes:
+    """What is known before any weight is read."""
+    return Shapes(
+        source.config,
+        dtype,
+        LINEARS.get(backend.name, ""),
+        int((source.quantization or {}).get("group_size", 0)),
+        config.head == "16bit",
+        max_requests,
+        config.max_context_tokens or source.config.max_context_tokens,
+    )
+
+
+class KernelsAhead:
+    """Begins to compile when it is made; `wait` returns when all of it is done."""
+
+    def __init__(self, shapes: Shapes, sizes: Iterable[int]) -> None:
+        self._begun = ThreadPoolExecutor(1, "kernels ahead")
+        self._done = self._begun.submit(compile_all, lambda: walk(shapes, sizes))
+
+    def wait(self) -> int:
+        """-> how many there were. A fault of these steps stops nobody: what they miss comes later."""
+        try:
+            return self._done.result()
+        except Exception:
+            logger.warning("kernels are compiled one by one: all at once has failed", exc_info=True)
+            return 0
+        finally:
+            self._begun.shutdown()
+
+
+def compile_all(walk: Callable[[], None]) -> int:
+    """Compiles what `walk` launches on meta tensors, a kernel a thread, and brings it onto the device."""
+    from triton import AsyncCompileMode
+
+    with ThreadPoolExecutor(physical_cores(), "compile") as pool:
+        with AsyncCompileMode(pool) as mode:
+            walk()
+            compiling = list(mode.future_kernels.values())
+        for _ in pool.map(load_on_device, [kernel.result() for kernel in compiling]):
+            pass
+    return len(compiling)
+
+
+def load_on_device(compiled: Any) -> None:
+    """Its launcher is built by a C compiler and its code loaded: both outside of Python's lock."""
+    assert compiled.run is not None
+
+
+def walk(shapes: Shapes, sizes: Iterable[int]) -> None:
+    """Every kernel of a start's steps is launched once or more, on meta tensors."""
+    steps = Steps(shapes)
+    steps.prompts()
+    for num_rows in sizes:
+        steps.decode(num_rows)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+class Steps:
+    """The kernels of a step in the order of decoder and sampler, for one layer of each kind."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+        config = shapes.config
+        self.rotary = sorted(set(config.rotary))
+        self.max_blocks = -(-shapes.max_context_tokens // BLOCK_TOKENS)
+        cache = (NUM_BLOCKS, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
+        self.keys = self.values = empty(*cache, dtype=shapes.dtype)
+        self.table = empty(1, config.head_dim, dtype=torch.float32)  # cos and sin
+        self.norm = self.activations(config.hidden_size)
+        self.head_norm = self.activations(config.head_dim) if config.qk_norm else None
+
+    def prompts(self) -> None:
+        from service.kernels.paged_attention.plan import plan_attention
+
+        tables = empty(1, self.max_blocks, dtype=torch.int32)
+        plan = plan_attention(tables, [0, PROMPT_TOKENS], [PROMPT_TOKENS], 0)
+        self.layers(PROMPT_TOKENS, plan)
+
+    def decode(self, num_rows: int) -> None:
+        from service.kernels.paged_attention.plan import decode_plan
+        from service.kernels.row_state.triton import read_rows, write_rows
+
+        state_rows = self.shapes.max_requests + 1
+        fields = empty(state_rows, NUM_WORDS, dtype=torch.int32)
+        tables = empty(state_rows, self.max_blocks, dtype=torch.int32)
+        rows = empty(num_rows, dtype=torch.int32)
+        _, _, _, lengths, blocks = read_rows(fields, tables, rows, BLOCK_TOKENS)
+        self.layers(num_rows, decode_plan(blocks, lengths))
+        logits = self.head(num_rows)
+        drawn = self.drawn(logits.float(), fields, rows)
+        for token_ids in (self.greedy(logits), *drawn):
+            write_rows(fields, rows, token_ids, self.shapes.max_requests)
+
+    def layers(self, num_tokens: int, plan: Any) -> None:
+        from service.kernels.add_rms_norm.triton import add_rms_norm
+        from service.kernels.gated_silu.triton import gated_silu
+        from service.kernels.paged_attention.triton import paged_attention
+        from service.kernels.rotary_kv.triton import rotary_kv
+
+        config = self.shapes.config
+        hidden = self.activations(num_tokens, config.hidden_size)
+        numbers = empty(num_tokens, dtype=torch.int64)  # positions, slots
+        delta: Tensor | None = None
+        for is_rotary in self.rotary:
+            hidden, x = add_rms_norm(hidden, delta, self.norm, config.norm_eps)
+            table = self.table if is_rotary else None
+            q = rotary_kv(
+                self.linear("qkv_proj", x), table, table, numbers, numbers, self.head_norm, self.head_norm,
+                config.norm_eps, self.keys, self.values,
+            )  # fmt: skip
+            attended = paged_attention(q, self.keys, self.values, plan, config.attention_scale)
+            x = self.linear("o_proj", attended.view(num_tokens, -1))
+            hidden, x = add_rms_norm(hidden, x, self.norm, config.norm_eps)
+            delta = self.linear("down_proj", gated_silu(self.linear("gate_up_proj", x)))
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        parts = layer_groups(self.shapes.config, 0)[name]
+        out_features = sum(part.out_features for part in parts)
+        if self.shapes.linears == "awq":
+            return self.awq(x, out_features)
+        if self.shapes.linears == "dense":
+            return self.dense(x, out_features, is_biased=any(part.bias for part in parts))
+        return self.activations(len(x), out_features)
+
+    def dense(self, x: Tensor, out_features: int, *, is_biased: bool = False) -> Tensor:
+        from service.kernels.dense_linear import triton as dense_linear
+
+        weight = self.activations(out_features, x.shape[1])
+        if len(x) > dense_linear.MAX_ROWS or not dense_linear.serves(weight):
+            return self.activations(len(x), out_features)
+        return dense_linear.stream_linear(x, weight, self.activations(out_features) if is_biased else None)
+
+    def awq(self, x: Tensor, out_features: int) -> Tensor:
+        from service.kernels.awq_linear.triton import awq_linear
+
+        in_features = x.shape[1]
+        num_groups = in_features // self.shapes.group_size
+        return awq_linear(
+            x,
+            empty(in_features, out_features // 8, dtype=torch.int32),
+            empty(num_groups, out_features // 8, dtype=torch.int32),
+            empty(num_groups, out_features, dtype=torch.float16),
+        )
+
+    def head(self, num_rows: int) -> Tensor:
+        x, vocab_size = (
+            self.activations(num_rows, self.shapes.config.hidden_size),
+            self.shapes.config.vocab_size,
+        )
+        if self.shapes.dense_head:
+            return self.dense(x, vocab_size)
+        return empty(num_rows, vocab_size, dtype=torch.float32)
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        from service.kernels.greedy.triton import greedy
+
+        return greedy(logits)
+
+    def drawn(self, logits: Tensor, fields: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """From float32 logits with penalties: without filters, and with."""
+        from service.kernels.sample.triton import sample
+        from service.kernels.sample_likely.triton import sample_likely
+        from service.kernels.shape_logits.triton import count_tokens, shape_logits
+
+        state_rows = len(fields)
+        occurrences = empty(state_rows, logits.shape[1], dtype=torch.int32)
+        factors = empty(state_rows, len(NEUTRAL), dtype=torch.float32)
+        bias_ids = empty(state_rows, MAX_BIASES, dtype=torch.int64)
+        biases = empty(state_rows, MAX_BIASES, dtype=torch.float32)
+        shape_logits(logits, rows, occurrences, factors, bias_ids, biases)
+        read = sampling_rows(fields, rows, None, "full")
+        keys = (read.temperature, read.seeds, read.positions, read.sample_indices)
+        token_ids = sample(logits, *keys)
+        count_tokens(occurrences, rows, factors, token_ids)
+        return token_ids, sample_likely(logits, *keys, read.top_k, read.top_p, read.min_p)
+
+    def activations(self, *shape: int) -> Tensor:
+        return empty(*shape, dtype=self.shapes.dtype)

@@ -1,0 +1,143 @@
+"""What is compiled ahead is what a whole start launches: its warm-up, and every graph that it captures."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from service import device as devices
+from service.engine.engine import Engine, Limits
+from service.engine.graphs import batch_sizes
+from service.engine.kernels_ahead import META, KernelsAhead, compile_all, shapes_of, walk
+from service.engine.warm_up import warm_up
+from service.messages import EngineConfig
+from service.model.batch import BLOCK_TOKENS
+from service.model.instance import ModelInstance
+from service.model.random_weights import Draw, RandomWeights
+from service.precision import load_backend
+from service.quantize import packing
+from tests.kernels.absent_gpu import absent_gpu, recorded, tensors_on_it
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+MAX_REQUESTS, BATCH_TOKENS, CONTEXT_TOKENS = 40, 256, 4096
+SHAPE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": CONTEXT_TOKENS,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},  # biases
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},  # norms of q and k
+    "smollm3": {
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "no_rope_layers": [1, 0],
+    },
+}
+
+
+class RunsOnce:
+    """Stands for the pool of graphs: what would be captured is run."""
+
+    def capture(self, run: Callable[[], Tensor]) -> object:
+        run()
+        return object()
+
+
+def whole_start(source: RandomWeights, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As startup has it, with a device that is only said to be a GPU."""
+    monkeypatch.setattr(devices, "runs_behind", lambda device: True)
+    monkeypatch.setattr(devices, "GraphPool", RunsOnce)
+    backend = load_backend(precision)
+    model = ModelInstance.load(source, backend, CPU, torch.float16)
+    warm_up(model, BATCH_TOKENS, MAX_REQUESTS).runner.rehearse()
+    limits = Limits(CONTEXT_TOKENS, BATCH_TOKENS, MAX_REQUESTS, model.config.vocab_size)
+    Engine(model, model.new_kv(CONTEXT_TOKENS // BLOCK_TOKENS + 1), limits, CPU, depth=1).runner.capture()
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"), [*((family, "fp16") for family in FAMILIES), ("llama", "awq"), ("qwen2", "awq")]
+)
+def test_a_start_launches_what_was_compiled_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, precision: str
+) -> None:
+    monkeypatch.setattr("service.kernels.dense_linear.triton.MIN_WEIGHT_BYTES", 0)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | FAMILIES[family]))
+    source = RandomWeights(tmp_path, CPU, Draw())
+    backend = load_backend(precision)
+    if backend.quantizer:
+        source = source.quantized(packing(source.config, backend))
+    shapes = shapes_of(
+        source, backend, EngineConfig(model_path="", precision=precision), torch.float16, MAX_REQUESTS
+    )
+    with recorded() as ahead:
+        walk(shapes, batch_sizes(MAX_REQUESTS))
+    with recorded() as launched, tensors_on_it():
+        whole_start(source, precision, monkeypatch)
+    assert ahead == launched
+
+
+@pytest.mark.parametrize(("precision", "at_most"), [("fp16", 34), ("nf4", 33), ("awq", 39)])
+def test_few_kernels_serve_every_number_of_rows(precision: str, at_most: int) -> None:
+    """Each takes half a second to compile; AWQ's linear was once compiled for each size that was captured."""
+    folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
+    source = RandomWeights(folder, META, Draw())
+    backend = load_backend(precision)
+    if backend.quantizer:
+        source = source.quantized(packing(source.config, backend))
+    shapes = shapes_of(source, backend, EngineConfig(model_path="", precision=precision), torch.float16, 256)
+    with recorded() as ahead:
+        walk(shapes, batch_sizes(256))
+    assert len(ahead) <= at_most
+
+
+def test_what_was_compiled_ahead_is_launched_without_compiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    from service.kernels.gated_silu.triton import gated_silu
+
+    compiled: list[str] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(knobs.compilation, "listener", lambda src, **_: compiled.append(src.name))
+
+    def walk_twice() -> None:
+        for num_rows in (1, 48):
+            gated_silu(torch.empty(num_rows, 128, dtype=torch.float16, device=META))
+
+    with absent_gpu():
+        assert compile_all(walk_twice) == 1
+        for num_rows in (1, 7):
+            gated_silu(torch.zeros(num_rows, 128, dtype=torch.float16))
+    assert compiled == ["gated_silu_kernel"]
+
+
+def test_a_start_goes_on_where_nothing_could_be_compiled_ahead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("service.engine.kernels_ahead.walk", fail)
+    shapes: Any = None
+    with absent_gpu(), caplog.at_level(logging.WARNING):
+        assert KernelsAhead(shapes, []).wait() == 0
+    assert "no compiler" in caplog.text
