@@ -36,7 +36,7 @@ class FP8Linear(QuantLinear):
     def __init__(self, group: LinearGroup, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.group = group
-        self.is_native = native.fits(group.device, group.dtype, *codes.shape)
+        self.is_native = self.row_invariant = native.fits(group.device, group.dtype, *codes.shape)
         if self.is_native:
             self.kernel = "native.avx512.fp8_linear"
         else:
