@@ -128,11 +128,13 @@ DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
 DEVICE void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
+DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {  // ends the kernel where it would wait for ever
     asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
+        "{\n.reg .pred done;\n.reg .u32 tries;\nmov.u32 tries, 0;\nagain:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
+        "@done bra over;\nadd.u32 tries, tries, 1;\nsetp.lt.u32 done, tries, 1000000;\n@done bra again;\ntrap;\nover:\n}" ::"r"(
+            barrier),
+        "r"(parity)
         : "memory");
 }
 constexpr uint64_t READ_ONCE = 0x12F0000000000000ull, KEEP = 0x14F0000000000000ull;  // L2: evict first, evict last
@@ -140,6 +142,20 @@ DEVICE void copy_box(uint32_t to, const TensorMap* map, int column, int row, uin
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+        : "memory");
+}
+DEVICE void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks,
+                             uint64_t policy) {  // to the same place, and the same barrier, in each of `ranks`
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks), "l"(policy)
+        : "memory");
+}
+DEVICE void barrier_arrive_at(uint32_t barrier, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank)
         : "memory");
 }
 DEVICE void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {

@@ -21,7 +21,7 @@ DRIVERS = {
         emulate(grid, CLUSTER, THREADS, [=] { w4_few(codes, scales, zeros, nested, map, x, y, rows, n, *parts); }); }""",
     "w4_tile": """extern "C" void run(int grid, TensorMap* x, TensorMap* codes, const char* scales, const char* zeros,
         const float* nested, const float* map, char* y, int rows, int n, int k, Parts* parts) {
-        emulate(grid, SPLIT, THREADS, [=] { w4_tile(*x, *codes, scales, zeros, nested, map, y, rows, n, k, *parts); }); }""",
+        emulate(grid, CLUSTER, THREADS, [=] { w4_tile(*x, *codes, scales, zeros, nested, map, y, rows, n, k, *parts); }); }""",
     "w4_whole": """extern "C" void run(int grid, const char* codes, const char* scales, const char* zeros, const float* nested,
         const float* map, char* w, int first, int blocks, int n, int k, Parts* parts) {
         emulate(grid, 1, THREADS, [=] { w4_whole(codes, scales, zeros, nested, map, w, first, blocks, n, k, *parts); }); }""",
@@ -101,21 +101,23 @@ def check_few() -> bool:
 
 def check_tile() -> bool:
     fine = True
-    names = ("AFFINE", "TILE", "RT", "WGS", "KS", "SPLIT", "STAGES")
+    names = ("AFFINE", "TILE", "RT", "WGS", "KS", "SPLIT", "SHARE", "STAGES")
     for affine in (0, 1):
-        for tile, rt, wgs, ks, split, stages, blocks, k, grid, rows_tried in (
-            (16, 1, 2, 2, 1, 3, 2, 512, 2, (5, 16)),
-            (64, 2, 2, 2, 1, 4, 1, 512, 1, (50,)),
-            (64, 2, 2, 2, 8, 4, 1, 2048, 8, (64, 33)),
-            (64, 1, 3, 2, 4, 4, 1, 2048, 4, (61,)),
-            (32, 2, 2, 2, 4, 4, 2, 1024, 8, (17, 32)),
-            (128, 1, 3, 1, 2, 5, 1, 512, 4, (200,)),
-            (128, 2, 2, 1, 1, 4, 1, 768, 1, (256,)),
-            (256, 1, 2, 1, 1, 3, 2, 512, 3, (300,)),
+        for *config, blocks, k, clusters, rows_tried in (
+            (16, 1, 2, 2, 1, 1, 3, 2, 512, 2, (5, 16)),
+            (64, 2, 2, 2, 1, 1, 4, 1, 512, 1, (50,)),
+            (64, 2, 2, 2, 8, 1, 4, 1, 2048, 1, (64, 33)),
+            (64, 2, 2, 2, 1, 2, 4, 2, 1536, 1, (64, 39)),
+            (64, 1, 3, 2, 4, 1, 4, 1, 2048, 1, (61,)),
+            (32, 2, 2, 2, 4, 1, 4, 2, 1024, 2, (17, 32)),
+            (128, 1, 3, 1, 2, 2, 5, 2, 768, 2, (200,)),
+            (128, 2, 2, 1, 1, 1, 4, 1, 768, 1, (256,)),
+            (128, 2, 2, 1, 1, 2, 4, 4, 768, 2, (250, 500)),
+            (128, 2, 2, 1, 4, 1, 6, 1, 1024, 1, (128,)),
+            (256, 1, 2, 1, 1, 1, 3, 2, 512, 3, (300,)),
         ):
-            library = build(
-                "w4_tile", dict(zip(names, (affine, tile, rt, wgs, ks, split, stages), strict=True))
-            )
+            tile, rt, wgs, ks, split, share, _ = config
+            library = build("w4_tile", dict(zip(names, (affine, *config), strict=True)))
             outputs = 64 * rt * wgs
             n = outputs * blocks
             problem = Problem(n, k, "cpu", parts=(n // 2, n // 4, n // 4))
@@ -124,15 +126,16 @@ def check_tile() -> bool:
                 x = torch.randn(rows, k).half()
                 y = torch.full((rows, n), float("nan"), dtype=torch.float16)
                 parts = make_parts(problem)
-                x_map = box(x, k, rows, 64, tile, True)
-                code_map = box(
-                    codes.view(torch.int32).view(n // 16, -1), k * 2, n // 16, 128 * ks, outputs // 16, False
+                x_map = box(x, k, rows, 64, tile // share, True)
+                words = codes.view(torch.int32).view(n // 16, -1)
+                code_map = box(words, k * 2, n // 16, 128 * ks, outputs // 16, False)
+                library.run(clusters * split * share, pointer(x_map), pointer(code_map), *(pointer(t) for t in rest),
+                            pointer(problem.map), pointer(y), rows, n, k, ctypes.byref(parts))  # fmt: skip
+                label = " ".join(
+                    f"{name.lower()} {v}" for name, v in zip(names, (affine, *config), strict=True)
                 )
-                library.run(grid, pointer(x_map), pointer(code_map), *(pointer(t) for t in rest), pointer(problem.map),
-                            pointer(y), rows, n, k, ctypes.byref(parts))  # fmt: skip
-                fine &= report(
-                    f"tile affine {affine} {outputs}x{tile} rt {rt} wgs {wgs} ks {ks} split {split} stages {stages} M={rows} K={k}",
-                    y, x.double() @ problem.dense(affine).double().t())  # fmt: skip
+                want = x.double() @ problem.dense(affine).double().t()
+                fine &= report(f"tile {label} M={rows} K={k}", y, want)
     return fine
 
 

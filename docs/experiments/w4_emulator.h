@@ -192,41 +192,48 @@ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
     b.bytes += bytes, b.pending--;
     settle(b);
 }
-inline void barrier_arrive(uint32_t barrier) {
-    Barrier& b = me->block->barriers.at(barrier);
+inline void barrier_arrive_at(uint32_t barrier, int rank) {
+    Barrier& b = blocks[rank].barriers.at(barrier);
     b.pending--;
     settle(b);
 }
+inline void barrier_arrive(uint32_t barrier) { barrier_arrive_at(barrier, me->block->rank); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
     Barrier& b = me->block->barriers.at(barrier);
     while (b.phase == parity) yield();  // the phase of that parity is not over yet
 }
-inline void bytes_landed(uint32_t barrier, long bytes) {
-    Barrier& b = me->block->barriers.at(barrier);
+inline void bytes_landed(Block& block, uint32_t barrier, long bytes) {
+    Barrier& b = block.barriers.at(barrier);
     b.bytes -= bytes;
     settle(b);
 }
 constexpr uint64_t READ_ONCE = 0, KEEP = 0;
 // opaque: base, columns, rows, bytes of a row, bytes of an element, box columns, box rows, swizzled
-inline void copy_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint64_t) {
+inline void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks, uint64_t) {
     const uint64_t* m = map->opaque;
     const long size = m[4];
     if (to % (m[7] ? 1024 : 128)) { printf("misaligned box\n"); abort(); }
-    uint32_t at = to;
-    for (int r = 0; r < int(m[6]); r++)
-        for (int c = 0; c < int(m[5]); c++, at += size) {
-            const uint32_t there = m[7] ? at ^ ((at >> 7 & 7) << 4) : at;
-            if (row + r < int(m[2]) && column + c < int(m[1]))
-                memcpy(at_shared(there), (char*)m[0] + (row + r) * m[3] + (column + c) * size, size);
-            else
-                memset(at_shared(there), 0, size);
-        }
-    bytes_landed(barrier, m[5] * m[6] * size);
+    for (int rank = 0; ranks >> rank; rank++) {
+        if (!(ranks >> rank & 1)) continue;
+        uint32_t at = to;
+        for (int r = 0; r < int(m[6]); r++)
+            for (int c = 0; c < int(m[5]); c++, at += size) {
+                char* there = blocks[rank].memory + (m[7] ? at ^ ((at >> 7 & 7) << 4) : at);
+                if (row + r < int(m[2]) && column + c < int(m[1]))
+                    memcpy(there, (char*)m[0] + (row + r) * m[3] + (column + c) * size, size);
+                else
+                    memset(there, 0, size);
+            }
+        bytes_landed(blocks[rank], barrier, m[5] * m[6] * size);
+    }
+}
+inline void copy_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint64_t) {
+    copy_box_to_many(to, map, column, row, barrier, 1 << me->block->rank, 0);
 }
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
     if ((to | uintptr_t(from) | bytes) % 16) { printf("misaligned bulk copy\n"); abort(); }
     memcpy(at_shared(to), from, bytes);
-    bytes_landed(barrier, bytes);
+    bytes_landed(*me->block, barrier, bytes);
 }
 template <int N>
 inline void registers_raise() {}

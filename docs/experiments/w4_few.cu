@@ -49,6 +49,10 @@ constexpr int END = PARTIALS + (PARTIAL_BYTES > STAGING_BYTES ? PARTIAL_BYTES : 
 static_assert(AFFINE || RECEIVE + RECEIVED <= TABLE);
 static_assert(END <= 232448 + 1024);
 
+#ifdef SHARED_BYTES
+static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
+#endif
+
 KERNEL __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
 w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const char* __restrict__ zeros,
        const float* __restrict__ nested, const float* __restrict__ map, const char* __restrict__ x,

@@ -8,6 +8,7 @@
 //
 // SPLIT > 1: a cluster shares a tile, each block has a share of K; partial sums go to the shared memory of the block
 // that owns their rows of activations and are added there in a fixed order. SPLIT == 1: persistent over tiles.
+// SHARE > 1: blocks of a cluster with neighbouring outputs and the same K; each fetches its part of x for all of them.
 #include "w4_device.h"
 
 #ifndef AFFINE
@@ -28,9 +29,13 @@
 #ifndef SPLIT
 #define SPLIT 1
 #endif
+#ifndef SHARE
+#define SHARE 1
+#endif
 #ifndef STAGES
 #define STAGES 4
 #endif
+constexpr int CLUSTER = SPLIT * SHARE;
 constexpr int T = TILE, R = 64 * RT * WGS, THREADS = 128 * (WGS + 1), J = T / 8, CONSUMERS = WGS * 128;
 constexpr int X_BYTES = T * 128, CODE_BYTES = R * 32 * KS;
 constexpr int SCALE_BYTES = AFFINE ? R * 2 : R * KS, ZERO_BYTES = AFFINE ? R / 2 : 0;
@@ -48,21 +53,26 @@ static_assert(J % SPLIT == 0 && STAGES * 16 <= 256);
 constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : 152, PRODUCER_REGISTERS = WGS == 2 ? 40 : 56;
 
 
-KERNEL __launch_bounds__(THREADS, 1) __cluster_dims__(SPLIT, 1, 1)
+#ifdef SHARED_BYTES
+static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
+#endif
+
+KERNEL __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
 w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const char* __restrict__ scales,
         const char* __restrict__ zeros, const float* __restrict__ nested, const float* __restrict__ map,
         char* __restrict__ y, int rows, int N, int K, GRID_CONSTANT Parts parts) {
     SHARED_MEMORY
     char* window = shared - shared_address(shared);
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-    const int rank = blockIdx.x % SPLIT, cluster = blockIdx.x / SPLIT, clusters = gridDim.x / SPLIT;
-    const int row_tiles = (rows + T - 1) / T, tiles = N / R * row_tiles;
+    const int rank = blockIdx.x % CLUSTER / SHARE, neighbour = blockIdx.x % SHARE;
+    const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+    const int row_tiles = (rows + T - 1) / T, tiles = N / (R * SHARE) * row_tiles;
     const int steps = K / 64 / KS / SPLIT, first_step = rank * steps;
 
     if (thread == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(FULL + 8 * i, 1);
-            barrier_init(EMPTY + 8 * i, WGS * 4);
+            barrier_init(EMPTY + 8 * i, WGS * 4 * SHARE);
         }
         barriers_visible();
     }
@@ -71,13 +81,14 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
         for (int i = thread; i < 256; i += THREADS) reinterpret_cast<float*>(window + MAP)[i] = load_global(map + i);
     }
     sync_block();
+    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
 
     if (warp >= WGS * 4) {
         registers_lower<PRODUCER_REGISTERS>();
         if (thread == CONSUMERS) {
             uint32_t stage = 0, phase = 0;
             for (int tile = cluster; tile < tiles; tile += clusters) {
-                const int n = tile / row_tiles * R, m = tile % row_tiles * T;
+                const int n = (tile / row_tiles * SHARE + neighbour) * R, m = tile % row_tiles * T;
 #pragma unroll 1
                 for (int step = first_step; step < first_step + steps; step++) {
                     barrier_wait(EMPTY + 8 * stage, phase ^ 1);
@@ -85,7 +96,12 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                     barrier_expect(full, ARRIVING);
                     copy_box(to + CODES, &code_map, step * KS * 128, n / 16, full, row_tiles == 1 ? READ_ONCE : KEEP);
 #pragma unroll
-                    for (int i = 0; i < KS; i++) copy_box(to + i * X_BYTES, &x_map, (step * KS + i) * 64, m, full, KEEP);
+                    for (int i = 0; i < KS; i++) {
+                        if (SHARE == 1) copy_box(to + i * X_BYTES, &x_map, (step * KS + i) * 64, m, full, KEEP);
+                        else
+                            copy_box_to_many(to + i * X_BYTES + neighbour * (X_BYTES / SHARE), &x_map, (step * KS + i) * 64,
+                                             m + neighbour * (T / SHARE), full, ((1 << SHARE) - 1) << (rank * SHARE), KEEP);
+                    }
                     if (AFFINE) {
                         const size_t at = size_t(step * KS / 2) * N + n;
                         copy_bulk(to + SCALES, scales + at * 2, SCALE_BYTES, full);
@@ -99,11 +115,9 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 }
             }
         }
-        if (SPLIT > 1) {  // a cluster's barrier counts every thread; exits are late, too
-            sync_warp();
-            cluster_arrive(), cluster_wait();
-            cluster_arrive(), cluster_wait();
-        }
+        sync_warp();
+        if (SPLIT > 1) cluster_arrive(), cluster_wait();  // a cluster's barrier counts every thread
+        if (CLUSTER > 1) cluster_arrive(), cluster_wait();  // nobody leaves before the others' last word
     } else {
         registers_raise<CONSUMER_REGISTERS>();
         const int g = lane >> 2, group = warp >> 2, quarter = warp & 3, all_tiles = K / 64;
@@ -113,8 +127,15 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
         float sum[RT][J * 4];
         uint32_t set[2][RT][4][4];
 
+        auto give_back = [&]() {  // to whoever fills it
+            if (SHARE == 1) {
+                if (lane == 0) barrier_arrive(EMPTY + 8 * done);
+            } else if (lane < SHARE)
+                barrier_arrive_at(EMPTY + 8 * done, rank * SHARE + lane);
+            if (++done == STAGES) done = 0;
+        };
         for (int tile = cluster; tile < tiles; tile += clusters) {
-            const int n = tile / row_tiles * R, m = tile % row_tiles * T;
+            const int n = (tile / row_tiles * SHARE + neighbour) * R, m = tile % row_tiles * T;
             int absmax_at[RT];
             float offset[RT];
 #pragma unroll
@@ -170,8 +191,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 wgmma_wait<1>();  // the one before this is over: its fragments and its stage are free
                 if (i == 0 && at > 0) {
-                    if (lane == 0) barrier_arrive(EMPTY + 8 * done);
-                    if (++done == STAGES) done = 0;
+                    give_back();
                 }
             };
             for (int at = 0; at < substeps; at += 2) {
@@ -179,8 +199,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 substep(at + 1, KS == 2 ? 1 : 0, set[1]);
             }
             wgmma_wait<0>();
-            if (lane == 0) barrier_arrive(EMPTY + 8 * done);
-            if (++done == STAGES) done = 0;
+            give_back();
 
             // [16 outputs][8 rows of activations] pieces, transposed in the warp's own shared memory: 32 bytes a row
             const uint32_t out = OUT + warp * OUT_BYTES;
@@ -214,7 +233,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 for (int r = 0; r < RT; r++)
 #pragma unroll
                     for (int j = 0; j < J; j++)
-                        store_remote(RING + (((rank * RT + r) * OWNED + j % OWNED) * CONSUMERS + thread) * 16, j / OWNED,
+                        store_remote(RING + (((rank * RT + r) * OWNED + j % OWNED) * CONSUMERS + thread) * 16, j / OWNED * SHARE + neighbour,
                                      make_float4(sum[r][j * 4], sum[r][j * 4 + 1], sum[r][j * 4 + 2], sum[r][j * 4 + 3]));
                 cluster_arrive(), cluster_wait();
 #pragma unroll
@@ -237,5 +256,6 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 }
             }
         }
+        if (CLUSTER > 1 && SPLIT == 1) cluster_arrive(), cluster_wait();
     }
 }

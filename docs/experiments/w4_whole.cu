@@ -9,6 +9,9 @@
 #endif
 constexpr int WARPS = 16, THREADS = WARPS * 32;
 constexpr int MAP = 1024, STAGING = 2048, TABLE = 65536;  // addresses in shared memory
+#ifdef SHARED_BYTES
+static_assert(SHARED_BYTES == (AFFINE ? STAGING + WARPS * 2048 : TABLE + 32768) - 1024);  // what the host asks for
+#endif
 
 KERNEL __launch_bounds__(THREADS, 2)
 w4_whole(const char* __restrict__ codes, const char* __restrict__ scales, const char* __restrict__ zeros,
