@@ -163,12 +163,13 @@ class GraphPool:
         self._handle = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
-    def capture(self, run: Callable[[], Tensor]) -> Captured:
-        """Runs it once, so that its kernels are compiled and loaded, then captures it.
+    def capture(self, run: Callable[[], Tensor], *, is_known: bool = False) -> Captured:
+        """Runs it once, so that its kernels are compiled and loaded, then captures it; `is_known`: they are.
 
         `torch.cuda.graph` would collect garbage and empty the allocator's cache around each capture.
         """
-        run()
+        if not is_known:
+            run()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):

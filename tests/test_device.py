@@ -154,3 +154,6 @@ def test_work_runs_once_before_it_is_captured(monkeypatch: pytest.MonkeyPatch, f
     else:
         assert pool.capture(run).replay() == torch.ones(1)
         assert done == ["run", "begin", "run", "end", "replay"]
+        done.clear()
+        pool.capture(run, is_known=True)
+        assert done == ["begin", "run", "end"]

@@ -61,7 +61,9 @@ class Graphs:
         # the largest first: its buffers are cut into those of all others
         for size in reversed(sizes):
             for variant in CAPTURED:
-                self._capture(size, variant, partial(step, size, variant))
+                # a draw's kernels serve every size, and a forward pass is the same under both draws
+                is_known = size < sizes[-1] and variant != CAPTURED[0]
+                self._capture(size, variant, partial(step, size, variant), is_known=is_known)
                 progress(len(self._graphs), total)
 
     def step(self, num_rows: int, variant: Variant) -> Graph:
@@ -85,12 +87,14 @@ class Graphs:
         return self._logits[:size].copy_(logits)
 
     @torch.inference_mode()
-    def _capture(self, size: int, variant: Variant | None, run: Callable[[], Tensor]) -> None:
-        """On padding alone: block 0 takes what it writes."""
+    def _capture(
+        self, size: int, variant: Variant | None, run: Callable[[], Tensor], *, is_known: bool = False
+    ) -> None:
+        """On padding alone: block 0 takes what it writes. `is_known`: all its kernels have been launched."""
         self._state.select(np.empty(0, np.int64), size)
         self._state.flush()
         try:
-            captured = self._pool.capture(run)
+            captured = self._pool.capture(run, is_known=is_known)
         except Exception as error:
             raise DeviceError(
                 f"the decode step of {size} requests ({variant or 'forward'}) cannot be captured as a CUDA "

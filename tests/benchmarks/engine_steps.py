@@ -119,7 +119,7 @@ class Nothing:
 class ReplayNothing:
     """Stands for the GPU's graphs: a replay costs the host one call."""
 
-    def capture(self, run: Callable[[], Tensor]) -> "Replayed":
+    def capture(self, run: Callable[[], Tensor], **_: bool) -> "Replayed":
         return Replayed(run())
 
 

@@ -71,7 +71,7 @@ class FakeModel:
 class FakeGraphPool:
     """Stands for `devices.GraphPool`: what a replay would do on a GPU is done by running the step again."""
 
-    def capture(self, run: Callable[[], Tensor]) -> "FakeCaptured":
+    def capture(self, run: Callable[[], Tensor], *, is_known: bool = False) -> "FakeCaptured":
         return FakeCaptured(run)
 
 

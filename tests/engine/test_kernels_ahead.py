@@ -56,7 +56,7 @@ FAMILIES = {
 class RunsOnce:
     """Stands for the pool of graphs: what would be captured is run."""
 
-    def capture(self, run: Callable[[], Tensor]) -> object:
+    def capture(self, run: Callable[[], Tensor], **_: bool) -> object:
         run()
         return object()
 

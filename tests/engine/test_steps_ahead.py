@@ -6,7 +6,16 @@ from typing import NoReturn
 import numpy as np
 import pytest
 import torch
-from fake_model import CPU, UNSAID, Client, FakeModel, expected_answer, fake_engine
+from fake_model import (
+    CPU,
+    UNSAID,
+    Client,
+    FakeCaptured,
+    FakeGraphPool,
+    FakeModel,
+    expected_answer,
+    fake_engine,
+)
 from torch import Tensor
 
 from service import device as devices
@@ -142,9 +151,24 @@ def test_batch_sizes_end_at_the_limit() -> None:
     assert batch_sizes(33) == [1, 2, 4, 8, 16, 24, 32, 33]
 
 
+def test_before_it_is_captured_each_kernel_is_launched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draw at the largest size, every forward pass under one of the draws."""
+    captured = []
+
+    class Pool(FakeGraphPool):
+        def capture(self, run: Callable[[], Tensor], *, is_known: bool = False) -> FakeCaptured:
+            captured.append(is_known)
+            return super().capture(run)
+
+    monkeypatch.setattr(devices, "GraphPool", Pool)
+    engine = fake_engine(max_batch_requests=6)  # sizes 6, 4, 2, 1
+    engine.runner.capture()
+    assert captured == [False, False, *[False, True] * 3]
+
+
 def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing:
-        def capture(self, run: Callable[[], Tensor]) -> NoReturn:
+        def capture(self, run: Callable[[], Tensor], **_: bool) -> NoReturn:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(devices, "GraphPool", Refusing)
