@@ -31,8 +31,7 @@ print(json.dumps({"compiled": compiled, "seconds": info.load_seconds}))
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "nf4", "awq", "int8"])
 def test_all_kernels_are_compiled_ahead(tmp_path: Path, precision: str) -> None:
-    """None by the thread that starts the engine, which would wait for each: not in its checks, its first steps,
-    or its captures."""
+    """None by the thread that starts the engine, in its checks, first steps or captures: it would wait."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
     command = [sys.executable, "-c", START, str(PRESETS / "llama-3.2-1b"), precision]
     found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
