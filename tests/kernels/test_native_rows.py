@@ -135,6 +135,25 @@ def test_rotary_equals_reference(
             assert torch.equal(got, wanted)
 
 
+def test_rotary_is_served_wherever_positions_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode's were a column, which from two rows on went to torch: a norm may round otherwise there."""
+    monkeypatch.setattr(rotary_reference, "rotary_kv", None)
+    torch.manual_seed(0)
+    qkv, norm = torch.randn(5, 6 * 64).to(BFLOAT16), torch.randn(64).to(BFLOAT16)
+    cos, sin = torch.randn(2, 50, 64)
+    places = torch.tensor([[3, 7], [9, 1], [0, 20], [49, 2], [8, 8]])
+
+    def rotated(positions: Tensor, slots: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        caches = torch.zeros(2, NUM_BLOCKS, 1, BLOCK_TOKENS, 64).to(BFLOAT16)
+        return rotary_kv(qkv[rows], cos, sin, positions, slots, norm, norm, 1e-6, *caches), caches
+
+    q, caches = rotated(places[:, 0], places[:, 1], slice(5))
+    wanted, wanted_caches = rotated(*places.t().contiguous(), slice(5))
+    assert torch.equal(q, wanted)
+    assert torch.equal(caches, wanted_caches)
+    assert torch.equal(rotated(places[1:2, 0], places[1:2, 1], slice(1, 2))[0], q[1:2])
+
+
 @pytest.mark.parametrize(("position", "slot"), [(50, 0), (-1, 0), (0, NUM_BLOCKS * BLOCK_TOKENS), (0, -1)])
 def test_rotary_refuses_what_lies_outside_the_tables(position: int, slot: int) -> None:
     caches = torch.zeros(2, NUM_BLOCKS, 1, BLOCK_TOKENS, 32, dtype=BFLOAT16)

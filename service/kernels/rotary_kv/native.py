@@ -42,6 +42,7 @@ def rotary_kv(
         return reference.rotary_kv(
             qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache
         )
+    positions, slots = positions.contiguous(), slots.contiguous()
     num_blocks, kv_heads, block_tokens, head_dim = key_cache.shape
     tokens, width = qkv.shape
     heads = width // head_dim - 2 * kv_heads
@@ -99,8 +100,6 @@ def _serves(qkv: Tensor, positions: Tensor, slots: Tensor, key_cache: Tensor, va
         and qkv.is_contiguous()
         and key_cache.is_contiguous()
         and value_cache.is_contiguous()
-        and positions.is_contiguous()
-        and slots.is_contiguous()
         and head_dim % 32 == 0
         and head_dim <= MAX_HEAD_DIM
         and value_cache.shape == cache_shape

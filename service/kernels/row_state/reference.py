@@ -9,7 +9,7 @@ def read_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the package."""
     read = fields[:, :2].index_select(0, rows)
-    positions, token_ids = read.long().unbind(1)
+    positions, token_ids = read.t().contiguous().long().unbind(0)
     blocks = tables.index_select(0, rows)
     block = blocks.gather(1, (positions // block_tokens).unsqueeze(1)).squeeze(1)
     slots = block.long() * block_tokens + positions % block_tokens
