@@ -78,6 +78,8 @@ def built(precision: str, dtype: torch.dtype, device: torch.device) -> QuantLine
         ("int8", torch.float16, 0.012),
         ("int8", torch.bfloat16, 0.013),
         ("int8:threshold=0", torch.float16, 0.012),
+        ("int8:outliers=batch", torch.float16, 0.012),
+        ("int8:outliers=batch", torch.bfloat16, 0.013),
         ("nf4", torch.float16, 1e-3),
         ("nf4", torch.bfloat16, 6e-3),
         ("nf4:double_quant=off", torch.bfloat16, 6e-3),

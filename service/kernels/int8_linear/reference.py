@@ -7,11 +7,12 @@ row's result does not depend on the rows beside it, bit for bit, and nothing has
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_AT_ONCE = 512  # of x, which bounds the int32 sums [3 * rows, out]
-LEAST_ROWS = 17  # that `torch._int_mm` takes on CUDA
-MULTIPLE = 8  # of its other sizes there
+MULTIPLE = 8  # of inputs and outputs, which `torch._int_mm` wants on CUDA
+ROW_MULTIPLE = 32  # of the stacked rows there, of which it wants more than 16
 
 
 def fits(device: torch.device, out_features: int, in_features: int) -> bool:
@@ -73,6 +74,6 @@ def divided(x: Tensor, step: Tensor) -> Tensor:
 def multiply(x_codes: Tensor, codes: Tensor) -> Tensor:
     """int8 [T, in] and [out, in] -> int32 [T, out]."""
     num_rows = len(x_codes)
-    if x_codes.is_cuda and num_rows < LEAST_ROWS:
-        x_codes = torch.nn.functional.pad(x_codes, (0, 0, 0, LEAST_ROWS - num_rows))
+    if x_codes.is_cuda:
+        x_codes = F.pad(x_codes, (0, 0, 0, -num_rows % ROW_MULTIPLE))
     return torch._int_mm(x_codes, codes.t())[:num_rows]
