@@ -99,6 +99,11 @@ class Settings(BaseSettings):
         description="On a GPU: capture decode steps before ready and replay them; `off` launches kernel by "
         "kernel, as always where a precision cannot be captured.",
     )
+    deterministic: bool = Field(
+        False,
+        description="A request's tokens and log-probabilities are the same, bit for bit, whatever runs beside "
+        "it. Slower; a request waits until the KV cache has room for its prompt and `max_tokens`.",
+    )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: one per core.")
     cpu_kernels: Literal["auto", "native", "torch"] = Field(
         "auto",

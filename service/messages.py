@@ -33,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_fraction: float = 0.9  # share of free device memory that `kv_tokens = 0` may take
     prefix_cache: bool = True
     cuda_graphs: Literal["on", "off"] = "on"  # decode steps captured once, on a GPU
+    deterministic: bool = False  # a request's numbers do not depend on what runs beside it
     head: Literal["16bit", "int8"] = "16bit"  # precision of lm_head
     calibration: str = ""  # text file for calibrated modes; empty: the interpreter's documentation
     cache_dir: str = ""
@@ -113,7 +114,7 @@ FrontMessage = Submit | Abort | Evaluate | Shutdown
 class Loading(msgspec.Struct, tag="loading", array_like=True):
     """Progress on the way to ready.
 
-    `stage` is one of import, verify, calibrate, quantize, save, load, warm, capture.
+    `stage` is one of import, device, verify, calibrate, quantize, save, load, kernels, check, warm, capture.
     """
 
     stage: str
@@ -147,6 +148,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     peak_load_bytes: int
     calibration: dict[str, str] = msgspec.field(default_factory=dict)  # text, sha256, python
     random_weights: dict[str, str] = msgspec.field(default_factory=dict)  # seed, ...; empty: trained ones
+    deterministic: bool = False
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):

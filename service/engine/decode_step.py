@@ -6,6 +6,7 @@ Nothing in it looks at a value on the host, so that it can be captured once and 
 and so that it can be launched before the step that it continues is done.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -33,14 +34,20 @@ class Model(Protocol):
         ...
 
 
+Draw = Callable[[Tensor, SamplingRows, tuple[Tensor, Tensor] | None], Tensor]  # as the sampler's `draw`
+
+
 class DecodeStep:
     """Bound to one model, one KV cache and one state, whose `rows` it reads, with its penalties."""
 
-    def __init__(self, model: Model, kv: PagedKV, state: DeviceState, penalties: Penalties) -> None:
+    def __init__(
+        self, model: Model, kv: PagedKV, state: DeviceState, penalties: Penalties, draw: Draw = draw
+    ) -> None:
         self._model = model
         self._kv = kv
         self._state = state
         self._penalties = penalties
+        self._draw = draw
         places = len(state.rows)
         self._starts = torch.arange(places + 1, dtype=torch.int32, device=state.device)
         self._logit_rows = torch.arange(places, device=state.device)
@@ -102,7 +109,7 @@ class DecodeStep:
             if keeps_logits:
                 logits = logits.clone()
             self._penalties.shape(logits, rows)
-        token_ids = draw(logits, sampling_rows(state.fields, rows, None, variant), suppressed)
+        token_ids = self._draw(logits, sampling_rows(state.fields, rows, None, variant), suppressed)
         write_rows(state.fields, rows, token_ids, state.padding)
         if shapes_logits:
             self._penalties.record(rows, token_ids)
@@ -126,7 +133,7 @@ def sampling_rows(fields: Tensor, rows: Tensor, positions: Tensor | None, varian
         seeds=wide[:, SEED],
         positions=fields[:, LENGTH].long() + 1 if positions is None else positions,
         sample_indices=fields[:, SAMPLE_INDEX].long(),
-        top_k=fields[:, TOP_K].long(),
+        top_k=fields[:, TOP_K],
         top_p=fractions[:, TOP_P],
         min_p=fractions[:, MIN_P],
     )

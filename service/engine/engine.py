@@ -63,18 +63,27 @@ class Engine:
         eos_token_ids: frozenset[int] = frozenset(),
         prefix_cache: bool = True,
         depth: int = 0,
+        deterministic: bool = False,
     ) -> None:
-        """`depth`: steps that are launched before the oldest of them is collected, 0 or 1."""
+        """`depth`: steps that are launched before the oldest of them is collected, 0 or 1. `deterministic`:
+        an answer is the same, bit for bit, in every company, if the model is made so."""
         assert limits.max_context_tokens <= (kv.num_blocks - 1) * BLOCK_TOKENS
         self.limits = limits
         self.depth = depth
+        self.deterministic = deterministic
         self.eos_token_ids = eos_token_ids
         self.cache = KVCache(kv.num_blocks)
         self.scheduler = Scheduler(
             self.cache, limits.max_batch_tokens, limits.max_batch_requests, prefix_cache
         )
         self.runner = Runner(
-            model, kv, device, limits.max_batch_requests, limits.max_context_tokens, limits.vocab_size
+            model,
+            kv,
+            device,
+            limits.max_batch_requests,
+            limits.max_context_tokens,
+            limits.vocab_size,
+            deterministic,
         )
         self._requests: dict[int, Request] = {}
         self._launched: deque[Launched] = deque()
@@ -94,7 +103,9 @@ class Engine:
         if error := self._refusal(submit):
             self._outputs.append(Output(submit.id, [], "error", error=error))
             return
-        request = Request(submit, self._num_arrived, self.eos_token_ids, self.limits.max_context_tokens)
+        request = Request(
+            submit, self._num_arrived, self.eos_token_ids, self.limits.max_context_tokens, self.deterministic
+        )
         self._num_arrived += 1
         self._requests[request.id] = request
         self.scheduler.add(request)

@@ -13,6 +13,9 @@ class Request:
 
     A request that lost its blocks starts again at token 0 with all its tokens as prompt: random numbers
     depend on (seed, sample index, position) only, so its answer goes on as if nothing had happened.
+
+    In a deterministic engine no request loses its blocks, and it is settled which kernels compute a token:
+    those of prefill a prompt's, those of decode an answer's.
     """
 
     __slots__ = (
@@ -20,6 +23,7 @@ class Request:
         "block_hashes",
         "blocks",
         "cache_salt",
+        "deterministic",
         "ended",
         "id",
         "max_length",
@@ -41,12 +45,18 @@ class Request:
     )
 
     def __init__(
-        self, submit: Submit, arrival: int, eos_token_ids: frozenset[int], max_context_tokens: int
+        self,
+        submit: Submit,
+        arrival: int,
+        eos_token_ids: frozenset[int],
+        max_context_tokens: int,
+        deterministic: bool = False,
     ) -> None:
         sampling = submit.sampling
         self.id = submit.id
         self.arrival = arrival  # order of acceptance
         self.sampling: Sampling = sampling
+        self.deterministic = deterministic
         self.cache_salt = submit.cache_salt
         self.tokens = list(submit.prompt)
         self.num_prompt_tokens = len(submit.prompt)
@@ -77,6 +87,16 @@ class Request:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.tokens) + self.num_pending_tokens - self.num_computed_tokens
+
+    @property
+    def num_sharable_tokens(self) -> int:
+        """From the start, those whose K and V another request may use, once they are computed."""
+        return self.num_prompt_tokens if self.deterministic else len(self.tokens)
+
+    @property
+    def num_reserved_tokens(self) -> int:
+        """From the start, those that it holds blocks for from its admission on."""
+        return self.max_length if self.deterministic else len(self.tokens)
 
     @property
     def scores_prompt(self) -> bool:

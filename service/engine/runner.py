@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from service import device as devices
+from service.engine.alone import draw_alone, logprobs_alone
 from service.engine.decode_step import DecodeStep, Model, sampling_rows
 from service.engine.graphs import Graph, Graphs
 from service.engine.penalties import Penalties
@@ -40,13 +41,17 @@ class Runner:
         max_batch_requests: int,
         max_context_tokens: int,
         vocab_size: int,
+        deterministic: bool = False,
     ) -> None:
         self.model = model
         self.kv = kv
         self.device = device
         self.state = DeviceState(max_batch_requests, max_context_tokens, device)
         self.penalties = Penalties(max_batch_requests + 1, vocab_size, device)  # as the state, with padding
-        self.decode_step = DecodeStep(model, kv, self.state, self.penalties)
+        self.deterministic = deterministic
+        # a GPU's kernels look at each row alone anyhow
+        self._draw = draw_alone if deterministic and not devices.runs_behind(device) else draw
+        self.decode_step = DecodeStep(model, kv, self.state, self.penalties, self._draw)
         self.graphs: Graphs | None = None
         # by row, what decides which variant of a step serves it
         self._variants = np.zeros(max_batch_requests, np.int64)
@@ -58,7 +63,7 @@ class Runner:
         """The largest decode step, on padding: what its buffers take."""
         self.state.select(np.empty(0, np.int64), self.state.padding)
         self.state.flush()
-        self.decode_step(self.state.padding, "temperature")
+        self.decode_step(self.state.padding, "full")
 
     def capture(self, progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """From now on a step in which every request decodes is replayed, if it has a graph.
@@ -69,7 +74,7 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Pending:
-        """One forward pass over all chunks; those that decode come first, then others of one token."""
+        """One forward pass over all chunks; those that decode come first."""
         num_decode = 0
         for chunk in chunks:
             request = chunk.request
@@ -142,7 +147,7 @@ class Runner:
             query_starts=[0, *ends.tolist()],
             context_lengths=stops.tolist(),
             block_tables=self.state.tables_for(int(stops.max())).index_select(0, on_rows),
-            num_decode=int((counts == 1).sum()),
+            num_decode=num_decode,
             logit_rows=logit_rows,
             lengths=lengths.to(torch.int32),
             starts=starts.to(torch.int32),
@@ -162,7 +167,7 @@ class Runner:
         if shapes_logits:
             shaped = logits.clone()
             self.penalties.shape(shaped, shaped_rows)
-        token_ids_drawn = draw(
+        token_ids_drawn = self._draw(
             shaped,
             sampling_rows(self.state.fields, drawing, drawn_stops, self._variant(drawn_rows)),
             suppressed,
@@ -209,15 +214,23 @@ class Runner:
             return None
         index = devices.upload(places, self.device)
         # a broken row has no token; what is computed for it instead is not told
-        found = logprobs(logits[index], token_ids[index].clamp(min=0), int(counts.max()))
-        return Asked(places.tolist(), counts[places].tolist(), found)
+        targets, asked = token_ids[index].clamp(min=0), counts[places].tolist()
+        if self.deterministic:
+            found = logprobs_alone(logits[index], targets, asked)
+        else:
+            found = logprobs(logits[index], targets, max(asked))
+        return Asked(places.tolist(), asked, found)
 
     def _score(self, logits: Tensor, chunk: Chunk, index: int) -> Scored:
         request = chunk.request
         token_ids = request.tokens[chunk.start + 1 : chunk.start + 1 + len(logits)]
         num_top = request.sampling.prompt_logprobs
         targets = devices.upload(np.array(token_ids, np.int64), self.device)
-        return Scored(index, token_ids, num_top, logprobs(logits, targets, num_top))
+        if self.deterministic:
+            found = logprobs_alone(logits, targets, [num_top] * len(token_ids))
+        else:
+            found = logprobs(logits, targets, num_top)
+        return Scored(index, token_ids, num_top, found)
 
 
 @dataclass(slots=True)

@@ -5,7 +5,8 @@ engine --add--> waiting --admit--> running --schedule--> Plan --(runner)--> adva
 Decode comes first. Of what is left, the oldest unfinished prompt keeps at least half, so that nothing
 starves; the rest goes to the prompts with the fewest tokens left, so that a short request need not wait
 for a long one. A prompt holds its blocks from admission on; an answer grows block by block, and where none
-is free the newest request loses all of its own and starts again later.
+is free the newest request loses all of its own and starts again later. A deterministic request holds the
+blocks of its longest answer from admission on.
 """
 
 from bisect import insort
@@ -35,6 +36,8 @@ class Chunk:
 
     @property
     def is_decode(self) -> bool:
+        if self.request.deterministic and self.start < self.request.num_prompt_tokens:
+            return False
         return self.draws and self.stop - self.start == 1
 
 
@@ -46,7 +49,7 @@ def next_chunk(request: Request, num_tokens: int) -> Chunk:
 
 @dataclass(slots=True)
 class Plan:
-    """One step. Chunks that decode come first, then others of one token."""
+    """One step. Chunks that decode come first."""
 
     chunks: list[Chunk] = field(default_factory=list)
     num_decode_tokens: int = 0
@@ -90,8 +93,8 @@ class Scheduler:
         if plan.is_short:
             return plan
         self._plan_prefill(plan)
-        if plan.num_prefill_tokens or not all(chunk.draws for chunk in plan.chunks):
-            plan.chunks.sort(key=lambda chunk: (not chunk.is_decode, chunk.num_tokens > 1))
+        if plan.num_prefill_tokens or not all(chunk.is_decode for chunk in plan.chunks):
+            plan.chunks.sort(key=lambda chunk: not chunk.is_decode)
         return plan
 
     def advance(self, chunks: list[Chunk]) -> None:
@@ -109,7 +112,7 @@ class Scheduler:
 
     def register(self, request: Request) -> None:
         """Makes its full blocks findable whose tokens are known."""
-        num_full = min(request.num_computed_tokens, len(request.tokens)) // BLOCK_TOKENS
+        num_full = min(request.num_computed_tokens, request.num_sharable_tokens) // BLOCK_TOKENS
         if num_full > request.num_registered_blocks and self.prefix_cache:
             extend_hashes(request.block_hashes, request.tokens, request.cache_salt)
             for index in range(request.num_registered_blocks, num_full):
@@ -225,12 +228,13 @@ class Scheduler:
         return num_known < len(hashes) and hashes[num_known] in computing
 
     def _admit(self, request: Request, plan: Plan, computing: set[bytes]) -> bool:
-        """From waiting to running, with blocks for all its tokens and a spare one for each that runs."""
+        """From waiting to running, with blocks for what it reserves and a spare one for each grower."""
         if not self._free_rows:
             return False
         shared = self.cache.match(self._sharable_hashes(request))
-        num_new = num_blocks_for(len(request.tokens)) - len(shared)
-        blocks = self.cache.allocate(shared, num_new, num_spare=len(self.running))
+        num_new = num_blocks_for(request.num_reserved_tokens) - len(shared)
+        num_spare = 0 if request.deterministic else len(self.running)
+        blocks = self.cache.allocate(shared, num_new, num_spare)
         if blocks is None:
             return False
         request.blocks = blocks

@@ -14,6 +14,7 @@ import torch
 from service import device as devices
 from service.engine.engine import Engine, Limits
 from service.engine.graphs import batch_sizes
+from service.engine.independence import check_independence
 from service.engine.kernels_ahead import KernelsAhead, shapes_of
 from service.engine.link import Throttle
 from service.engine.self_check import check_linears
@@ -102,12 +103,23 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     with told_shortage(device, f"a decode step of {max_batch_requests} requests"):
         graph_bytes = devices.extra_bytes(device, warm.runner.rehearse) if is_captured else 0
     del warm
+    if config.deterministic:
+        check_independence(model)
     kv = make_kv(config, model, graph_bytes)
     limits = Limits(
         context_tokens(config, model, kv), max_batch_tokens, max_batch_requests, model.config.vocab_size
     )
     eos_token_ids = frozenset(model.config.eos_token_ids)
-    engine = Engine(model, kv, limits, device, eos_token_ids, config.prefix_cache, depth=int(is_gpu))
+    engine = Engine(
+        model,
+        kv,
+        limits,
+        device,
+        eos_token_ids,
+        config.prefix_cache,
+        depth=int(is_gpu),
+        deterministic=config.deterministic,
+    )
     stages("warm", 1, 1, "steps")
     if is_captured:
         engine.runner.capture(lambda done, total: stages("capture", done, total, "graphs"))
@@ -177,6 +189,7 @@ def load(
             dtype,
             head=config.head,
             max_context_tokens=config.max_context_tokens,
+            deterministic=config.deterministic,
             tokenizer=Path(config.tokenizer) if config.tokenizer else None,
             progress=progress,
         )
@@ -290,6 +303,7 @@ def engine_info(
         peak_load_bytes=devices.memory_peak_bytes(model.device),
         calibration=calibration_of(model),
         random_weights=model.random_weights,
+        deterministic=engine.deterministic,
     )
 
 

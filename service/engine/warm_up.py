@@ -35,7 +35,7 @@ def warm_up(model: ModelInstance, num_tokens: int, num_requests: int) -> Engine:
     num_tokens = max(2, min(num_tokens, model.decoder.cos.shape[0] - 1))
     kv = model.new_kv(num_tokens // BLOCK_TOKENS + 2)
     limits = Limits(num_tokens + 1, num_tokens, min(num_requests, num_tokens), model.config.vocab_size)
-    engine = Engine(model, kv, limits, model.device)
+    engine = Engine(model, kv, limits, model.device, deterministic=model.decoder.deterministic)
     ids = count()
     engine.add(Submit(next(ids), [0] * (num_tokens - 1), Sampling(2, top_p=0.5, ignore_eos=True)))
     run(engine, model)
