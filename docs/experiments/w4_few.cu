@@ -64,32 +64,39 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
     const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     const int units = N / (16 * RBLOCKS), blocks = N / 16;
     const int rounds = cluster < units ? (units - cluster + clusters - 1) / clusters : 0;
-    const int first_chunk = (rank * KWARPS + slice) * CHUNKS, total = rounds * CHUNKS;
-    char* ring = window + RING + warp * STAGES * CHUNK_BYTES;
+    const int first_chunk = (rank * KWARPS + slice) * CHUNKS;
+    const uint32_t ring = RING + warp * STAGES * CHUNK_BYTES;
 
-    auto fetch = [&](int step) {
-        if (step < total) {
-            const int block = (cluster + step / CHUNKS * clusters) * RBLOCKS + my_block;
-            const int chunk = first_chunk + step % CHUNKS;
-            const uint32_t to = shared_address(ring + step % STAGES * CHUNK_BYTES);
-            const char* from = codes + (size_t(block) * TILES + chunk * 2) * 512 + lane * 16;
-            copy16(to + lane * 16, from);
-            copy16(to + 512 + lane * 16, from + 512);
+    // What the next copies read: a lane's place in the codes; beside it lanes 0, 1 copy scales (or absmax) and lane 2
+    // zeros, and lanes 0 to 15 a row's nested absmax each.
+    const int block_step = clusters * RBLOCKS;
+    int next_block = cluster * RBLOCKS + my_block, next_absmax = 0;
+    uint32_t next_stage = ring;
+    const char* next_codes = codes + (size_t(next_block) * TILES + first_chunk * 2) * 512 + lane * 16;
+    const char* side = AFFINE ? (lane < 2 ? scales + lane * 16 : zeros) : scales + lane * blocks * 16;
+    const int side_bytes = AFFINE && lane == 2 ? 8 : AFFINE ? 32 : 16;
+    const int absmax_row = (lane >> 1 | (lane & 1) << 3) * TILES + first_chunk * 2;  // as absmax is interleaved
+    auto fetch = [&](int c) {  // c, known to the compiler: chunk of the warp's slice
+        if (next_block < blocks) {
+            const uint32_t to = next_stage + lane * 16;
+            copy16(to, next_codes + c * 1024);
+            copy16(to + 512, next_codes + c * 1024 + 512);
             if (AFFINE) {
-                const size_t at = size_t(chunk) * blocks + block;
-                if (lane < 2) copy16(to + 1024 + lane * 16, scales + at * 32 + lane * 16);
-                if (lane == 2) copy8(to + 1056, zeros + at * 8);
+                const char* from = side + size_t((first_chunk + c) * blocks + next_block) * side_bytes;
+                if (lane < 2) copy16(to + 1024, from);
+                if (lane == 2) copy8(to + 1024, from);
             } else {
-                if (lane < 2) copy16(to + 1024 + lane * 16, scales + (size_t(chunk * 2 + lane) * blocks + block) * 16);
-                const int row = lane >> 1 | (lane & 1) << 3;  // of the block, in the order of absmax
-                const int at = first_absmax(parts, block, TILES) + row * TILES + chunk * 2;
-                if (lane < 16) copy4(to + 1056 + lane * 4, nested + (at >> 8));
+                if (lane < 2) copy16(to + 1024, side + size_t((first_chunk + c) * 2 * blocks + next_block) * 16);
+                if (c == 0) next_absmax = first_absmax(parts, next_block, TILES) + absmax_row;
+                if (lane < 16) copy4(next_stage + 1056 + lane * 4, nested + ((next_absmax + c * 2) >> 8));
             }
         }
         copies_commit();
+        next_stage = next_stage == ring + (STAGES - 1) * CHUNK_BYTES ? ring : next_stage + CHUNK_BYTES;
+        if (c == CHUNKS - 1) next_block += block_step, next_codes += size_t(block_step) * TILES * 512;
     };
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) fetch(i);
+    for (int i = 0; i < STAGES - 1; i++) fetch(i % CHUNKS);
 
     // activations: rows of 128 bytes, coalesced, through shared memory into B fragments
     uint32_t b[CHUNKS * 2][NT][8];
@@ -149,16 +156,17 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
         }
     };
 
-    int step = 0;
+    uint32_t this_stage = ring;
     for (int round = 0; round < rounds; round++) {
         const int unit = cluster + round * clusters;
         const float offset = AFFINE ? 0 : part_of(parts, unit * RBLOCKS + my_block).offset;
         float sum[NT][4] = {};
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++, step++) {
+        for (int c = 0; c < CHUNKS; c++) {
             copies_wait<STAGES - 2>();
             sync_warp();
-            const char* stage = ring + step % STAGES * CHUNK_BYTES;
+            const char* stage = window + this_stage;
+            this_stage = this_stage == ring + (STAGES - 1) * CHUNK_BYTES ? ring : this_stage + CHUNK_BYTES;
             const uint4 word[2] = {*reinterpret_cast<const uint4*>(stage + lane * 16),
                                    *reinterpret_cast<const uint4*>(stage + 512 + lane * 16)};
             uint32_t low_zero = 0, high_zero = 0;
@@ -178,7 +186,7 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
                     scale[tile][1] = levels[both >> 8] * outer_high + offset;
                 }
             }
-            fetch(step + STAGES - 1);  // overwrites the stage before this one, which every lane has read
+            fetch((c + STAGES - 1) % CHUNKS);  // overwrites the stage before this one, which every lane has read
             float part[NT][4] = {};
 #pragma unroll
             for (int tile = 0; tile < 2; tile++) {
