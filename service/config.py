@@ -101,8 +101,8 @@ class Settings(BaseSettings):
     )
     deterministic: bool = Field(
         False,
-        description="A request's tokens and log-probabilities are the same, bit for bit, whatever runs beside "
-        "it. Slower; a request waits until the KV cache has room for its prompt and `max_tokens`.",
+        description="A request's tokens and log-probabilities are the same, bit for bit, whatever runs "
+        "beside it. Slower; a request waits until the KV cache has room for its prompt and `max_tokens`.",
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: one per core.")
     cpu_kernels: Literal["auto", "native", "torch"] = Field(

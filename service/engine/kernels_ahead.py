@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 PROMPT_TOKENS = 64  # of the steps with prompts; their kernels are compiled for any number
+MANY_TOKENS = 8192  # where the kernels of a deterministic linear are those for many rows
 NUM_BLOCKS = 2  # of a layer's cache, likewise
 LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq"}  # precision -> Shapes.linears
 
@@ -47,6 +48,7 @@ class Shapes:
     dense_head: bool  # a 16-bit lm_head
     max_requests: int
     max_context_tokens: int
+    deterministic: bool
 
 
 def shapes_of(
@@ -61,6 +63,7 @@ def shapes_of(
         config.head == "16bit",
         max_requests,
         config.max_context_tokens or source.config.max_context_tokens,
+        config.deterministic,
     )
 
 
@@ -103,7 +106,9 @@ def load_on_device(compiled: Any) -> None:
 def walk(shapes: Shapes, sizes: Iterable[int]) -> None:
     """Every kernel of a start's steps is launched once or more, on meta tensors."""
     steps = Steps(shapes)
-    steps.prompts()
+    steps.prompts(PROMPT_TOKENS)
+    if shapes.deterministic:
+        steps.prompts(MANY_TOKENS)
     for num_rows in sizes:
         steps.decode(num_rows)
 
@@ -126,12 +131,13 @@ class Steps:
         self.norm = self.activations(config.hidden_size)
         self.head_norm = self.activations(config.head_dim) if config.qk_norm else None
 
-    def prompts(self) -> None:
+    def prompts(self, num_tokens: int) -> None:
         from service.kernels.paged_attention.plan import plan_attention
 
         tables = empty(1, self.max_blocks, dtype=torch.int32)
-        plan = plan_attention(tables, [0, PROMPT_TOKENS], [PROMPT_TOKENS], 0)
-        self.layers(PROMPT_TOKENS, plan)
+        deterministic = self.shapes.deterministic
+        plan = plan_attention(tables, [0, num_tokens], [num_tokens], 0, deterministic=deterministic)
+        self.layers(num_tokens, plan)
 
     def decode(self, num_rows: int) -> None:
         from service.kernels.paged_attention.plan import decode_plan
@@ -142,7 +148,7 @@ class Steps:
         tables = empty(state_rows, self.max_blocks, dtype=torch.int32)
         rows = empty(num_rows, dtype=torch.int32)
         _, _, _, lengths, blocks = read_rows(fields, tables, rows, BLOCK_TOKENS)
-        self.layers(num_rows, decode_plan(blocks, lengths))
+        self.layers(num_rows, decode_plan(blocks, lengths, deterministic=self.shapes.deterministic))
         logits = self.head(num_rows)
         drawn = self.drawn(logits.float(), fields, rows)
         for token_ids in (self.greedy(logits), *drawn):
@@ -183,9 +189,14 @@ class Steps:
         from service.kernels.dense_linear import triton as dense_linear
 
         weight = self.activations(out_features, x.shape[1])
+        bias = self.activations(out_features) if is_biased else None
+        if self.shapes.deterministic:
+            from service.kernels.fixed_linear.triton import fixed_linear
+
+            return fixed_linear(x, weight, bias)
         if len(x) > dense_linear.MAX_ROWS or not dense_linear.serves(weight):
             return self.activations(len(x), out_features)
-        return dense_linear.stream_linear(x, weight, self.activations(out_features) if is_biased else None)
+        return dense_linear.stream_linear(x, weight, bias)
 
     def awq(self, x: Tensor, out_features: int) -> Tensor:
         from service.kernels.awq_linear.triton import awq_linear

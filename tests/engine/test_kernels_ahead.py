@@ -61,15 +61,18 @@ class RunsOnce:
         return object()
 
 
-def whole_start(source: RandomWeights, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def whole_start(
+    source: RandomWeights, precision: str, monkeypatch: pytest.MonkeyPatch, deterministic: bool = False
+) -> None:
     """As startup has it, with a device that is only said to be a GPU."""
     monkeypatch.setattr(devices, "runs_behind", lambda device: True)
     monkeypatch.setattr(devices, "GraphPool", RunsOnce)
     backend = load_backend(precision)
-    model = ModelInstance.load(source, backend, CPU, torch.float16)
+    model = ModelInstance.load(source, backend, CPU, torch.float16, deterministic=deterministic)
     warm_up(model, BATCH_TOKENS, MAX_REQUESTS).runner.rehearse()
     limits = Limits(CONTEXT_TOKENS, BATCH_TOKENS, MAX_REQUESTS, model.config.vocab_size)
-    Engine(model, model.new_kv(CONTEXT_TOKENS // BLOCK_TOKENS + 1), limits, CPU, depth=1).runner.capture()
+    kv = model.new_kv(CONTEXT_TOKENS // BLOCK_TOKENS + 1)
+    Engine(model, kv, limits, CPU, depth=1, deterministic=deterministic).runner.capture()
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,21 @@ def test_a_start_launches_what_was_compiled_ahead(
     with recorded() as launched, tensors_on_it():
         whole_start(source, precision, monkeypatch)
     assert ahead == launched
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_so_does_a_deterministic_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Its linears have a kind for many rows too, which this one's steps are too short for."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | FAMILIES[family]))
+    source = RandomWeights(tmp_path, CPU, Draw())
+    config = EngineConfig(model_path="", precision="fp16", deterministic=True)
+    shapes = shapes_of(source, load_backend("fp16"), config, torch.float16, MAX_REQUESTS)
+    with recorded() as ahead:
+        walk(shapes, batch_sizes(MAX_REQUESTS))
+    with recorded() as launched, tensors_on_it():
+        whole_start(source, "fp16", monkeypatch, deterministic=True)
+    assert launched < ahead
+    assert {kind[0] for kind in ahead - launched} == {"fixed_kernel"}
 
 
 @pytest.mark.parametrize(("precision", "at_most"), [("fp16", 34), ("nf4", 33), ("awq", 39)])

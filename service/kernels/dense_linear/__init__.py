@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.kernels.dense_linear import native
+from service.kernels.fixed_linear import fixed_linear
 
 __all__ = [
     "bind_linear",
@@ -29,7 +30,6 @@ __all__ = [
 
 if torch.cuda.is_available():
     from service.kernels.dense_linear import triton as cuda
-    from service.kernels.fixed_linear.triton import fixed_linear
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear = torch.ops.mkldnn._linear_pointwise.default
