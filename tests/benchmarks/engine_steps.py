@@ -149,6 +149,7 @@ def gpu_engine(arguments: argparse.Namespace) -> Engine:
         load_format=arguments.load_format,
         cuda_graphs=arguments.cuda_graphs,
         prefix_cache=False,
+        deterministic=arguments.deterministic,
     )
     settings, path = find_model(asked, Display())
     started = time.monotonic()
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--cuda-graphs", default="on")
+    parser.add_argument("--deterministic", action="store_true", help="once with, once without: what it costs")
     parser.add_argument("--streams", default="1,16,64,256")
     parser.add_argument("--tokens", default="512,256", help="in, out")
     parser.add_argument("--rounds", type=int, default=3, help="requests of each stream")

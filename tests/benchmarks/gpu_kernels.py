@@ -10,6 +10,7 @@ of tiles than those that the kernels choose, which is where their constants come
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from service.kernels import launch
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.dense_linear import dense_linear
 from service.kernels.dense_linear import triton as linear
+from service.kernels.fixed_linear import triton as fixed
 from service.kernels.gated_silu import gated_silu
 from service.kernels.greedy import greedy
 from service.kernels.paged_attention import decode_plan, paged_attention, plan_attention
@@ -89,6 +91,28 @@ def few_rows(rows: int, name: str, sweep: bool) -> None:
     linear.TILE_OUT, linear.TILE_IN, linear.STAGES = usual
 
 
+def any_rows(rows: int, name: str, sweep: bool) -> None:
+    """The linear of a deterministic model; a sweep tells whether products of another width add alike."""
+    in_features, out_features = LINEARS[name]
+    copies = 2 if name == "lm_head" else LAYERS
+    weights = [torch.randn(out_features, in_features, device=CUDA, dtype=HALF) * 0.02 for _ in range(copies)]
+    x = torch.randn(rows, in_features, device=CUDA, dtype=HALF)
+    num_bytes = in_features * out_features * 2
+
+    def timed(tiles: fixed.Tiles | None) -> float:
+        return microseconds(lambda i: fixed.fixed_linear(x, weights[i], tiles=tiles), copies)
+
+    show(rows, f"{name} cuBLAS", microseconds(lambda i: F.linear(x, weights[i]), copies), num_bytes)
+    show(rows, f"{name} fixed", timed(None), num_bytes)
+    usual = fixed.fixed_linear(x, weights[0])
+    for width, base in (
+        ((16, fixed.FEW), (32, fixed.FEW), (128, fixed.FEW), (128, fixed.MANY)) if sweep else ()
+    ):
+        tiles = replace(base, rows=width, num_stages=3)
+        bits = "same" if torch.equal(fixed.fixed_linear(x, weights[0], tiles=tiles), usual) else "other"
+        show(rows, f"{name} fixed {width} x {tiles.outputs}, {bits} bits", timed(tiles), num_bytes)
+
+
 def decode(rows: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> None:
     pages = CONTEXT // PAGE
     tables = (torch.randperm(rows * pages, device=CUDA, dtype=torch.int32) + 1).view(rows, pages)
@@ -103,6 +127,9 @@ def decode(rows: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> 
         )
 
     show(rows, "decode attention", microseconds(attend(0)), num_bytes)
+    fixed_plan = decode_plan(tables, plan.lengths, deterministic=True)
+    fixed_us = microseconds(lambda i: paged_attention(q, keys[i], values[i], fixed_plan, 0.1))
+    show(rows, "decode attention, deterministic", fixed_us, num_bytes)
     usual = attention.decode_shape
     for shape in ATTENTION_SHAPES if sweep else ():
         attention.decode_shape = lambda *_, found=shape: found
@@ -150,17 +177,18 @@ def prefill(chunk: int, earlier: int, keys: list[Tensor], values: list[Tensor], 
     q = torch.randn(chunk, HEADS, HEAD_DIM, device=CUDA, dtype=HALF)
     flops = 4 * HEADS * HEAD_DIM * (chunk * earlier + chunk * chunk / 2)
 
-    def attend() -> float:
-        plan = plan_attention(tables, [0, chunk], [chunk + earlier], 0)
+    def attend(deterministic: bool = False) -> float:
+        plan = plan_attention(tables, [0, chunk], [chunk + earlier], 0, deterministic=deterministic)
         # copied to the device before the capture, which could not
         plan.tiles(attention.prefill_shape(HEAD_DIM, HALF)[0] // (HEADS // KV_HEADS))
         return microseconds(lambda i: attention.paged_attention(q, keys[i], values[i], plan, 0.1))
 
-    def tell(label: str) -> None:
-        got = attend()
+    def tell(label: str, deterministic: bool = False) -> None:
+        got = attend(deterministic)
         show(chunk, f"prefill behind {earlier}{label}: {flops / got / 1e6:.0f} TFLOP/s", got)
 
     tell("")
+    tell(", deterministic", deterministic=True)
     usual = attention.prefill_shape
     for shape in PREFILL_SHAPES if sweep else ():
         attention.prefill_shape = lambda *_, found=shape: found
@@ -228,6 +256,9 @@ def main() -> None:
     for rows in all_rows:
         for name in LINEARS if rows <= 64 else ():
             few_rows(rows, name, arguments.sweep)
+    for rows in (*all_rows, 1024):
+        for name in LINEARS if rows < 1024 else [name for name in LINEARS if name != "lm_head"]:
+            any_rows(rows, name, arguments.sweep)
 
 
 if __name__ == "__main__":
