@@ -34,6 +34,11 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
 constexpr int WARPS = KWARPS * RBLOCKS, THREADS = WARPS * 32, K = CLUSTER * KWARPS * CHUNKS * 128, TILES = K / 64;
 // chunk of the ring: codes 1024, then scales 32 and zeros 8, or absmax 2 x 16 and nested absmax 16 x 4
 constexpr int CHUNK_BYTES = AFFINE ? 1088 : 1136;
@@ -53,7 +58,7 @@ static_assert(END <= 232448 + 1024);
 static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
 #endif
 
-KERNEL __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
+KERNEL __launch_bounds__(THREADS, 1) IN_CLUSTERS
 w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const char* __restrict__ zeros,
        const float* __restrict__ nested, const float* __restrict__ map, const char* __restrict__ x,
        char* __restrict__ y, int rows, int N, GRID_CONSTANT Parts parts) {

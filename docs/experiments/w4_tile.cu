@@ -36,6 +36,11 @@
 #define STAGES 4
 #endif
 constexpr int CLUSTER = SPLIT * SHARE;
+#if SPLIT * SHARE > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
 constexpr int T = TILE, R = 64 * RT * WGS, THREADS = 128 * (WGS + 1), J = T / 8, CONSUMERS = WGS * 128;
 constexpr int X_BYTES = T * 128, CODE_BYTES = R * 32 * KS;
 constexpr int SCALE_BYTES = AFFINE ? R * 2 : R * KS, ZERO_BYTES = AFFINE ? R / 2 : 0;
@@ -57,7 +62,7 @@ constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : 152, PRODUCER_REGISTERS = WG
 static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
 #endif
 
-KERNEL __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1)
+KERNEL __launch_bounds__(THREADS, 1) IN_CLUSTERS
 w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const char* __restrict__ scales,
         const char* __restrict__ zeros, const float* __restrict__ nested, const float* __restrict__ map,
         char* __restrict__ y, int rows, int N, int K, GRID_CONSTANT Parts parts) {
