@@ -100,6 +100,7 @@ def fake_engine(
     model: FakeModel | None = None,
     depth: int | None = None,
     captured: bool = False,
+    deterministic: bool = False,
 ) -> Engine:
     limits = Limits(
         max_context_tokens or (num_blocks - 1) * BLOCK_TOKENS,
@@ -115,6 +116,7 @@ def fake_engine(
         frozenset([eos]),
         prefix_cache=prefix_cache,
         depth=DEPTH if depth is None else depth,
+        deterministic=deterministic,
     )
     if captured:
         with patch.object(devices, "GraphPool", FakeGraphPool):

@@ -4,7 +4,9 @@ Tiny models on a CPU; on a GPU the same is asked by tests/gpu/test_deterministic
 """
 
 import random
+import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,13 @@ import torch
 from tiny_models import load_instance, make_checkpoint
 
 from service.engine.engine import Engine, Limits
-from service.messages import Sampling, Submit
+from service.engine.results import Pending
+from service.engine.scheduler import Chunk
+from service.engine.startup import start
+from service.errors import DeviceError, PrecisionError
+from service.kernels import native
+from service.kernels.paged_attention import by_page
+from service.messages import EngineConfig, Sampling, Submit
 from service.model.instance import ModelInstance
 
 CPU = torch.device("cpu")
@@ -155,15 +163,74 @@ def test_who_is_admitted_has_room_to_its_end(models: dict[str, ModelInstance]) -
 
 
 @pytest.mark.parametrize("rest", [1, 17])
-def test_a_prompt_s_last_token_is_no_decode(models: dict[str, ModelInstance], rest: int) -> None:
+def test_a_prompt_s_last_token_is_no_decode(
+    models: dict[str, ModelInstance], rest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However few tokens of it are left: prefill computes it."""
     engine = make_engine(models["fp32"], 16)
     engine.add(Submit(1, prompt(rest, 1), Sampling(3, temperature=0, ignore_eos=True)))
-    chunks = []
+    computed: list[tuple[int, bool]] = []
     launch = engine.runner.launch
-    engine.runner.launch = lambda given: [chunks.extend(given), launch(given)][1]  # type: ignore[method-assign]
+
+    def watch(chunks: list[Chunk]) -> Pending:
+        computed.extend((chunk.start, chunk.is_decode) for chunk in chunks)
+        return launch(chunks)
+
+    monkeypatch.setattr(engine.runner, "launch", watch)
     while engine.has_work:
         engine.step()
-    assert [(chunk.start, chunk.is_decode) for chunk in chunks if chunk.stop >= rest] == [
-        (rest - 1, False), (rest, True), (rest + 1, True)
-    ]  # fmt: skip
+    assert computed[-3:] == [(rest - 1, False), (rest, True), (rest + 1, True)]
+
+
+def config(folder: Path, **changes: Any) -> EngineConfig:
+    settings = {"precision": "bf16", "device": "cpu", "kv_tokens": 512, "deterministic": True}
+    return EngineConfig(**{"model_path": str(folder)} | settings | changes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "nf4"])
+def test_a_start_says_so(tmp_path: Path, precision: str) -> None:
+    make_checkpoint(tmp_path, "llama", intermediate_size=128, head_dim=32)
+    serving = start(config(tmp_path, precision=precision), lambda _: None, 0.0)
+    assert serving.info.deterministic
+    assert serving.engine.deterministic
+    assert "by page" in serving.info.kernels["attention"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "served"),
+    [
+        ({"precision": "fp16"}, "`qkv_proj` is served by `torch.linear`"),
+        ({"precision": "int8:outliers=batch"}, "`qkv_proj` is served by `native.avx512.int8_linear"),
+        ({"precision": "bf16", "cpu_kernels": "torch"}, "`qkv_proj` is served by `onednn.packed_linear`"),
+        ({"head": "int8"}, "`lm_head` is served by `torch._weight_int8pack_mm`"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    tmp_path: Path, changes: dict[str, str], served: str, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(lambda: native.choose("auto"))
+    make_checkpoint(tmp_path, "llama")
+    with pytest.raises(PrecisionError, match=re.escape(served)) as raised:
+        start(config(tmp_path, **changes), lambda _: None, 0.0)
+    assert "deterministic" in raised.value.message
+    assert "--head 16bit" in raised.value.hint
+
+
+@pytest.mark.parametrize(("chunk", "told"), [(22, "beside other requests"), (13, "behind a cached prefix")])
+def test_a_device_that_does_not_keep_the_promise_serves_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, told: str
+) -> None:
+    """Here one whose attention adds a trifle for prompts cut to a certain size."""
+    make_checkpoint(tmp_path, "llama")
+    attend = by_page.paged_attention
+
+    def attend_otherwise(q: torch.Tensor, *others: Any) -> None:
+        attend(q, *others)
+        plan, result = others[2], others[6]
+        for first, end in pairwise(plan.query_starts):
+            if end - first == chunk:
+                result[first:end] *= 1.001
+
+    monkeypatch.setattr(by_page, "paged_attention", attend_otherwise)
+    with pytest.raises(DeviceError, match=told):
+        start(config(tmp_path, precision="fp32"), lambda _: None, 0.0)

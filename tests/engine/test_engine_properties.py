@@ -76,6 +76,7 @@ def play(engine_events: Sequence[tuple[str, int] | Submit], **limits: int | bool
     st.booleans(),
     st.integers(0, 1),
     st.booleans(),
+    st.booleans(),
 )
 def test_each_request_is_answered_once_and_as_if_alone(
     made: list[tuple[str, int] | Submit],
@@ -85,6 +86,7 @@ def test_each_request_is_answered_once_and_as_if_alone(
     prefix_cache: bool,
     depth: int,
     captured: bool,
+    deterministic: bool,
 ) -> None:
     client = play(
         made,
@@ -94,7 +96,9 @@ def test_each_request_is_answered_once_and_as_if_alone(
         prefix_cache=prefix_cache,
         depth=depth,
         captured=captured,
+        deterministic=deterministic,
     )
+    assert not (deterministic and client.num_preemptions)
     room = (num_blocks - 1) * 16
     submits = [event for event in made if isinstance(event, Submit)]
     assert set(client.endings) == {submit.id for submit in submits}

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from service.kernels.add_rms_norm.triton import add_rms_norm_kernel
 from service.kernels.dense_linear.triton import STAGES, TILE_IN, TILE_OUT, stream_kernel
+from service.kernels.fixed_linear.triton import FEW, MANY, fixed_kernel
 from service.kernels.paged_attention.triton import decode_kernel, prefill_kernel
 
 def ptx(kernel, constants, num_warps, num_stages):
@@ -38,11 +39,18 @@ def ptx(kernel, constants, num_warps, num_stages):
 heads = {"GROUP": 4, "KV_HEADS": 8, "DIM": 128, "PAGE": 16, "CAPPED": False, "WIDTH": 128, "TILE": 64}
 heads |= {"IS_DEPENDENT": True}
 tiles = {"TILE_OUT": TILE_OUT, "TILE_IN": TILE_IN, "LINE": 64, "PREFETCHED": 1024, "IS_DEPENDENT": True}
+def fixed(tiles, is_apart):
+    shape = {"ROWS": tiles.rows, "TILE_OUT": tiles.outputs, "TILE_IN": tiles.inputs, "IS_DEPENDENT": True}
+    kind = {"BIASED": False, "SPLITS": 2, "APART": is_apart, "WHOLE": True}
+    return ptx(fixed_kernel, kind | shape, tiles.num_warps, tiles.num_stages)
+
 norm = {"ADDS": True, "WIDTH": 4096, "COLUMNS": 4096, "ROWS": 1, "IS_DEPENDENT": True}
 print(json.dumps({
     "decode": ptx(decode_kernel, heads | {"SPLITS": 4, "LEAST": 0, "ROWS": 16}, 4, 3),
     "prefill": ptx(prefill_kernel, heads | {"FIXED": False, "ROWS": 128}, 8, 3),
     "stream": ptx(stream_kernel, tiles | {"BIASED": False, "SPLITS": 4, "ROWS": 16}, 4, STAGES),
+    "fixed": fixed(FEW, True),
+    "fixed_many": fixed(MANY, False),
     "norm": ptx(add_rms_norm_kernel, norm, 8, 3),
 }))
 """
@@ -62,17 +70,32 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("kernel", "product"),
-    [("decode", "mma.sync"), ("prefill", "wgmma.mma_async"), ("stream", "wgmma.mma_async")],
+    [
+        ("decode", "mma.sync"),
+        ("prefill", "wgmma.mma_async"),
+        ("stream", "wgmma.mma_async"),
+        ("fixed", "wgmma.mma_async"),
+        ("fixed_many", "wgmma.mma_async"),
+    ],
 )
 def test_tensor_cores_and_wide_copies(ptx: dict[str, str], kernel: str, product: str) -> None:
     """Keys, values and weights travel 16 bytes at a time; only page numbers are narrower."""
     assert product in ptx[kernel]
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", ptx[kernel])
     assert copies.count("0x10") >= 16
-    assert set(copies) <= ({"0x10"} if kernel == "stream" else {"0x10", "0x4"})
+    assert set(copies) <= ({"0x10", "0x4"} if kernel in ("decode", "prefill") else {"0x10"})
 
 
-@pytest.mark.parametrize("kernel", ["decode", "prefill", "stream", "norm"])
+def test_one_instruction_adds_up_few_rows_and_many(ptx: dict[str, str]) -> None:
+    """The order in which another one adds is nowhere promised to be the same."""
+    products = {
+        name: set(re.findall(r"wgmma\.mma_async[\w.]*", ptx[name])) for name in ("fixed", "fixed_many")
+    }
+    assert products["fixed"] == products["fixed_many"]
+    assert len(products["fixed"]) == 1
+
+
+@pytest.mark.parametrize("kernel", ["decode", "prefill", "stream", "fixed", "fixed_many", "norm"])
 def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], kernel: str) -> None:
     wait = ptx[kernel].index("griddepcontrol.wait")
     first = re.search(GLOBAL_ACCESS, ptx[kernel])
