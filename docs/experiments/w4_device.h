@@ -108,8 +108,14 @@ DEVICE uint4 load_global16(const void* p) { return __ldg(static_cast<const uint4
 DEVICE float load_global(const float* p) { return __ldg(p); }
 
 // clusters ----------------------------------------------------------------------------------------------------
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void cluster_arrive() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+DEVICE void cluster_wait() {
+    __syncwarp();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 DEVICE void store_remote(uint32_t address, int rank, float4 v) {
     uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
