@@ -192,7 +192,9 @@ class Runner:
         request.num_tabled_blocks = len(request.blocks)
 
     def _variant(self, rows: Ints) -> Variant:
-        return VARIANTS[self._variants[rows].max()]
+        variant = VARIANTS[self._variants[rows].max()]
+        # one kernel for whoever draws, whatever the others ask for
+        return "full" if self.deterministic and variant != "greedy" else variant
 
     def _suppressed(self, chunks: list[Chunk], rows: Ints, stops: Ints) -> tuple[Tensor, Tensor] | None:
         """(place, token id) of each stop id that may not be drawn yet."""

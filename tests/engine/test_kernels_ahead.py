@@ -99,7 +99,8 @@ def test_a_start_launches_what_was_compiled_ahead(
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_so_does_a_deterministic_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """Its linears have a kind for many rows too, which this one's steps are too short for."""
+    """Its linears have a kind for many rows too, which these steps are too short for, and it draws always
+    with filters."""
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | FAMILIES[family]))
     source = RandomWeights(tmp_path, CPU, Draw())
     config = EngineConfig(model_path="", precision="fp16", deterministic=True)
@@ -109,7 +110,7 @@ def test_so_does_a_deterministic_start(tmp_path: Path, monkeypatch: pytest.Monke
     with recorded() as launched, tensors_on_it():
         whole_start(source, "fp16", monkeypatch, deterministic=True)
     assert launched < ahead
-    assert {kind[0] for kind in ahead - launched} == {"fixed_kernel"}
+    assert {kind[0] for kind in ahead - launched} == {"fixed_kernel", "mass_kernel", "draw_kernel"}
 
 
 @pytest.mark.parametrize(("precision", "at_most"), [("fp16", 34), ("nf4", 33), ("awq", 39)])
