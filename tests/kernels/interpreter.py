@@ -45,11 +45,25 @@ def interpreted(name: str) -> Iterator[ModuleType]:
             scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
 
         patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
+        patch.setattr(InterpretedFunction, "__call__", called_by_a_kernel)
         patch.setattr(InterpreterBuilder, "create_dot", dot_with_bfloat16)
         patch.setattr(InterpreterBuilder, "create_si_to_fp", int_to_float)
         patch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
         with np.errstate(over="ignore"):  # an exponential that is infinite is no accident
             yield module
+
+
+_prepared: set[str] = set()  # modules of functions whose language is the interpreter's
+
+
+def called_by_a_kernel(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """A device function's call, which Triton (3.6) precedes each time by a preparation that outlives it."""
+    from triton.runtime import interpreter
+
+    if function.fn.__module__ not in _prepared:
+        interpreter._patch_lang(function.fn)
+        _prepared.add(function.fn.__module__)
+    return function.rewrite()(*args, **kwargs)
 
 
 def dot_with_bfloat16(

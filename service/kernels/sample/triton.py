@@ -12,6 +12,10 @@ from service.kernels.greedy.triton import CHUNK, likeliest, likeliest_of_chunks
 from service.kernels.launch import await_predecessor, launch, next_power_of_2
 from service.kernels.sample.reference import MIN_TEMPERATURE
 
+# parameters of a row are columns of one matrix, which is not to be compiled for
+COLUMNS = ["temperature_ptr", "seeds_ptr", "positions_ptr", "sample_indices_ptr"]
+STRIDES = ["temperature_stride", "seed_stride", "position_stride", "index_stride"]
+
 
 @triton.jit
 def scaled_logits(  # type: ignore[no-untyped-def]
@@ -35,7 +39,9 @@ def kept_weights(  # type: ignore[no-untyped-def]
     return weights.to(tl.float64)
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperature_ptr"])  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=STRIDES, do_not_specialize_on_alignment=COLUMNS
+)
 def mass_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # any float [rows, vocab]
     temperature_ptr,  # float32 [rows]
@@ -44,6 +50,7 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     masses_ptr,  # float64 [rows, CHUNKS]
     least_ptr,  # float32 [rows], the least scaled logit that is kept
     last_ptr,  # int32 [rows], the last token that is kept of those at the least
+    temperature_stride,
     vocab,
     min_temperature,
     CHUNKS: tl.constexpr,
@@ -56,7 +63,7 @@ def mass_kernel(  # type: ignore[no-untyped-def]
     await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    temperature = tl.load(temperature_ptr + row)
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
     if temperature > 0:
         highest, _ = likeliest_of_chunks(highest_ptr, token_ids_ptr, row, CHUNKS, PADDED)
         token_ids = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -66,20 +73,24 @@ def mass_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize_on_alignment=["temperature_ptr", "seeds_ptr", "positions_ptr", "sample_indices_ptr"]
+    do_not_specialize=STRIDES, do_not_specialize_on_alignment=COLUMNS
 )
 def draw_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
     seeds_ptr,  # int64 [rows]
-    positions_ptr,
-    sample_indices_ptr,
+    positions_ptr,  # any int [rows]
+    sample_indices_ptr,  # any int [rows]
     highest_ptr,
     token_ids_ptr,
     masses_ptr,
     least_ptr,
     last_ptr,
     out_ptr,  # int64 [rows]
+    temperature_stride,
+    seed_stride,
+    position_stride,
+    index_stride,
     vocab,
     min_temperature,
     CHUNKS: tl.constexpr,
@@ -90,14 +101,15 @@ def draw_kernel(  # type: ignore[no-untyped-def]
 ):
     await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
     highest, token_id = likeliest_of_chunks(highest_ptr, token_ids_ptr, row, CHUNKS, PADDED)
     if (temperature > 0) & (token_id >= 0):
         # the first word of Philox4x32-10, as kernels/philox has it
-        position = tl.load(positions_ptr + row).to(tl.uint32)
-        sample_index = tl.load(sample_indices_ptr + row).to(tl.uint32)
+        position = tl.load(positions_ptr + row * position_stride).to(tl.uint32)
+        sample_index = tl.load(sample_indices_ptr + row * index_stride).to(tl.uint32)
         zero = sample_index ^ sample_index
-        word, _, _, _ = tl.philox(tl.load(seeds_ptr + row), position, sample_index, zero, zero)
+        seed = tl.load(seeds_ptr + row * seed_stride)
+        word, _, _, _ = tl.philox(seed, position, sample_index, zero, zero)
         share = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2 to the -32
         chunks = tl.arange(0, PADDED)
         masses = tl.load(masses_ptr + row * CHUNKS + chunks, mask=chunks < CHUNKS, other=0.0)
@@ -119,7 +131,7 @@ def sample(
     logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor, sample_indices: Tensor
 ) -> Tensor:
     """See the package."""
-    logits, temperature = logits.contiguous(), temperature.contiguous()
+    logits = logits.contiguous()
     return draw(logits, temperature, (seeds, positions, sample_indices), likeliest(logits), None)
 
 
@@ -137,8 +149,10 @@ def draw(
     numbers = (vocab, MIN_TEMPERATURE)
     constants = (chunks, next_power_of_2(chunks), CHUNK, limits is not None)
     found = (*highest, masses, *(limits or highest))
-    launch(mass_kernel, (rows, chunks), (logits, temperature, *found), numbers, constants)
+    stride = temperature.stride(0)
+    launch(mass_kernel, (rows, chunks), (logits, temperature, *found), (stride, *numbers), constants)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    drawing = (logits, temperature, *[key.contiguous() for key in keys], *found, out)
-    launch(draw_kernel, (rows,), drawing, numbers, constants, num_warps=8)
+    drawing = (logits, temperature, *keys, *found, out)
+    strides = (stride, *[key.stride(0) for key in keys])
+    launch(draw_kernel, (rows,), drawing, (*strides, *numbers), constants, num_warps=8)
     return out

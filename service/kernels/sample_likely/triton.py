@@ -30,17 +30,17 @@ PIVOTS = tl.constexpr(16)  # depths that `settle` tries at a time
 TILE = 1024  # tokens that it looks at at a time, as many columns of each chunk's list
 ALL = tl.constexpr(0x7FFFFFFF)  # the last token id of any
 NO_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
-# columns of one matrix, whose width is not to be compiled for
-UNALIGNED = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
-STRIDES = ["k_stride", "p_stride", "min_p_stride"]
+# of one matrix, as in `sample`
+COLUMNS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
+STRIDES = ["temperature_stride", "k_stride", "p_stride", "min_p_stride"]
 
 
 @triton.jit
 def filters(  # type: ignore[no-untyped-def]
-    temperature_ptr, top_k_ptr, top_p_ptr, row, k_stride, p_stride, vocab
+    temperature_ptr, top_k_ptr, top_p_ptr, row, temperature_stride, k_stride, p_stride, vocab
 ):
     """-> temperature, top-k, top-p, whether the first is on, whether there is anything to search."""
-    temperature = tl.load(temperature_ptr + row)
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
     top_k = tl.load(top_k_ptr + row * k_stride)
     top_p = tl.load(top_p_ptr + row * p_stride)
     is_counted = (top_k > 0) & (top_k < vocab)
@@ -83,7 +83,7 @@ def stretch(  # type: ignore[no-untyped-def]
     return near, far
 
 
-@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=COLUMNS)  # type: ignore[untyped-decorator]
 def weigh_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # any float [rows, vocab]
     temperature_ptr,  # float32 [rows]
@@ -96,6 +96,7 @@ def weigh_kernel(  # type: ignore[no-untyped-def]
     last_edges_ptr,  # of the round before
     last_sums_ptr,
     first_sums_ptr,  # of the first round
+    temperature_stride,
     k_stride,
     p_stride,
     vocab,
@@ -110,7 +111,7 @@ def weigh_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     temperature, top_k, top_p, is_counted, searches = filters(
-        temperature_ptr, top_k_ptr, top_p_ptr, row, k_stride, p_stride, vocab
+        temperature_ptr, top_k_ptr, top_p_ptr, row, temperature_stride, k_stride, p_stride, vocab
     )
     if searches:
         highest, _ = likeliest_of_chunks(highest_ptr, token_ids_ptr, row, CHUNKS, PADDED)
@@ -136,7 +137,7 @@ def weigh_kernel(  # type: ignore[no-untyped-def]
             tl.store(sums_ptr + (row * CHUNKS + chunk) * EDGES + number, within)
 
 
-@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=COLUMNS)  # type: ignore[untyped-decorator]
 def collect_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
@@ -151,6 +152,7 @@ def collect_kernel(  # type: ignore[no-untyped-def]
     places_ptr,  # int16 [rows, CHUNKS, CHUNK], a list of each chunk's tokens in the stretch
     counts_ptr,  # int32 [rows, 2, CHUNKS], how many they are, and how many lie before the list
     masses_ptr,  # float64 [rows, 2, CHUNKS], of all tokens, and of those before the list
+    temperature_stride,
     k_stride,
     p_stride,
     vocab,
@@ -165,7 +167,7 @@ def collect_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     temperature, top_k, top_p, is_counted, searches = filters(
-        temperature_ptr, top_k_ptr, top_p_ptr, row, k_stride, p_stride, vocab
+        temperature_ptr, top_k_ptr, top_p_ptr, row, temperature_stride, k_stride, p_stride, vocab
     )
     if searches:
         highest, _ = likeliest_of_chunks(highest_ptr, token_ids_ptr, row, CHUNKS, PADDED)
@@ -196,7 +198,7 @@ def end_of_kept(  # type: ignore[no-untyped-def]
     logits_ptr, places_ptr, row, counts, vocab, highest, temperature, min_temperature,
     start, end, before, target,
     BY_COUNT: tl.constexpr, CHUNKS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, ID_BITS: tl.constexpr,
+    WIDTH: tl.constexpr, ID_BITS: tl.constexpr,
 ):  # fmt: skip
     """-> a key in (start, end] with which the listed tokens reach `target`, of tokens or of mass, and without
     whose token they do not; and their mass up to there. `before` is what lies before the list.
@@ -206,24 +208,24 @@ def end_of_kept(  # type: ignore[no-untyped-def]
     numbers = tl.arange(0, PIVOTS)
     chunks = tl.arange(0, PADDED)
     longest = tl.max(counts, 0)
-    mass = tl.zeros([], tl.float64)
-    num_before_start = tl.zeros([], tl.int32)  # of the list
+    mass = tl.full([], 0, tl.float64)
+    num_before_start = tl.full([], 0, tl.int32)  # of the list
     num_between = tl.full([], 2, tl.int32)
     while (num_between > 1) & (end - start > 1):
         step = (end - start + PIVOTS - 1) // PIVOTS
         pivots = tl.minimum(start + step * (numbers + 1), end)
         nums = tl.zeros([PIVOTS], tl.int32)
         masses = tl.zeros([PIVOTS], tl.float64)
-        for first in range(0, longest, COLUMNS):
-            columns = first + tl.arange(0, COLUMNS)
+        for first in range(0, longest, WIDTH):
+            columns = first + tl.arange(0, WIDTH)
             is_listed = columns[None, :] < counts[:, None]
             at = (row * CHUNKS + chunks[:, None]) * CHUNK + columns[None, :]
             places = tl.load(places_ptr + at, mask=is_listed, other=0).to(tl.int32)
             token_ids = chunks[:, None] * CHUNK + places
             depths = depths_of(logits_ptr, row, token_ids, vocab, highest, temperature, min_temperature)
             keys = (depths.to(tl.int32, bitcast=True).to(tl.int64) << ID_BITS) | token_ids
-            keys = tl.reshape(tl.where(is_listed, keys, NO_KEY), [PADDED * COLUMNS, 1])
-            weights = tl.reshape(tl.exp(-depths).to(tl.float64), [PADDED * COLUMNS, 1])
+            keys = tl.reshape(tl.where(is_listed, keys, NO_KEY), [PADDED * WIDTH, 1])
+            weights = tl.reshape(tl.exp(-depths).to(tl.float64), [PADDED * WIDTH, 1])
             is_within = keys <= pivots[None, :]
             nums += tl.sum(is_within.to(tl.int32), 0)
             masses += tl.sum(tl.where(is_within, weights, 0.0), 0)
@@ -241,7 +243,7 @@ def end_of_kept(  # type: ignore[no-untyped-def]
     return end, mass
 
 
-@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=STRIDES, do_not_specialize_on_alignment=COLUMNS)  # type: ignore[untyped-decorator]
 def settle_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
@@ -256,6 +258,7 @@ def settle_kernel(  # type: ignore[no-untyped-def]
     masses_ptr,
     least_ptr,  # float32 [rows], the least scaled logit that is kept
     last_ptr,  # int32 [rows], the last token that is kept of those at the least
+    temperature_stride,
     k_stride,
     p_stride,
     min_p_stride,
@@ -264,14 +267,14 @@ def settle_kernel(  # type: ignore[no-untyped-def]
     CHUNKS: tl.constexpr,
     PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
     ID_BITS: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
     await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     temperature, top_k, top_p, is_counted, searches = filters(
-        temperature_ptr, top_k_ptr, top_p_ptr, row, k_stride, p_stride, vocab
+        temperature_ptr, top_k_ptr, top_p_ptr, row, temperature_stride, k_stride, p_stride, vocab
     )
     min_p = tl.load(min_p_ptr + row * min_p_stride)
     depth = (0 - tl.log(tl.where(min_p > 0, min_p, 1.0))).to(tl.float32)
@@ -291,18 +294,17 @@ def settle_kernel(  # type: ignore[no-untyped-def]
         start = tl.where(near < 0, -1, ((near + 1) << ID_BITS) - 1)
         end = ((far + 1) << ID_BITS) - 1
         if is_counted:
-            end, mass_listed = end_of_kept(
+            end, mass = end_of_kept(
                 logits_ptr, places_ptr, row, counts, vocab, highest, temperature, min_temperature,
                 start, end, num_before.to(tl.float64), top_k.to(tl.float64),
-                True, CHUNKS, PADDED, CHUNK, COLUMNS, ID_BITS,
+                True, CHUNKS, PADDED, CHUNK, WIDTH, ID_BITS,
             )  # fmt: skip
-            mass = mass_before + mass_listed
             start = tl.full([], -1, tl.int64)
         if top_p < 1:
             end, _ = end_of_kept(
                 logits_ptr, places_ptr, row, counts, vocab, highest, temperature, min_temperature,
                 start, end, mass_before, top_p * mass,
-                False, CHUNKS, PADDED, CHUNK, COLUMNS, ID_BITS,
+                False, CHUNKS, PADDED, CHUNK, WIDTH, ID_BITS,
             )  # fmt: skip
         end_depth = (end >> ID_BITS).to(tl.int32).to(tl.float32, bitcast=True)
         last = tl.where(end_depth <= depth, (end & ((1 << ID_BITS) - 1)).to(tl.int32), last)
@@ -322,7 +324,7 @@ def sample_likely(
     min_p: Tensor,
 ) -> Tensor:
     """See the package."""
-    logits, temperature = logits.contiguous(), temperature.contiguous()
+    logits = logits.contiguous()
     highest = likeliest(logits)
     limits = limits_of(logits, temperature, top_k, top_p, min_p, highest)
     return draw(logits, temperature, (seeds, positions, sample_indices), highest, limits)
@@ -341,7 +343,8 @@ def limits_of(
     chunks = highest[0].shape[1]
     device = logits.device
     asked = (logits, temperature, top_k, top_p)
-    numbers = (top_k.stride(0), top_p.stride(0), vocab, MIN_TEMPERATURE)
+    strides = (temperature.stride(0), top_k.stride(0), top_p.stride(0))
+    numbers = (*strides, vocab, MIN_TEMPERATURE)
     constants = (chunks, next_power_of_2(chunks), CHUNK)
     edges = torch.empty(ROUNDS, rows, EDGES.value, device=device)
     sums = torch.empty(ROUNDS, rows, chunks, EDGES.value, device=device)
@@ -362,7 +365,7 @@ def limits_of(
         settle_kernel,
         (rows,),
         (*asked, min_p, *highest, *listed, least, last_ids),
-        (top_k.stride(0), top_p.stride(0), min_p.stride(0), vocab, MIN_TEMPERATURE),
+        (*strides, min_p.stride(0), vocab, MIN_TEMPERATURE),
         (*constants, max(1, TILE // constants[1]), (chunks * CHUNK - 1).bit_length()),
         num_warps=8,
     )
