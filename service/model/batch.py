@@ -21,7 +21,7 @@ class StepBatch:
     context_lengths: list[int]  # [S], tokens of K and V after this step
     block_tables: Tensor  # int32 [S, max blocks], rows padded with 0
     num_decode: int  # the first `num_decode` sequences have one new token each
-    logit_rows: Tensor  # int64 [R], rows of which logits are wanted
+    logit_rows: Tensor  # int64 [R], rows of which logits are wanted, ascending
     # The lists' contents as tensors, where the device has them. A decode step whose tensors change between
     # replays has no `context_lengths`: it is empty.
     lengths: Tensor | None = None  # int32 [S]

@@ -21,6 +21,7 @@ from service.kernels.rotary_kv import rotary_kv
 from service.model.batch import PagedKV, StepBatch
 from service.model.config import ModelConfig
 from service.model.head import Embedding, FullHead, Int8Head
+from service.model.recorded import Recordings
 from service.precision.base import Backend, LinearGroup, LinearSpec, QuantLinear, Read
 
 Observe = Callable[[str, Tensor], None]  # (a linear's path, its input [T, in_features])
@@ -196,6 +197,7 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
         self.eval().requires_grad_(False)
+        self.recordings = Recordings()
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch, kv: PagedKV, observe: Observe | None = None) -> Tensor:
@@ -203,12 +205,33 @@ class Decoder(nn.Module):
 
         `observe` is called with each linear's path and input; parts of a group are given the same tensor.
         """
-        step = self.prepare(batch, kv)
         hidden = self.embed(batch.token_ids)
-        delta: Tensor | None = None
-        for layer in self.layers:
-            hidden, delta = layer(hidden, delta, step, observe)
+        if observe is None and (x := self.recordings.decode(self._decode, hidden, batch, kv)) is not None:
+            return self.head(x)
+        hidden, delta = self.all_layers(hidden, self.prepare(batch, kv), observe)
         return self.logits(hidden, delta, batch.logit_rows)
+
+    def all_layers(
+        self,
+        hidden: Tensor,
+        step: Step,
+        observe: Observe | None = None,
+        before_layer: Callable[[int], None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, hidden] -> the residual stream and what is to be added to it."""
+        delta: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            if before_layer:
+                before_layer(index)
+            hidden, delta = layer(hidden, delta, step, observe)
+        return hidden, delta
+
+    def _decode(
+        self, hidden: Tensor, batch: StepBatch, kv: PagedKV, before_layer: Callable[[int], None]
+    ) -> Tensor:
+        """What is recorded: [T, hidden] -> [T, hidden], normed for lm_head."""
+        hidden, delta = self.all_layers(hidden, self.prepare(batch, kv), None, before_layer)
+        return add_rms_norm(hidden, delta, self.final_norm, self.config.norm_eps)[1]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [T] -> [T, hidden]."""
@@ -217,15 +240,18 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor, delta: Tensor | None, rows: Tensor) -> Tensor:
         """The last layer's outcome and int64 [R] -> [R, vocab], any float type."""
-        hidden = hidden.index_select(0, rows)
-        delta = None if delta is None else delta.index_select(0, rows)
+        if len(rows) < len(hidden):  # else they are all
+            hidden = hidden.index_select(0, rows)
+            delta = None if delta is None else delta.index_select(0, rows)
         _, x = add_rms_norm(hidden, delta, self.final_norm, self.config.norm_eps)
         return self.head(x)
 
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
         """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, delta, step)`."""
         if batch.lengths is not None and not batch.context_lengths:
-            plan = decode_plan(batch.block_tables, batch.lengths, deterministic=self.deterministic)
+            plan = decode_plan(
+                batch.block_tables, batch.lengths, batch.starts, deterministic=self.deterministic
+            )
         else:
             plan = plan_attention(
                 batch.block_tables,

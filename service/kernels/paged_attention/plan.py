@@ -85,13 +85,17 @@ def plan_attention(
     )
 
 
-def decode_plan(block_tables: Tensor, lengths: Tensor, *, deterministic: bool = False) -> AttentionPlan:
+def decode_plan(
+    block_tables: Tensor, lengths: Tensor, starts: Tensor | None = None, *, deterministic: bool = False
+) -> AttentionPlan:
     """One query a sequence, known to the device alone: nothing is copied from it or to it.
 
-    int32 [S, max blocks], int32 [S]. A padded row has length 0 or 1 and block 0.
+    int32 [S, max blocks], int32 [S], int32 [S + 1] counting from 0 (None: made here). A padded row has length
+    0 or 1 and block 0.
     """
     sequences = block_tables.shape[0]
-    starts = torch.arange(sequences + 1, dtype=torch.int32, device=block_tables.device)
+    if starts is None:
+        starts = torch.arange(sequences + 1, dtype=torch.int32, device=block_tables.device)
     return AttentionPlan(block_tables, lengths, starts, sequences, [], [], deterministic)
 
 
