@@ -187,7 +187,7 @@ def config(folder: Path, **changes: Any) -> EngineConfig:
     return EngineConfig(**{"model_path": str(folder)} | settings | changes)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "nf4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8", "nf4"])
 def test_a_start_says_so(tmp_path: Path, precision: str) -> None:
     make_checkpoint(tmp_path, "llama", intermediate_size=128, head_dim=32)
     serving = start(config(tmp_path, precision=precision), lambda _: None, 0.0)
