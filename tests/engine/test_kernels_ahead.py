@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor
 
 from service import device as devices
+from service.engine import startup
 from service.engine.engine import Engine, Limits
 from service.engine.graphs import batch_sizes
-from service.engine.kernels_ahead import META, KernelsAhead, compile_all, shapes_of, walk
+from service.engine.kernels_ahead import META, KernelsAhead, Shapes, compile_all, shapes_of, walk
 from service.engine.warm_up import warm_up
-from service.messages import EngineConfig
+from service.messages import EngineConfig, Loading
 from service.model.batch import BLOCK_TOKENS
 from service.model.instance import ModelInstance
 from service.model.random_weights import Draw, RandomWeights
 from service.precision import load_backend
 from service.quantize import packing
 from tests.kernels.absent_gpu import absent_gpu, recorded, tensors_on_it
+from tests.tiny_models import make_checkpoint
 
 pytest.importorskip("triton")
 
@@ -147,6 +150,37 @@ def test_what_was_compiled_ahead_is_launched_without_compiling(
         for num_rows in (1, 7):
             gated_silu(torch.zeros(num_rows, 128, dtype=torch.float16))
     assert compiled == ["gated_silu_kernel"]
+
+
+def test_kernels_are_waited_for_behind_the_weights_and_before_the_first_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Ahead:
+        def __init__(self, shapes: Shapes, sizes: list[int]) -> None:
+            events.append(f"begun for {shapes.linears}, {sizes}")
+
+        def wait(self) -> int:
+            events.append("done")
+            return 7
+
+    def tell(loading: Loading) -> None:
+        if loading.done == loading.total or loading.stage == "check":
+            events.append(f"{loading.stage}: {loading.total} {loading.unit}")
+
+    make_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(devices, "runs_behind", lambda device: True)
+    monkeypatch.setattr(startup, "KernelsAhead", Ahead)
+    config = EngineConfig(
+        model_path=str(tmp_path), precision="bf16", device="cpu", kv_tokens=512, cuda_graphs="off",
+        max_batch_requests=4,
+    )  # fmt: skip
+    seconds = startup.start(config, tell, time.monotonic()).info.load_seconds
+    stages = list(dict.fromkeys(event.partition(":")[0] for event in events))
+    assert stages == ["begun for dense, [1, 2, 4]", "verify", "load", "done", "kernels", "check", "warm"]
+    assert "kernels: 7 kernels" in events
+    assert {"import", "device", "verify", "load", "kernels", "check", "warm"} == set(seconds)
 
 
 def test_a_start_goes_on_where_nothing_could_be_compiled_ahead(
