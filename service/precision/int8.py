@@ -40,9 +40,10 @@ class Int8Options(Options):
     skip: str = Field(
         "", description=f"layer classes kept in 16 bits, joined by +: {' '.join(LAYER_CLASSES)}"
     )
-    outliers: Literal["row", "batch"] = Field(
-        "row",
-        description="row: decided in each row alone; batch: in all rows of a step, as bitsandbytes does",
+    outliers: Literal["auto", "row", "batch"] = Field(
+        "auto",
+        description="row: decided in each row alone; batch: in all rows of a step, as bitsandbytes does; "
+        "auto: row on a CPU, batch on a GPU",
     )
     kernel: Literal["auto", "bitsandbytes"] = Field(
         "auto", description="bitsandbytes: its own product, with outliers=batch"
@@ -53,6 +54,12 @@ class Int8Options(Options):
     def follow_bitsandbytes(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Its product has one rule, which need not be said."""
         return {"outliers": "batch"} | given if given.get("kernel") == "bitsandbytes" else given
+
+    def goes_by_row(self, group: LinearGroup) -> bool:
+        """On a GPU bitsandbytes' own product serves by default: none by row has been measured there."""
+        if self.outliers == "auto":
+            return group.device.type == "cpu" or group.deterministic
+        return self.outliers == "row"
 
     @field_validator("kernel")
     @classmethod
@@ -83,14 +90,15 @@ class Int8Linear(QuantLinear):
         assert scales.shape == (group.out_features,)
         self.group = group
         self.threshold = options.threshold
-        self.by_row = self.row_invariant = options.outliers == "row"
+        self.by_row = self.row_invariant = options.goes_by_row(group)
         fits = native.fits(group.device, group.dtype, *codes.shape)
         self.is_native = options.kernel == "auto" and fits
         if self.is_native:
             kernel = "native.avx512.int8_linear"
         else:
             kernel = "torch.int8_linear" if self.by_row else "bitsandbytes.int8_mixed_scaled_mm"
-        self.kernel = f"{kernel}, outliers by {options.outliers}" if self.threshold else kernel
+        rule = "row" if self.by_row else "batch"
+        self.kernel = f"{kernel}, outliers by {rule}" if self.threshold else kernel
         self.register_buffer("codes", native.pack(codes) if self.is_native else codes)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
@@ -134,7 +142,7 @@ class Int8:
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: Int8Options = check_options(spec, Int8Options)
         self.canonical = canonical(self.name, self.options)
-        # bitsandbytes finds the outlier columns on the host
+        # bitsandbytes, which serves a GPU otherwise, finds the outlier columns on the host
         self.capturable = self.options.outliers == "row"
 
     @classmethod
@@ -152,7 +160,7 @@ class Int8:
         if group.name in self.options.skip.split("+"):
             return FullLinear(group, merged_weight(group, read, group.dtype), bias)
         shape = group.out_features, group.in_features
-        if self.options.outliers == "row" and not reference.fits(group.device, *shape):
+        if self.options.goes_by_row(group) and not reference.fits(group.device, *shape):
             raise PrecisionError(
                 f"precision `{self.canonical}` cannot multiply `{group.name}` on {group.device}: "
                 f"{list(shape)} are no multiples of {reference.MULTIPLE}",

@@ -1,6 +1,7 @@
 """Every precision of the table against its own `dense()`, its own bytes and its 16-bit source."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,6 +13,7 @@ from service.errors import CheckpointError, PrecisionError
 from service.kernels.awq_linear.reference import pack
 from service.precision import TABLE, backend_of, load_backend
 from service.precision.base import LinearGroup, LinearSpec, QuantLinear, Read
+from service.precision.int8 import Int8Options
 
 CPU = torch.device("cpu")
 IN = 192
@@ -24,6 +26,7 @@ PRECISIONS = (
     "int8",
     "int8:threshold=0",
     "int8:skip=o_proj",
+    "int8:outliers=row",
     "int8:outliers=batch",
     "int8:kernel=bitsandbytes",
     "nf4",
@@ -193,7 +196,8 @@ def test_a_nibble_swap_would_be_seen() -> None:
         ("int8:threshold=0", "int8:threshold=0"),
         ("int8:skip=down_proj+o_proj", "int8:skip=o_proj+down_proj"),
         ("int8:threshold=5.5,skip=o_proj", "int8:threshold=5.5,skip=o_proj"),
-        ("int8:outliers=row,kernel=auto", "int8"),
+        ("int8:outliers=row,kernel=auto", "int8:outliers=row"),
+        ("int8:outliers=auto", "int8"),
         ("int8:kernel=bitsandbytes", "int8:outliers=batch,kernel=bitsandbytes"),
         ("nf4:double_quant=on", "nf4"),
         ("nf4:double_quant=off", "nf4:double_quant=off"),
@@ -329,6 +333,17 @@ def test_a_part_without_bias_has_zeros() -> None:
     y = layer(torch.zeros(1, IN))[0]
     want = torch.cat((source()["part0.bias"].float(), torch.zeros(64), source()["part2.bias"].float()))
     torch.testing.assert_close(y, want, rtol=0, atol=0)
+
+
+def test_whose_outliers_follows_the_device() -> None:
+    gpu = replace(group_of(torch.float16), device=torch.device("cuda"))
+    for precision, on_gpu, deterministic in (("int8", False, True), ("int8:outliers=row", True, True),
+                                             ("int8:outliers=batch", False, False)):  # fmt: skip
+        options = load_backend(precision).options
+        assert isinstance(options, Int8Options)
+        assert options.goes_by_row(group_of(torch.bfloat16)) == (precision != "int8:outliers=batch")
+        assert options.goes_by_row(gpu) == on_gpu
+        assert options.goes_by_row(replace(gpu, deterministic=True)) == deterministic
 
 
 def test_activations_follow_the_device() -> None:
