@@ -5,9 +5,9 @@ likeliest --largest logit--> weigh, twice --a stretch--> collect --its tokens-->
 A token's depth is how far its scaled logit lies under the row's largest, at most DEEPEST, where nothing has
 mass. What is kept ends at some depth, and at some token id among those of that depth. `weigh` adds up what
 lies within each of EDGES depths, so that the next kernel knows between which two of them the end lies: a
-stretch of at most some thousand tokens out of 128k, but for peculiar logits. `collect` lists its tokens, and `settle`
-searches the list alone. Programs of a row that does not filter end at once. Each program adds in an order of
-its own, so neighbours change nothing.
+stretch of some hundred or thousand tokens out of 128k, but for peculiar logits. `collect` lists its tokens,
+and `settle` searches the list alone. Programs of a row that does not filter end at once. In which order sums
+are added depends on the vocabulary alone, so neighbours change nothing.
 """
 
 import torch
