@@ -8,7 +8,6 @@ Outliers are each row's own. Two ways for them, both without a question to the d
   16 bits, is added in the same launch. For many rows, where three products would cost too much.
 """
 
-# ruff: noqa: E501
 import triton
 import triton.language as tl
 
@@ -20,7 +19,9 @@ def nearest(x):
 
 
 @triton.jit
-def quantize_row(x, row, columns, inside, rows, codes, steps, flags, threshold, WIDTH: tl.constexpr, STACKED: tl.constexpr):
+def quantize_row(
+    x, row, columns, inside, rows, codes, steps, flags, threshold, WIDTH: tl.constexpr, STACKED: tl.constexpr
+):
     """x float32 [COLUMNS], rounded as its 16-bit copy in memory; `rows` to the next part of a stack."""
     magnitude = tl.abs(x)
     is_outlier = magnitude >= threshold
@@ -46,14 +47,32 @@ def quantize_row(x, row, columns, inside, rows, codes, steps, flags, threshold, 
 
 
 @triton.jit(do_not_specialize=["rows"])
-def norm_quantize(hidden, delta, weight, live, total, normed, codes, steps, flags, rows, eps, threshold,
-                  WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STACKED: tl.constexpr):
+def norm_quantize(
+    hidden,
+    delta,
+    weight,
+    live,
+    total,
+    normed,
+    codes,
+    steps,
+    flags,
+    rows,
+    eps,
+    threshold,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STACKED: tl.constexpr,
+):
     """add_rms_norm, and its outcome as int8 codes; a row from `live` on is padding: zeros that flag nothing."""
     row = tl.program_id(0)
     columns = tl.arange(0, COLUMNS)
     inside = columns < WIDTH
     at = row.to(tl.int64) * WIDTH + columns
-    sum16 = (tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32) + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)).to(tl.float16)
+    sum16 = (
+        tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+        + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+    ).to(tl.float16)
     tl.store(total + at, sum16, mask=inside)
     wide = sum16.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
@@ -66,8 +85,19 @@ def norm_quantize(hidden, delta, weight, live, total, normed, codes, steps, flag
 
 
 @triton.jit(do_not_specialize=["rows"])
-def silu_quantize(gate_up, live, out, codes, steps, flags, rows, threshold,
-                  WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STACKED: tl.constexpr):
+def silu_quantize(
+    gate_up,
+    live,
+    out,
+    codes,
+    steps,
+    flags,
+    rows,
+    threshold,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STACKED: tl.constexpr,
+):
     """gated_silu, and its outcome as int8 codes."""
     row = tl.program_id(0)
     columns = tl.arange(0, COLUMNS)
@@ -94,32 +124,51 @@ def list_columns(flags, columns, count, WIDTH: tl.constexpr, COLUMNS: tl.constex
 
 
 @triton.jit(do_not_specialize=["rows"])
-def few_rows(w, x, w_steps, x_steps, x16, columns, count, out, parts, arrived, rows, K, share, N, threshold,
-             LEVELS: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, INTEGER: tl.constexpr,
-             TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_O: tl.constexpr):
+def few_rows(
+    w,
+    x,
+    w_steps,
+    x_steps,
+    x16,
+    columns,
+    count,
+    out,
+    parts,
+    arrived,
+    rows,
+    K,
+    share,
+    N,
+    threshold,
+    LEVELS: tl.constexpr,
+    LISTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TILE_O: tl.constexpr,
+):
     """x [LEVELS * rows, K] and w [N, K], both int8 or both fp8 -> out [rows, N]; the weight is the left operand.
 
     ROWS is a power of two; a stack of three levels has room for four. LISTED: one level, and the product of the
     listed columns, which the splits share.
     """
-    STACK: tl.constexpr = ROWS * (4 if LEVELS == 3 else 1)
+    PARTS: tl.constexpr = 4 if LEVELS == 3 else 1  # noqa: N806
     tile = tl.program_id(0)
     split = tl.program_id(1)
     n = tile * TILE_N + tl.arange(0, TILE_N)
-    place = tl.arange(0, STACK)
+    place = tl.arange(0, ROWS * PARTS)
     is_row = (place % ROWS < rows) & (place // ROWS < LEVELS)
     source = place // ROWS * rows + place % ROWS
     k = split * share + tl.arange(0, TILE_K)
     w_at = w + n[:, None].to(tl.int64) * K + k[None, :]
     x_at = x + source[None, :] * K + k[:, None]
-    total = tl.zeros([TILE_N, STACK], tl.int32 if INTEGER else tl.float32)
+    total = tl.zeros([TILE_N, ROWS * PARTS], tl.int32 if INTEGER else tl.float32)
     for _ in range(0, share, TILE_K):
         weight = tl.load(w_at, eviction_policy="evict_first")
         codes = tl.load(x_at, mask=is_row[None, :], other=0.0)
-        if INTEGER:
-            total = tl.dot(weight, codes, total, out_dtype=tl.int32)
-        else:
-            total = tl.dot(weight, codes, total)
+        total = tl.dot(weight, codes, total, out_dtype=tl.int32 if INTEGER else tl.float32)
         w_at += TILE_K
         x_at += TILE_K
     steps = tl.load(x_steps + source, mask=is_row, other=0.0)
@@ -155,7 +204,9 @@ def few_rows(w, x, w_steps, x_steps, x16, columns, count, out, parts, arrived, r
 
 
 @triton.jit
-def add_outliers(result, w, x16, columns, count, m, n, threshold, K, PADDED, GATHERED: tl.constexpr, TILE: tl.constexpr):
+def add_outliers(
+    result, w, x16, columns, count, m, n, threshold, K, PADDED, GATHERED: tl.constexpr, TILE: tl.constexpr
+):
     """result [m, n] += outliers in the listed columns times the weight's codes, in 16 bits.
 
     The codes are taken out of w [N, K], or GATHERED from what `gather_columns` left: float16 [N, PADDED].
@@ -187,9 +238,29 @@ def gather_columns(w, columns, count, w16, K, PADDED, TILE_N: tl.constexpr, TILE
 
 
 @triton.jit(do_not_specialize=["M"])
-def many_rows(x, w, x16, side, x_steps, w_steps, columns, count, out, M, N, K, PADDED, threshold,
-              OUTLIERS: tl.constexpr, INTEGER: tl.constexpr, COPY: tl.constexpr,
-              TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_O: tl.constexpr):
+def many_rows(
+    x,
+    w,
+    x16,
+    side,
+    x_steps,
+    w_steps,
+    columns,
+    count,
+    out,
+    M,
+    N,
+    K,
+    PADDED,
+    threshold,
+    OUTLIERS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    COPY: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TILE_O: tl.constexpr,
+):
     """x [M, K] and w [N, K], both int8 or both fp8 -> out [M, N]. OUTLIERS: none, inline, gathered.
 
     `side`: w again, or its gathered columns. COPY: x and w are descriptors for the bulk copy engine, else pointers.
@@ -213,12 +284,11 @@ def many_rows(x, w, x16, side, x_steps, w_steps, columns, count, out, M, N, K, P
             a, b = tl.load(x_at), tl.load(w_at)
             x_at += TILE_K
             w_at += TILE_K
-        if INTEGER:
-            total = tl.dot(a, b, total, out_dtype=tl.int32)
-        else:
-            total = tl.dot(a, b, total)
+        total = tl.dot(a, b, total, out_dtype=tl.int32 if INTEGER else tl.float32)
     result = total.to(tl.float32) * tl.load(x_steps + m)[:, None]
     if OUTLIERS != "none":
-        result = add_outliers(result, side, x16, columns, count, m, n, threshold, K, PADDED, OUTLIERS == "gathered", TILE_O)
+        result = add_outliers(
+            result, side, x16, columns, count, m, n, threshold, K, PADDED, OUTLIERS == "gathered", TILE_O
+        )
     result *= tl.load(w_steps + n)[None, :]
     tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], result.to(tl.float16))

@@ -10,6 +10,7 @@ graph over weights rotated past the L2 cache. Outliers: each listed column in ev
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -37,13 +38,13 @@ FEW = {
     1: ((64, 256, 4, 3), (64, 256, 4, 4), (64, 512, 4, 3), (128, 256, 4, 3), (128, 128, 4, 5)),
     16: ((64, 256, 4, 3), (64, 128, 4, 6), (128, 128, 4, 4), (128, 256, 8, 2)),
     64: ((64, 128, 4, 4), (64, 256, 4, 2), (128, 128, 8, 3), (128, 128, 8, 4)),
-    256: ((64, 128, 8, 3), (128, 128, 16, 3)),
+    256: ((64, 128, 8, 3), (64, 128, 8, 4)),
 }
 # (TILE_M, TILE_N, TILE_K, TILE_O, warps, stages, bulk copies)
 MANY = {
     256: ((128, 128, 128, 32, 8, 4, True), (64, 128, 128, 32, 4, 4, True), (128, 128, 128, 32, 8, 4, False),
           (128, 256, 128, 16, 8, 3, True)),
-    1024: ((128, 256, 128, 16, 8, 3, True), (128, 256, 128, 16, 8, 3, False), (128, 256, 128, 32, 8, 4, True),
+    1024: ((128, 256, 128, 16, 8, 3, True), (128, 256, 128, 16, 8, 3, False), (128, 256, 128, 16, 8, 4, True),
            (128, 128, 128, 32, 8, 4, True)),
 }  # fmt: skip
 
@@ -166,7 +167,9 @@ def many(p: Problem, config: tuple[Any, ...], outliers: str, integer: bool = Tru
 
     def launch(i: int) -> None:
         if outliers == "gathered":
-            kernels.gather_columns[(p.n // 64,)](weights[i], t["columns"], t["count"], p.side, p.k, p.padded, 64, 32)
+            kernels.gather_columns[(p.n // 64,)](
+                weights[i], t["columns"], t["count"], p.side, p.k, p.padded, 64, 32
+            )
         side = p.side if outliers == "gathered" else weights[i]
         kernels.many_rows[(p.rows // tile_m * (p.n // tile_n),)](
             x_given, w_given[i], t["x16"], side, steps, t["w_steps"], t["columns"], t["count"], p.out, p.rows, p.n, p.k,
@@ -245,7 +248,9 @@ def quantizers(rows: int, device: str, hidden: int, inner: int) -> Iterator[tupl
                 kernels.norm_quantize[(rows,)](
                     source[0], source[1], gain, live, total, normed, *places, 1e-5, THRESHOLD, *shape, num_warps=warps)  # fmt: skip
             else:
-                kernels.silu_quantize[(rows,)](source[0], live, normed, *places, THRESHOLD, *shape, num_warps=warps)
+                kernels.silu_quantize[(rows,)](
+                    source[0], live, normed, *places, THRESHOLD, *shape, num_warps=warps
+                )
             if not stacks:
                 kernels.list_columns[(1,)](flags, listed, count, width, columns, num_warps=warps)
 
@@ -323,9 +328,13 @@ def cross_compile() -> None:
     pointers = {"w_steps": "fp32", "x_steps": "fp32", "x16": "fp16", "columns": "i32", "count": "i32", "out": "fp16",
                 "parts": "fp32", "arrived": "i32"}  # fmt: skip
 
-    def show(label: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int) -> None:
+    def show(
+        label: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int
+    ) -> None:
         names = {"threshold": "fp32"} | {name: f"*{kind}" for name, kind in pointers.items()} | types
-        signature = {name: names.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+        signature = {name: names.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(
+            constants, "constexpr"
+        )
         aligned = [
             i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in ("K", "N", "share", "PADDED")
         ]  # fmt: skip
@@ -334,11 +343,15 @@ def cross_compile() -> None:
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(compiled.asm["cubin"])
-            usage = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+            usage = subprocess.run(
+                [dump, "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         products = sorted(set(re.findall(r"wgmma\.mma_async[\w.]*\.(m64n\d+k\d+)", compiled.asm["ptx"])))
         assert found is not None
-        print(f"{label}: {found[1]} registers, stack {found[2]}, {compiled.metadata.shared} bytes shared, {products}")
+        print(
+            f"{label}: {found[1]} registers, stack {found[2]}, {compiled.metadata.shared} bytes shared, {products}"
+        )
 
     for rows, configs in FEW.items():
         for tile_n, tile_k, warps, stages in configs:
@@ -375,25 +388,27 @@ def compile_share(share: str) -> None:
     place = 0
     for rows in ROWS:
         for name, (n, k) in SHAPES.items():
-            chosen: list[int] = []
             p = Problem(name, rows, n, k, COUNTS[0], "cuda", 1)
             for variant in variants(p):
                 place += 1
                 if variant and place % of == number:
                     try:
                         variant.launch(0)
-                    except Exception as failure:  # a shape that cannot be compiled is a result; the timing run tells it
-                        chosen.append(place)
+                    except (
+                        Exception
+                    ) as failure:  # a shape that cannot be compiled is a result; the timing run tells it
                         print(f"{name} M={rows} {variant.label}: {type(failure).__name__}")
             torch.cuda.synchronize()
         if rows % of == number:
-            for _ in quantizers(rows, "cuda", 4096, 14336):
+            for _ in quantizers(rows, "cuda", SHAPES["o"][0], SHAPES["down"][1]):
                 pass
 
 
-def measure(rows: int, results: list[dict[str, Any]]) -> None:
+def measure(rows: int, results: list[dict[str, Any]], device: str = "cuda") -> None:
     def add(name: str, p: Problem | None, variant: Variant, error: float) -> None:
-        us, spread = time_rotating([lambda i=i: variant.launch(i) for i in range(p.copies if p else 1)], repeats=15)
+        us, spread = time_rotating(
+            [lambda i=i: variant.launch(i) for i in range(p.copies if p else 1)], repeats=15
+        )
         count = p.count if p else 0
         results.append({"shape": name, "rows": rows, "kind": variant.kind, "variant": variant.label, "outliers": count,
                         "us": us, "spread": spread, "error": error})  # fmt: skip
@@ -401,7 +416,7 @@ def measure(rows: int, results: list[dict[str, Any]]) -> None:
     for name, (n, k) in SHAPES.items():
         best: dict[str, tuple[float, int]] = {}
         for count in COUNTS:
-            p = Problem(name, rows, n, k, count, "cuda", max(2, ROTATED_BYTES // (n * k)))
+            p = Problem(name, rows, n, k, count, device, max(2, ROTATED_BYTES // (n * k)))
             tried = [v for v in variants(p) if v] + (list(libraries(p)) if count == COUNTS[0] else [])
             for place, variant in enumerate(tried):
                 family = variant.label.split()[0]
@@ -420,7 +435,7 @@ def measure(rows: int, results: list[dict[str, Any]]) -> None:
                 if count == COUNTS[0] and results[-1]["us"] < best.get(family, (1e9, 0))[0]:
                     best[family] = results[-1]["us"], place
             del p
-    for label, launch in quantizers(rows, "cuda", 4096, 14336):
+    for label, launch in quantizers(rows, device, SHAPES["o"][0], SHAPES["down"][1]):
         add("quantize", None, Variant("quantize", label, launch), 0.0)
 
 
@@ -438,35 +453,47 @@ def report(results: list[dict[str, Any]]) -> None:
                     chosen.append(min(fit, key=lambda r: r["us"], default=None))
                 if all(chosen):
                     parts = "; ".join(f"{r['us']:.1f} {r['variant']}" for r in chosen)
-                    print(f"M={rows:5d} {kind} {count:3d} columns: LAYER {sum(r['us'] for r in chosen):7.1f} us = {parts}")
-        for kind in ("torch", "torch.", "stacked", "listed", "inline", "gathered", "fp8"):
-            here = [r for r in results if r["rows"] == rows and r["outliers"] == COUNTS[0] and r["shape"] in SHAPES
-                    and (r["variant"].split(",")[0] == kind or r["variant"].split()[0] == kind
-                         or (kind == "torch." and r["variant"].startswith("torch._scaled")))]  # fmt: skip
-            sums = [min((r["us"] for r in here if r["shape"] == name), default=float("nan")) for name in SHAPES]
-            if here:
-                print(f"M={rows:5d}   by {kind:9s} {sum(sums):7.1f} us = {' + '.join(f'{us:.1f}' for us in sums)}")
+                    print(
+                        f"M={rows:5d} {kind} {count:3d} columns: LAYER {sum(r['us'] for r in chosen):7.1f} us = {parts}"
+                    )
+        here = [
+            r for r in results if r["rows"] == rows and r["outliers"] == COUNTS[0] and r["shape"] in SHAPES
+        ]
+        for family in dict.fromkeys(r["variant"].split()[0] for r in here):
+            least = [
+                min((r["us"] for r in here if r["shape"] == name and r["variant"].split()[0] == family), default=math.nan)
+                for name in SHAPES
+            ]  # fmt: skip
+            print(
+                f"M={rows:5d}   by {family:18s} {sum(least):7.1f} us = {' + '.join(f'{us:.1f}' for us in least)}"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", default="")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--share", default="", help="used by itself: I/N")
     parser.add_argument("--processes", type=int, default=14)
     arguments = parser.parse_args()
-    if arguments.check and not torch.cuda.is_available():
-        return check_interpreted()
     if arguments.check:
-        return check("cuda")
-    if arguments.compile:
-        return cross_compile()
-    if arguments.share:
-        return compile_share(arguments.share)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
+        check("cuda") if torch.cuda.is_available() else check_interpreted()
+    elif arguments.compile:
+        cross_compile()
+    elif arguments.share:
+        compile_share(arguments.share)
+    else:
+        run(arguments.json, arguments.processes)
+
+
+def run(to: str, processes: int) -> None:
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{torch.cuda.get_device_name()}, {versions}", flush=True)
     command = [sys.executable, __file__, "--share"]
-    started = [subprocess.Popen([*command, f"{i}/{arguments.processes}"]) for i in range(arguments.processes)]
+    started = [subprocess.Popen([*command, f"{i}/{processes}"]) for i in range(processes)]
     for process in started:
         process.wait()
     check("cuda")
@@ -474,8 +501,8 @@ def main() -> None:
     for rows in ROWS:
         measure(rows, results)
         print(f"M={rows} done", flush=True)
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(results, indent=1))
+        if to:
+            Path(to).write_text(json.dumps(results, indent=1))
     report(results)
 
 
