@@ -19,12 +19,20 @@ from service.kernels.add_rms_norm.triton import add_rms_norm_kernel
 from service.kernels.dense_linear.triton import STAGES, TILE_IN, TILE_OUT, stream_kernel
 from service.kernels.fixed_linear.triton import FEW, MANY, fixed_kernel
 from service.kernels.paged_attention.triton import decode_kernel, prefill_kernel
+from service.kernels.sample_likely.triton import collect_kernel, settle_kernel, weigh_kernel
 
 def ptx(kernel, constants, num_warps, num_stages):
     types = {"num_rows": "i32", "window": "i32", "max_blocks": "i32", "eps": "fp32", "scale": "fp32"}
     types |= {"softcap": "fp32", "in_features": "i32", "share": "i32", "out_features": "i32"}
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "starts_ptr", "tiles_ptr", "arrived_ptr"), "*i32")
     types |= dict.fromkeys(("logs_ptr", "parts_ptr"), "*fp32")
+    types |= {"top_k_ptr": "*i32", "top_p_ptr": "*fp64", "min_p_ptr": "*fp64", "min_temperature": "fp32"}
+    types |= {"places_ptr": "*i16", "counts_ptr": "*i32", "masses_ptr": "*fp64", "vocab": "i32"}
+    types |= dict.fromkeys(("temperature_stride", "k_stride", "p_stride", "min_p_stride"), "i32")
+    types |= dict.fromkeys(("token_ids_ptr", "last_ptr"), "*i32")
+    types |= dict.fromkeys(("temperature_ptr", "highest_ptr", "stretches_ptr", "least_ptr"), "*fp32")
+    types |= dict.fromkeys(("edges_ptr", "sums_ptr", "last_edges_ptr", "last_sums_ptr"), "*fp32")
+    types |= {"first_sums_ptr": "*fp32"}
     signature = {name: types.get(name, "*fp16") for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     divisible = {
@@ -45,7 +53,11 @@ def fixed(tiles, is_apart):
     return ptx(fixed_kernel, kind | shape, tiles.num_warps, tiles.num_stages)
 
 norm = {"ADDS": True, "WIDTH": 4096, "COLUMNS": 4096, "ROWS": 1, "IS_DEPENDENT": True}
+rows = {"CHUNKS": 32, "PADDED": 32, "CHUNK": 4096, "IS_DEPENDENT": True}
 print(json.dumps({
+    "weigh": ptx(weigh_kernel, rows | {"IS_FIRST": False}, 4, 3),
+    "collect": ptx(collect_kernel, rows, 8, 3),
+    "settle": ptx(settle_kernel, rows | {"WIDTH": 32, "ID_BITS": 17}, 8, 3),
     "decode": ptx(decode_kernel, heads | {"SPLITS": 4, "LEAST": 0, "ROWS": 16}, 4, 3),
     "prefill": ptx(prefill_kernel, heads | {"FIXED": False, "ROWS": 128}, 8, 3),
     "stream": ptx(stream_kernel, tiles | {"BIASED": False, "SPLITS": 4, "ROWS": 16}, 4, STAGES),
