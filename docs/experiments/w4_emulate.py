@@ -1,6 +1,6 @@
 """Runs the W4 kernels on a CPU (w4_emulator.h) against float64 on small shapes; no GPU, no CUDA. A few minutes.
 
-python docs/experiments/w4_emulate.py [few] [tile] [whole]
+python docs/experiments/w4_emulate.py [few] [tile] [whole] [variants]
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from w4_problem import Problem, make_parts
+from w4_variants import Kernel, all_kernels
 
 HERE = Path(__file__).parent
 DRIVERS = {
@@ -68,10 +69,33 @@ def report(label: str, got: Tensor, want: Tensor) -> bool:
     return fine
 
 
+def check_one(kernel: Kernel, problem: Problem, clusters: int, rows: int) -> bool:
+    v = kernel.values
+    library = build(
+        f"w4_{kernel.family}", {**v, "AFFINE": kernel.affine, "SHARED_BYTES": kernel.shared_bytes}
+    )
+    operands = problem.affine if kernel.affine else problem.nf4
+    n, k = problem.n, problem.k
+    x = torch.randn(rows, k).half()
+    y = torch.full((rows, n), float("nan"), dtype=torch.float16)
+    parts = ctypes.byref(make_parts(problem))
+    grid = clusters * kernel.cluster
+    if kernel.family == "few":
+        library.run(grid, *(pointer(t) for t in (*operands, problem.map, x, y)), rows, n, parts)
+    else:
+        codes, *rest = operands
+        x_map = box(x, k, rows, 64, v["TILE"] // v["SHARE"], True)
+        words = codes.view(torch.int32).view(n // 16, -1)
+        code_map = box(words, k * 2, n // 16, 128 * v["KS"], 4 * v["RT"] * v["WGS"], False)
+        library.run(grid, *(pointer(t) for t in (x_map, code_map, *rest, problem.map, y)), rows, n, k, parts)
+    want = x.double() @ problem.dense(kernel.affine).double().t()
+    return report(f"{'affine' if kernel.affine else 'nf4'} {kernel.label} M={rows} N={n} K={k}", y, want)
+
+
 def check_few() -> bool:
     fine = True
     for affine in (0, 1):
-        for cluster, kwarps, rblocks, chunks, nt, stages, n, rows_tried in (
+        for *config, n, rows_tried in (
             (1, 4, 1, 2, 1, 3, 80, (1, 7)),
             (1, 8, 2, 1, 2, 4, 96, (16, 9)),
             (4, 2, 4, 2, 2, 4, 320, (16, 3)),
@@ -80,28 +104,15 @@ def check_few() -> bool:
             (8, 7, 2, 2, 2, 4, 96, (13,)),
             (1, 16, 1, 2, 2, 4, 48, (16,)),
         ):
-            names = ("AFFINE", "CLUSTER", "KWARPS", "RBLOCKS", "CHUNKS", "NT", "STAGES")
-            library = build(
-                "w4_few",
-                dict(zip(names, (affine, cluster, kwarps, rblocks, chunks, nt, stages), strict=True)),
-            )
+            kernel = Kernel("few", affine, tuple(config))
+            cluster, kwarps, _, chunks, *_ = config
             problem = Problem(n, cluster * kwarps * chunks * 128, "cpu", parts=(n - 32, 16, 16))
-            operands = problem.affine if affine else problem.nf4
-            for rows in rows_tried:
-                x = torch.randn(rows, problem.k).half()
-                y = torch.full((rows, n), float("nan"), dtype=torch.float16)
-                parts = make_parts(problem)
-                library.run(2 * cluster, *(pointer(t) for t in operands), pointer(problem.map), pointer(x), pointer(y),
-                            rows, n, ctypes.byref(parts))  # fmt: skip
-                fine &= report(
-                    f"few affine {affine} cluster {cluster} kwarps {kwarps} rblocks {rblocks} chunks {chunks} nt {nt} M={rows}",
-                    y, x.double() @ problem.dense(affine).double().t())  # fmt: skip
+            fine &= all([check_one(kernel, problem, 2, rows) for rows in rows_tried])
     return fine
 
 
 def check_tile() -> bool:
     fine = True
-    names = ("AFFINE", "TILE", "RT", "WGS", "KS", "SPLIT", "SHARE", "STAGES")
     for affine in (0, 1):
         for *config, blocks, k, clusters, rows_tried in (
             (16, 1, 2, 2, 1, 1, 3, 2, 512, 2, (5, 16)),
@@ -116,26 +127,28 @@ def check_tile() -> bool:
             (128, 2, 2, 1, 4, 1, 6, 1, 1024, 1, (128,)),
             (256, 1, 2, 1, 1, 1, 3, 2, 512, 3, (300,)),
         ):
-            tile, rt, wgs, ks, split, share, _ = config
-            library = build("w4_tile", dict(zip(names, (affine, *config), strict=True)))
-            outputs = 64 * rt * wgs
-            n = outputs * blocks
+            kernel = Kernel("tile", affine, tuple(config))
+            n = 64 * kernel.values["RT"] * kernel.values["WGS"] * blocks
             problem = Problem(n, k, "cpu", parts=(n // 2, n // 4, n // 4))
-            codes, *rest = problem.affine if affine else problem.nf4
-            for rows in rows_tried:
-                x = torch.randn(rows, k).half()
-                y = torch.full((rows, n), float("nan"), dtype=torch.float16)
-                parts = make_parts(problem)
-                x_map = box(x, k, rows, 64, tile // share, True)
-                words = codes.view(torch.int32).view(n // 16, -1)
-                code_map = box(words, k * 2, n // 16, 128 * ks, outputs // 16, False)
-                library.run(clusters * split * share, pointer(x_map), pointer(code_map), *(pointer(t) for t in rest),
-                            pointer(problem.map), pointer(y), rows, n, k, ctypes.byref(parts))  # fmt: skip
-                label = " ".join(
-                    f"{name.lower()} {v}" for name, v in zip(names, (affine, *config), strict=True)
-                )
-                want = x.double() @ problem.dense(affine).double().t()
-                fine &= report(f"tile {label} M={rows} K={k}", y, want)
+            fine &= all([check_one(kernel, problem, clusters, rows) for rows in rows_tried])
+    return fine
+
+
+def check_variants() -> bool:
+    """Every variant that the experiment runs, on as few outputs as it takes."""
+    fine = True
+    for kernel in all_kernels():
+        v = kernel.values
+        if kernel.family == "few":
+            n = 32 * v["RBLOCKS"]
+            k = kernel.cluster * v["KWARPS"] * v["CHUNKS"] * 128
+            fine &= check_one(kernel, Problem(n, k, "cpu", parts=(n - 16, 16)), 1, 8 * v["NT"] - 3)
+        elif kernel.family == "tile":
+            n = 64 * v["RT"] * v["WGS"] * v["SHARE"]
+            problem = Problem(
+                n, 128 * v["KS"] * v["SPLIT"] * (1 + v["STAGES"] // 2), "cpu", parts=(n - 64, 64)
+            )
+            fine &= check_one(kernel, problem, 1, v["TILE"] - 5)
     return fine
 
 
@@ -172,7 +185,7 @@ def main() -> None:
     wanted = sys.argv[1:] or ["few", "tile", "whole"]
     np.seterr(all="raise")
     torch.manual_seed(1)
-    checks = {"few": check_few, "tile": check_tile, "whole": check_whole}
+    checks = {"few": check_few, "tile": check_tile, "whole": check_whole, "variants": check_variants}
     results = [checks[name]() for name in wanted]
     sys.exit(0 if all(results) else 1)
 

@@ -1,4 +1,4 @@
-// W4 linear for up to 16 rows: weights stream once, activations stay in registers. Third version of w4_persistent.cu.
+// W4 linear for up to 32 rows: weights stream once, activations stay in registers. Third version of w4_persistent.cu.
 //
 // y[m, n] = sum_k w[n, k] x[m, k]; w = nf4(code) * absmax (groups of 64) or (code - zero) * scale (groups of 128),
 // zeros 4-bit, absmax 8-bit codes under nested absmax and an offset a part; layout: w4_layout.py.

@@ -91,10 +91,12 @@ def up(value: int, step: int) -> int:
 FEW_4096 = {
     1: [(1, 16, 1, 2, 1, 3), (1, 16, 1, 2, 1, 4), (1, 8, 2, 4, 1, 3), (1, 8, 2, 4, 1, 4), (2, 8, 2, 2, 1, 4), (4, 4, 4, 2, 1, 4)],
     2: [(1, 16, 1, 2, 2, 3), (1, 16, 1, 2, 2, 4), (2, 8, 2, 2, 2, 3), (2, 8, 2, 2, 2, 4), (4, 4, 4, 2, 2, 3), (4, 4, 4, 2, 2, 4)],
+    4: [(4, 8, 2, 1, 4, 4), (8, 4, 4, 1, 4, 4)],
 }  # fmt: skip
 FEW_14336 = {
     1: [(2, 14, 1, 4, 1, 3), (2, 14, 1, 4, 1, 4), (4, 14, 1, 2, 1, 4), (4, 7, 2, 4, 1, 4), (8, 7, 2, 2, 1, 4)],
     2: [(4, 14, 1, 2, 2, 3), (4, 14, 1, 2, 2, 4), (8, 7, 2, 2, 2, 3), (8, 7, 2, 2, 2, 4)],
+    4: [(8, 14, 1, 1, 4, 4)],
 }  # fmt: skip
 # (tile, rt, wgs, ks, split, share, stages) by rows, then shape
 TILES = {
@@ -137,9 +139,9 @@ TILES = {
 def kernels_for(shape: str, rows: int, affine: int) -> list[Kernel]:
     """Of the own kernels, those that are tried at this shape and number of rows."""
     found: list[Kernel] = []
-    if rows <= 16:
+    if rows <= 32:
         few = FEW_4096 if SHAPES[shape][1] == 4096 else FEW_14336
-        found += [Kernel("few", affine, config) for config in few[1 if rows <= 8 else 2]]
+        found += [Kernel("few", affine, config) for config in few[1 if rows <= 8 else 2 if rows <= 16 else 4]]
     found += [Kernel("tile", affine, config) for config in TILES.get(rows, {}).get(shape, ())]
     return found
 
