@@ -71,6 +71,7 @@ def build_report(
         rate_rule="as asked" if options.rate_per_s else RATE_RULE,
         output_tokens=options.output_tokens,
         kv_tokens=plan.settings.kv_tokens,
+        deterministic=plan.settings.deterministic,
     )
     return Report(
         format=FORMAT,

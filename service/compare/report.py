@@ -205,6 +205,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     rate_rule: Annotated[str, described("Where the rate comes from")]
     output_tokens: int
     kv_tokens: int
+    deterministic: Annotated[bool, described("Every engine ran with `--deterministic`")] = False
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
