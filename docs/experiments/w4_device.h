@@ -74,6 +74,11 @@ DEVICE uint32_t look_up(uint32_t address) {
     asm("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
     return v;
 }
+DEVICE float look_up_float(uint32_t address) {
+    float v;
+    asm("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
 DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -94,6 +99,7 @@ DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {  // (word 
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(word), "r"(mask), "r"(bits));
     return v;
 }
+DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 DEVICE uint32_t to_halves(float low, float high) {
     uint32_t v;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
@@ -218,6 +224,32 @@ DEVICE void decode_nf4(uint32_t word, uint32_t base, uint32_t* a) {  // base: ta
     a[1] = look_up(and_or(word >> 1, 0x7f80, base));
     a[2] = look_up(and_or(word >> 9, 0x7f80, base));
     a[3] = look_up(and_or(word >> 17, 0x7f80, base));
+}
+// The same with entries 256 bytes apart (base: a multiple of 64 KiB + 4 lane): the byte is put into the address by one
+// instruction. The other half of an entry has room for another table of 256 words.
+DEVICE void fill_wide_table(char* table, const float* second, int thread, int threads) {
+    for (int i = thread; i < 512; i += threads) {
+        const uint32_t pair = nf4_pair(i >> 1);
+        const float value = load_global(second + (i >> 1));
+        const uint4 four = make_uint4(pair, pair, pair, pair);
+        const float4 values = make_float4(value, value, value, value);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            char* at = table + (i >> 1) * 256 + (i & 1) * 64 + ((j + (i >> 1)) & 3) * 16;
+            *reinterpret_cast<uint4*>(at) = four;
+            *reinterpret_cast<float4*>(at + 128) = values;
+        }
+    }
+}
+template <int BYTE>
+DEVICE uint32_t entry(uint32_t word, uint32_t base) {
+    return permute(word, base, 0x7604 | BYTE << 4);
+}
+DEVICE void decode_nf4_wide(uint32_t word, uint32_t base, uint32_t* a) {
+    a[0] = look_up(entry<0>(word, base));
+    a[1] = look_up(entry<1>(word, base));
+    a[2] = look_up(entry<2>(word, base));
+    a[3] = look_up(entry<3>(word, base));
 }
 // Registers 0 and 2 hold row g, 1 and 3 row g + 8. 1024 + code, or 1024 + 16 code, less the zero: exact.
 DEVICE void decode_affine(uint32_t word, uint32_t low_zero, uint32_t high_zero, uint32_t* a) {

@@ -117,6 +117,13 @@ inline uint32_t to_halves(float low, float high) {
 }
 inline float to_float(uint16_t bits) { return half(bits); }
 inline uint32_t look_up(uint32_t address) { uint32_t v; memcpy(&v, at_shared(address), 4); return v; }
+inline float look_up_float(uint32_t address) { float v; memcpy(&v, at_shared(address), 4); return v; }
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = uint64_t(b) << 32 | a;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) out |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
 inline uint4 load_global16(const void* p) { uint4 v; memcpy(&v, p, 16); return v; }
 inline float load_global(const float* p) { return *p; }
 

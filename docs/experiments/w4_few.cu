@@ -45,13 +45,17 @@ constexpr int CHUNK_BYTES = AFFINE ? 1088 : 1136;
 constexpr int PARTIAL = 8 * NT * 20 + 16;  // floats of a warp: rows 20 apart, warps 16 banks apart
 constexpr int LINES = RBLOCKS * 8 * NT, OWNED = (LINES + CLUSTER - 1) / CLUSTER;
 constexpr int RECEIVED = 2 * CLUSTER * OWNED * 16 * 4;
-constexpr int TABLE = 32768, MAP = 1024;  // addresses in shared memory; the first 1024 bytes are the system's
-constexpr int RECEIVE = MAP + (AFFINE ? 0 : 1024);
-constexpr int RING = AFFINE ? (RECEIVE + RECEIVED + 127) / 128 * 128 : 65536;
-constexpr int PARTIALS = RING + (WARPS * STAGES * CHUNK_BYTES + 127) / 128 * 128;
+constexpr int RING_BYTES = (WARPS * STAGES * CHUNK_BYTES + 127) / 128 * 128;
 constexpr int PARTIAL_BYTES = 2 * WARPS * PARTIAL * 4, STAGING_BYTES = WARPS * NT * 1024;
-constexpr int END = PARTIALS + (PARTIAL_BYTES > STAGING_BYTES ? PARTIAL_BYTES : STAGING_BYTES);
-static_assert(AFFINE || RECEIVE + RECEIVED <= TABLE);
+constexpr int SUM_BYTES = PARTIAL_BYTES > STAGING_BYTES ? PARTIAL_BYTES : STAGING_BYTES;
+// Addresses in shared memory; the first 1024 bytes are the system's. NF4's table has the second 64 KiB; before it lies
+// the ring where it fits, else the sums, and the other behind it.
+constexpr int RECEIVE = 1024, FREE = RECEIVE + (RECEIVED + 127) / 128 * 128, TABLE = 65536;
+constexpr bool RING_FIRST = AFFINE || FREE + RING_BYTES <= TABLE;
+constexpr int RING = RING_FIRST ? FREE : 2 * TABLE;
+constexpr int PARTIALS = !RING_FIRST ? FREE : AFFINE ? RING + RING_BYTES : 2 * TABLE;
+constexpr int END = RING_FIRST ? PARTIALS + SUM_BYTES : RING + RING_BYTES;
+static_assert(AFFINE || (RING_FIRST ? RING + RING_BYTES : PARTIALS + SUM_BYTES) <= TABLE);
 static_assert(END <= 232448 + 1024);
 
 #ifdef SHARED_BYTES
@@ -115,10 +119,7 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
             if (row < rows)
                 loaded[tile][j] = load_global16(x + size_t(row) * K * 2 + (first_chunk * 2 + tile) * 128 + (lane & 7) * 16);
         }
-    if (!AFFINE) {
-        fill_table(window + TABLE, thread, THREADS);
-        for (int i = thread; i < 256; i += THREADS) reinterpret_cast<float*>(window + MAP)[i] = load_global(map + i);
-    }
+    if (!AFFINE) fill_wide_table(window + TABLE, map, thread, THREADS);
     char* staging = window + PARTIALS + warp * NT * 1024;
 #pragma unroll
     for (int tile = 0; tile < CHUNKS * 2; tile++) {
@@ -140,7 +141,6 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
     sync_block();
 
     const uint32_t base = TABLE + lane * 4;
-    const float* levels = reinterpret_cast<const float*>(window + MAP);
     auto store = [&](int unit, int line, int quarter, float4 v) {
         const int m = line / RBLOCKS, block = unit * RBLOCKS + line % RBLOCKS;
         *reinterpret_cast<uint2*>(y + (size_t(m) * N + block * 16 + quarter * 4) * 2) = {to_halves(v.x, v.y), to_halves(v.z, v.w)};
@@ -187,8 +187,8 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
 #pragma unroll
                 for (int tile = 0; tile < 2; tile++) {
                     const uint32_t both = *reinterpret_cast<const uint16_t*>(stage + 1024 + tile * 16 + g * 2);
-                    scale[tile][0] = levels[both & 255] * outer_low + offset;
-                    scale[tile][1] = levels[both >> 8] * outer_high + offset;
+                    scale[tile][0] = look_up_float(entry<0>(both, base + 128)) * outer_low + offset;
+                    scale[tile][1] = look_up_float(entry<1>(both, base + 128)) * outer_high + offset;
                 }
             }
             fetch((c + STAGES - 1) % CHUNKS);  // overwrites the stage before this one, which every lane has read
@@ -200,7 +200,7 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
 #pragma unroll
                 for (int s = 0; s < 4; s++) {
                     if (AFFINE) decode_affine(words[s], low_zero, high_zero, a[s]);
-                    else decode_nf4(words[s], base, a[s]);
+                    else decode_nf4_wide(words[s], base, a[s]);
                 }
 #pragma unroll
                 for (int n = 0; n < NT; n++) {

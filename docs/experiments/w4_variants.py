@@ -56,9 +56,12 @@ class Kernel:
         if self.family == "few":
             warps = v["KWARPS"] * v["RBLOCKS"]
             owned = -(-v["RBLOCKS"] * 8 * v["NT"] // v["CLUSTER"])
-            ring = up(1024 + 2 * v["CLUSTER"] * owned * 64, 128) if affine else 65536
-            partials = ring + up(warps * v["STAGES"] * (1088 if affine else 1136), 128)
-            return partials + warps * max(2 * (8 * v["NT"] * 20 + 16) * 4, v["NT"] * 1024) - 1024
+            ring = up(warps * v["STAGES"] * (1088 if affine else 1136), 128)
+            sums = warps * max(2 * (8 * v["NT"] * 20 + 16) * 4, v["NT"] * 1024)
+            free = 1024 + up(2 * v["CLUSTER"] * owned * 64, 128)
+            if affine:
+                return free + ring + sums - 1024
+            return 131072 + (sums if free + ring <= 65536 else ring) - 1024
         outputs = 64 * v["RT"] * v["WGS"]
         scales = outputs * 5 // 2 if affine else outputs * v["KS"]
         stage = up(v["KS"] * v["TILE"] * 128 + outputs * 32 * v["KS"] + scales, 1024)
@@ -91,12 +94,12 @@ def up(value: int, step: int) -> int:
 FEW_4096 = {
     1: [(1, 16, 1, 2, 1, 3), (1, 16, 1, 2, 1, 4), (1, 8, 2, 4, 1, 3), (1, 8, 2, 4, 1, 4), (2, 8, 2, 2, 1, 4), (4, 4, 4, 2, 1, 4)],
     2: [(1, 16, 1, 2, 2, 3), (1, 16, 1, 2, 2, 4), (2, 8, 2, 2, 2, 3), (2, 8, 2, 2, 2, 4), (4, 4, 4, 2, 2, 3), (4, 4, 4, 2, 2, 4)],
-    4: [(4, 8, 2, 1, 4, 4), (8, 4, 4, 1, 4, 4)],
+    4: [(4, 8, 2, 1, 4, 3), (2, 16, 1, 1, 4, 3)],
 }  # fmt: skip
 FEW_14336 = {
     1: [(2, 14, 1, 4, 1, 3), (2, 14, 1, 4, 1, 4), (4, 14, 1, 2, 1, 4), (4, 7, 2, 4, 1, 4), (8, 7, 2, 2, 1, 4)],
     2: [(4, 14, 1, 2, 2, 3), (4, 14, 1, 2, 2, 4), (8, 7, 2, 2, 2, 3), (8, 7, 2, 2, 2, 4)],
-    4: [(8, 14, 1, 1, 4, 4)],
+    4: [(8, 14, 1, 1, 4, 3)],
 }  # fmt: skip
 # (tile, rt, wgs, ks, split, share, stages) by rows, then shape
 TILES = {
