@@ -134,8 +134,9 @@ def notes(report: Report) -> list[str]:
         f"tokens/s: closed loop with {widest} streams. Perplexity and KL (nats per token, against "
         f"{report.reference}): {report.text.name}, {report.text.protocol}.",
         "KV tokens gained: what the weight bytes saved against the reference would hold in the KV cache.",
-        f"Decode vs prefill: perplexity of the same tokens, ± standard error of the paired difference; (!) "
-        f"is more than {100 * MAX_DISAGREEMENT:g} % and more than {MIN_STANDARD_ERRORS:g} standard errors.",
+        "Decode vs prefill: perplexity of the same tokens, ± standard error of the paired difference over "
+        f"windows; (!) is more than {100 * MAX_DISAGREEMENT:g} % and more than {MIN_STANDARD_ERRORS:g} "
+        "standard errors.",
     ]
     if report.not_measured:
         said.append(f"(!) Stopped: {', '.join(report.not_measured)} not measured. The same command goes on.")

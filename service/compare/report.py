@@ -74,7 +74,7 @@ class Apart(msgspec.Struct, frozen=True, kw_only=True):
     """A decode mode against prefill, paired token by token."""
 
     change: Annotated[float, described("decode / prefill - 1, of the perplexities")]
-    standard_error: Annotated[float, described("Of `change`; tokens of one window depend, so a little small")]
+    standard_error: Annotated[float, described("Of `change`, over windows: tokens of one move together")]
 
     @property
     def exceeds(self) -> bool:

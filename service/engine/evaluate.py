@@ -26,9 +26,9 @@ from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 from service.model.instance import ModelInstance
 from service.quality.divergence import (
     agrees_on_top,
+    grouped_mean,
     kl_divergence,
     negative_log_likelihood,
-    paired_difference,
 )
 
 logger = logging.getLogger(__name__)
@@ -230,10 +230,11 @@ class Evaluation:
 
 def paired(decode: list[list[float]], prefill: list[list[float]]) -> Paired:
     """Nats by window and scored token, from its beginning on; what only one has scored is left out."""
-    pairs = [pair for windows in zip(decode, prefill, strict=True) for pair in zip(*windows, strict=False)]
-    ours, base = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    mean, standard_error = paired_difference(ours, base)
-    return Paired(len(pairs), mean, standard_error)
+    differences = [
+        [ours - base for ours, base in zip(*window, strict=False)]
+        for window in zip(decode, prefill, strict=True)
+    ]
+    return Paired(sum(map(len, differences)), *grouped_mean(differences))
 
 
 def sequence_batch(token_ids: list[int], blocks: list[int], device: torch.device) -> StepBatch:

@@ -4,12 +4,13 @@ engine/evaluate --logits--> nats a token --> Evaluated
 """
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from service.kernels.divergence import kl_divergence, negative_log_likelihood
 
-__all__ = ["agrees_on_top", "kl_divergence", "negative_log_likelihood", "paired_difference"]
+__all__ = ["agrees_on_top", "grouped_mean", "kl_divergence", "negative_log_likelihood"]
 
 
 def agrees_on_top(reference: Tensor, other: Tensor) -> Tensor:
@@ -17,12 +18,16 @@ def agrees_on_top(reference: Tensor, other: Tensor) -> Tensor:
     return reference.argmax(-1) == other.argmax(-1)
 
 
-def paired_difference(values: Tensor, base: Tensor) -> tuple[float, float]:
-    """float64 [n] of both, of the same things in order -> mean of values - base, its standard error.
+def grouped_mean(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Values by group -> the mean of all, and its standard error.
 
-    The standard error takes the pairs as independent; a single pair says nothing of it, so it is infinite.
+    Groups are independent of each other, values of one group need not be; a single group says nothing of
+    the error, so it is infinite. Source: Liang and Zeger, Biometrika 73 (1986), for a mean alone.
     """
-    difference = values - base
-    count = len(difference)
-    error = float(difference.std(correction=1)) / math.sqrt(count) if count > 1 else math.inf
-    return float(difference.mean()), error
+    sums = [(math.fsum(group), len(group)) for group in groups if group]
+    count = sum(size for _, size in sums)
+    mean = math.fsum(total for total, _ in sums) / count
+    if len(sums) == 1:
+        return mean, math.inf
+    spread = math.fsum((total - mean * size) ** 2 for total, size in sums)
+    return mean, math.sqrt(spread * len(sums) / (len(sums) - 1)) / count

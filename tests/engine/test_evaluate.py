@@ -90,11 +90,13 @@ def test_pairs_are_the_positions_that_both_scored(serve: Serve, folder: Path) ->
         kv = instance.new_kv(3)
         steps = [instance.forward(one_sequence(window[: n + 1], n, kv), kv) for n in range(10)]
         decode = nats_of(torch.cat(steps), window[1:11])
-        differences += [one - other for one, other in zip(decode, prefill, strict=True)]
+        differences.append([one - other for one, other in zip(decode, prefill, strict=True)])
     assert got.paired.keys() == {"decode1", "decode8"}
     assert got.paired["decode1"].tokens == got.paired["decode8"].tokens == 80
     assert got.paired["decode1"].mean == pytest.approx(np.mean(differences), rel=1e-6)
-    assert got.paired["decode1"].standard_error == pytest.approx(np.std(differences, ddof=1) / 80**0.5)
+    assert got.paired["decode1"].standard_error == pytest.approx(
+        np.std(np.mean(differences, 1), ddof=1) / 8**0.5
+    )
     assert got.paired["decode1"].standard_error > 0
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from service.quality.divergence import (
     agrees_on_top,
+    grouped_mean,
     kl_divergence,
     negative_log_likelihood,
-    paired_difference,
 )
 
 numbers = st.lists(st.floats(-30, 30, width=32), min_size=5, max_size=5)
@@ -53,16 +53,21 @@ def test_agreement_on_the_likeliest_token() -> None:
     assert agrees_on_top(one, other).tolist() == [True, False]
 
 
-@given(st.lists(st.tuples(st.floats(0, 30), st.floats(0, 30)), min_size=2, max_size=50))
-def test_paired_difference_is_numpys(pairs: list[tuple[float, float]]) -> None:
-    ours, base = np.array(pairs).T
-    mean, standard_error = paired_difference(torch.from_numpy(ours), torch.from_numpy(base))
-    assert mean == pytest.approx(np.mean(ours - base), rel=1e-9, abs=1e-12)
-    assert standard_error == pytest.approx(
-        np.std(ours - base, ddof=1) / np.sqrt(len(pairs)), rel=1e-9, abs=1e-12
-    )
+@given(st.lists(st.lists(st.floats(-30, 30), min_size=3, max_size=3), min_size=2, max_size=20))
+def test_groups_of_one_size_are_their_means(groups: list[list[float]]) -> None:
+    """As many independent values as there are groups, however alike those of a group are."""
+    mean, standard_error = grouped_mean(groups)
+    means = np.mean(groups, 1)
+    assert mean == pytest.approx(np.mean(means), rel=1e-9, abs=1e-9)
+    assert standard_error == pytest.approx(np.std(means, ddof=1) / np.sqrt(len(groups)), rel=1e-9, abs=1e-9)
+    repeated = grouped_mean([group * 5 for group in groups])
+    assert repeated == pytest.approx((mean, standard_error), rel=1e-9, abs=1e-9)
 
 
-def test_one_pair_says_nothing_of_the_spread() -> None:
-    one = torch.ones(1, dtype=torch.float64)
-    assert paired_difference(3 * one, one) == (2.0, math.inf)
+def test_groups_count_by_their_size() -> None:
+    """(1 + 1 + 4) / 3 = 2; residuals 2 - 2 * 2 and 4 - 2; sqrt(8 * 2 / 1) / 3."""
+    assert grouped_mean([[1.0, 1.0], [], [4.0]]) == (2.0, pytest.approx(4 / 3))
+
+
+def test_one_group_says_nothing_of_the_spread() -> None:
+    assert grouped_mean([[1.0, 2.0, 6.0], []]) == (3.0, math.inf)
