@@ -1,12 +1,15 @@
 """What the engine's process does before it imports torch."""
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import make_checkpoint
 
 from service.engine import early
 
@@ -31,6 +34,27 @@ def test_an_import_that_fails_leaves_the_collector_on() -> None:
     with pytest.raises(ImportError), early.importing():
         raise ImportError
     assert gc.isenabled()
+
+
+START = """
+import sys, time
+from service.engine.startup import start
+from service.messages import EngineConfig
+
+config = EngineConfig(model_path=sys.argv[1], precision=sys.argv[2], device="cpu", kv_tokens=512)
+start(config, lambda _: None, time.monotonic())
+heavy = ("torch._dynamo", "torch._inductor", "sympy", "transformers", "scipy", "pandas")
+print([name for name in heavy if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
+def test_a_start_imports_no_compiler_and_no_library_of_models(tmp_path: Path, precision: str) -> None:
+    """Torch's compiler alone takes as long as everything else on the way to ready."""
+    make_checkpoint(tmp_path, "llama", hidden_size=256, intermediate_size=512)
+    command = [sys.executable, "-c", START, str(tmp_path), precision]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 class Driver:

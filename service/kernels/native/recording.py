@@ -88,6 +88,11 @@ class Recorder(TorchDispatchMode):
         self.arena = arena
         self._library = library
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch asks its modes: to keep its compiler out of one it would import it, which takes seconds."""
+        return False
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
