@@ -28,6 +28,8 @@ struct Parts {
 
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+DEVICE void stop() { asm volatile("trap;"); }
+
 // copies into shared memory by threads ------------------------------------------------------------------------
 DEVICE void copy16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -195,6 +197,15 @@ DEVICE void wgmma_wait() {
 #else
 #include "w4_emulator.h"
 #endif
+
+// In a cluster a 32-bit address of shared memory has the block's rank in its upper bits: whatever is handed to the copy
+// engine, to barriers or to other blocks needs them. -> what an offset into the window is added to; dynamic shared
+// memory is expected behind the system's 1024 bytes.
+DEVICE uint32_t window_start(const char* shared) {
+    const uint32_t address = shared_address(shared);
+    if ((address & 0xffffff) != 1024) stop();
+    return address - 1024;
+}
 
 // shared by the kernels -----------------------------------------------------------------------------------------
 // B of wgmma: rows of 64 halves (128 bytes) under the 128-byte swizzle, eight rows 1024 bytes apart.

@@ -79,8 +79,14 @@ inline Meeting& my_warp() { return me->block->warps[me->thread / 32]; }
 template <class Act>
 inline void meet_warp(void* mine, Act act) { meet(my_warp(), me->thread & 31, 32, mine, act); }
 
-inline uint32_t shared_address(const void* p) { return uint32_t((const char*)p - me->block->memory); }
-inline char* at_shared(uint32_t address) { return me->block->memory + address; }
+inline void stop() { abort(); }
+// As on the chip, an address says whose memory it means.
+inline uint32_t shared_address(const void* p) { return uint32_t((const char*)p - me->block->memory) | me->block->rank << 24; }
+inline uint32_t mine(uint32_t address) {
+    if (int(address >> 24) != me->block->rank) { printf("another block's address\n"); abort(); }
+    return address & 0xffffff;
+}
+inline char* at_shared(uint32_t address) { return me->block->memory + mine(address); }
 inline void sync_warp() { meet_warp(nullptr, [](void**) {}); }
 inline void sync_block() { meet(me->block->block[0], 0, threads_of_block, nullptr, [](void**) {}); }
 
@@ -187,30 +193,30 @@ inline void cluster_arrive() {
     if (++cluster_meeting.arrived == threads_of_block * cluster_size) cluster_meeting.arrived = 0, cluster_meeting.round++;
 }
 inline void cluster_wait() { while (cluster_meeting.round == me->cluster_round) yield(); }
-inline void store_remote(uint32_t address, int rank, float4 v) { memcpy(blocks[rank].memory + address, &v, 16); }
+inline void store_remote(uint32_t address, int rank, float4 v) { memcpy(blocks[rank].memory + mine(address), &v, 16); }
 
 inline void settle(Barrier& b) {
     if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.expected;
 }
-inline void barrier_init(uint32_t barrier, int arrivals) { me->block->barriers[barrier] = {arrivals, arrivals, 0, 0}; }
+inline void barrier_init(uint32_t barrier, int arrivals) { me->block->barriers[mine(barrier)] = {arrivals, arrivals, 0, 0}; }
 inline void barriers_visible() {}
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
-    Barrier& b = me->block->barriers.at(barrier);
+    Barrier& b = me->block->barriers.at(mine(barrier));
     b.bytes += bytes, b.pending--;
     settle(b);
 }
 inline void barrier_arrive_at(uint32_t barrier, int rank) {
-    Barrier& b = blocks[rank].barriers.at(barrier);
+    Barrier& b = blocks[rank].barriers.at(mine(barrier));
     b.pending--;
     settle(b);
 }
 inline void barrier_arrive(uint32_t barrier) { barrier_arrive_at(barrier, me->block->rank); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-    Barrier& b = me->block->barriers.at(barrier);
+    Barrier& b = me->block->barriers.at(mine(barrier));
     while (b.phase == parity) yield();  // the phase of that parity is not over yet
 }
 inline void bytes_landed(Block& block, uint32_t barrier, long bytes) {
-    Barrier& b = block.barriers.at(barrier);
+    Barrier& b = block.barriers.at(mine(barrier));
     b.bytes -= bytes;
     settle(b);
 }
@@ -219,10 +225,10 @@ constexpr uint64_t READ_ONCE = 0, KEEP = 0;
 inline void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks, uint64_t) {
     const uint64_t* m = map->opaque;
     const long size = m[4];
-    if (to % (m[7] ? 1024 : 128)) { printf("misaligned box\n"); abort(); }
+    if (mine(to) % (m[7] ? 1024 : 128)) { printf("misaligned box\n"); abort(); }
     for (int rank = 0; ranks >> rank; rank++) {
         if (!(ranks >> rank & 1)) continue;
-        uint32_t at = to;
+        uint32_t at = mine(to);
         for (int r = 0; r < int(m[6]); r++)
             for (int c = 0; c < int(m[5]); c++, at += size) {
                 char* there = blocks[rank].memory + (m[7] ? at ^ ((at >> 7 & 7) << 4) : at);
@@ -271,7 +277,7 @@ inline void wgmma_wait() {
                         uint32_t at = base + n / 8 * 1024 + n % 8 * 128 + 2 * k;
                         at ^= (at >> 7 & 7) << 4;
                         uint16_t bits;
-                        memcpy(&bits, at_shared(at), 2);
+                        memcpy(&bits, me->block->memory + at, 2);  // a descriptor means the block it is in
                         B[n][k] = half(bits);
                     }
                 for (int l = 0; l < 128; l++) {

@@ -67,7 +67,8 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
        const float* __restrict__ nested, const float* __restrict__ map, const char* __restrict__ x,
        char* __restrict__ y, int rows, int N, GRID_CONSTANT Parts parts) {
     SHARED_MEMORY
-    char* window = shared - shared_address(shared);
+    const uint32_t here = window_start(shared);
+    char* window = shared - 1024;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
     const int slice = warp % KWARPS, my_block = warp / KWARPS;
     const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
@@ -80,7 +81,7 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
     // zeros, and lanes 0 to 15 a row's nested absmax each.
     const int block_step = clusters * RBLOCKS;
     int next_block = cluster * RBLOCKS + my_block, next_absmax = 0;
-    uint32_t next_stage = ring;
+    uint32_t next_stage = here + ring;
     const char* next_codes = codes + (size_t(next_block) * TILES + first_chunk * 2) * 512 + lane * 16;
     const char* side = AFFINE ? (lane < 2 ? scales + lane * 16 : zeros) : scales + lane * blocks * 16;
     const int side_bytes = AFFINE && lane == 2 ? 8 : AFFINE ? 32 : 16;
@@ -101,7 +102,7 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
             }
         }
         copies_commit();
-        next_stage = next_stage == ring + (STAGES - 1) * CHUNK_BYTES ? ring : next_stage + CHUNK_BYTES;
+        next_stage = next_stage == here + ring + (STAGES - 1) * CHUNK_BYTES ? here + ring : next_stage + CHUNK_BYTES;
         if (c == CHUNKS - 1) next_block += block_step, next_codes += size_t(block_step) * TILES * 512;
     };
 #pragma unroll
@@ -140,7 +141,7 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
     if (CLUSTER > 1) cluster_arrive();  // everybody's shared memory exists once this phase is over
     sync_block();
 
-    const uint32_t base = TABLE + lane * 4;
+    const uint32_t base = here + TABLE + lane * 4;
     auto store = [&](int unit, int line, int quarter, float4 v) {
         const int m = line / RBLOCKS, block = unit * RBLOCKS + line % RBLOCKS;
         *reinterpret_cast<uint2*>(y + (size_t(m) * N + block * 16 + quarter * 4) * 2) = {to_halves(v.x, v.y), to_halves(v.z, v.w)};
@@ -254,7 +255,7 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
             if (addend == 0 && line < lines) {
                 if (CLUSTER == 1) store(unit, line, t, v);
                 else
-                    store_remote(RECEIVE + ((((round & 1) * CLUSTER + rank) * OWNED + line / CLUSTER) * 16 + t * 4) * 4,
+                    store_remote(here + RECEIVE + ((((round & 1) * CLUSTER + rank) * OWNED + line / CLUSTER) * 16 + t * 4) * 4,
                                  line % CLUSTER, v);
             }
         }

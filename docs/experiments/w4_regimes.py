@@ -299,7 +299,8 @@ def supervise(folder: Path, deadline: float) -> None:
             now = (folder / "now").read_text() + str(results.stat().st_size if results.exists() else 0)
             if now != last:
                 last, silent_since = now, time.time()
-            if time.time() - silent_since > SILENT_SECONDS or time.time() > deadline:
+            patience = SILENT_SECONDS * (3 if now.startswith("-1") else 1)  # imports, and the first of CUDA
+            if time.time() - silent_since > patience or time.time() > deadline:
                 why = "hung" if time.time() <= deadline else "out of time"
                 process.kill()
                 process.wait()

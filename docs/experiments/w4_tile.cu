@@ -67,7 +67,8 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
         const char* __restrict__ zeros, const float* __restrict__ nested, const float* __restrict__ map,
         char* __restrict__ y, int rows, int N, int K, GRID_CONSTANT Parts parts) {
     SHARED_MEMORY
-    char* window = shared - shared_address(shared);
+    const uint32_t here = window_start(shared);
+    char* window = shared - 1024;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     const int rank = blockIdx.x % CLUSTER / SHARE, neighbour = blockIdx.x % SHARE;
     const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
@@ -76,8 +77,8 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
 
     if (thread == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(FULL + 8 * i, 1);
-            barrier_init(EMPTY + 8 * i, WGS * 4 * SHARE);
+            barrier_init(here + FULL + 8 * i, 1);
+            barrier_init(here + EMPTY + 8 * i, WGS * 4 * SHARE);
         }
         barriers_visible();
     }
@@ -96,8 +97,8 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 const int n = (tile / row_tiles * SHARE + neighbour) * R, m = tile % row_tiles * T;
 #pragma unroll 1
                 for (int step = first_step; step < first_step + steps; step++) {
-                    barrier_wait(EMPTY + 8 * stage, phase ^ 1);
-                    const uint32_t full = FULL + 8 * stage, to = RING + stage * STAGE_BYTES;
+                    barrier_wait(here + EMPTY + 8 * stage, phase ^ 1);
+                    const uint32_t full = here + FULL + 8 * stage, to = here + RING + stage * STAGE_BYTES;
                     barrier_expect(full, ARRIVING);
                     copy_box(to + CODES, &code_map, step * KS * 128, n / 16, full, row_tiles == 1 ? READ_ONCE : KEEP);
 #pragma unroll
@@ -126,7 +127,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
     } else {
         registers_raise<CONSUMER_REGISTERS>();
         const int g = lane >> 2, group = warp >> 2, quarter = warp & 3, all_tiles = K / 64;
-        const uint32_t base = TABLE + lane * 4;
+        const uint32_t base = here + TABLE + lane * 4;
         const float* levels = reinterpret_cast<const float*>(window + MAP);
         uint32_t stage = 0, phase = 0, done = 0;  // `done`: the stage given back next
         float sum[RT][J * 4];
@@ -134,9 +135,9 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
 
         auto give_back = [&]() {  // to whoever fills it
             if (SHARE == 1) {
-                if (lane == 0) barrier_arrive(EMPTY + 8 * done);
+                if (lane == 0) barrier_arrive(here + EMPTY + 8 * done);
             } else if (lane < SHARE)
-                barrier_arrive_at(EMPTY + 8 * done, rank * SHARE + lane);
+                barrier_arrive_at(here + EMPTY + 8 * done, rank * SHARE + lane);
             if (++done == STAGES) done = 0;
         };
         for (int tile = cluster; tile < tiles; tile += clusters) {
@@ -183,10 +184,10 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
             };
             const int substeps = steps * KS;  // even
             auto substep = [&](int at, int i, uint32_t (*fragments)[4][4]) {
-                if (i == 0) barrier_wait(FULL + 8 * stage, phase);
+                if (i == 0) barrier_wait(here + FULL + 8 * stage, phase);
                 decode(first_step * KS + at, i, fragments);
                 wgmma_fence();
-                const uint64_t x = descriptor(RING + stage * STAGE_BYTES + i * X_BYTES);
+                const uint64_t x = descriptor(here + RING + stage * STAGE_BYTES + i * X_BYTES);
 #pragma unroll
                 for (int r = 0; r < RT; r++)
 #pragma unroll
@@ -210,7 +211,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
             const uint32_t out = OUT + warp * OUT_BYTES;
             auto stage_piece = [&](int row, const float* v) {
                 const int at = row + (lane & 7);
-                store_two_transposed(out + at * 32 + (((lane >> 3) ^ (at >> 2)) & 1) * 16, to_halves(v[0], v[1]), to_halves(v[2], v[3]));
+                store_two_transposed(here + out + at * 32 + (((lane >> 3) ^ (at >> 2)) & 1) * 16, to_halves(v[0], v[1]), to_halves(v[2], v[3]));
             };
             auto write_rows = [&](int count, int row, int column) {
                 sync_warp();
@@ -238,7 +239,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 for (int r = 0; r < RT; r++)
 #pragma unroll
                     for (int j = 0; j < J; j++)
-                        store_remote(RING + (((rank * RT + r) * OWNED + j % OWNED) * CONSUMERS + thread) * 16, j / OWNED * SHARE + neighbour,
+                        store_remote(here + RING + (((rank * RT + r) * OWNED + j % OWNED) * CONSUMERS + thread) * 16, j / OWNED * SHARE + neighbour,
                                      make_float4(sum[r][j * 4], sum[r][j * 4 + 1], sum[r][j * 4 + 2], sum[r][j * 4 + 3]));
                 cluster_arrive(), cluster_wait();
 #pragma unroll

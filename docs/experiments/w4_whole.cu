@@ -18,7 +18,8 @@ w4_whole(const char* __restrict__ codes, const char* __restrict__ scales, const 
          const float* __restrict__ nested, const float* __restrict__ map, char* __restrict__ w, int first, int blocks,
          int N, int K, GRID_CONSTANT Parts parts) {
     SHARED_MEMORY
-    char* window = shared - shared_address(shared);
+    const uint32_t here = window_start(shared);
+    char* window = shared - 1024;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2;
     const int all_tiles = K / 64, all_blocks = N / 16;
     if (!AFFINE) {
@@ -52,12 +53,12 @@ w4_whole(const char* __restrict__ codes, const char* __restrict__ scales, const 
         for (int s = 0; s < 4; s++) {
             uint32_t a[4];
             if (AFFINE) decode_affine(words[s], low_zero, high_zero, a);
-            else decode_nf4(words[s], TABLE + lane * 4, a);
+            else decode_nf4(words[s], here + TABLE + lane * 4, a);
             a[0] = multiply(a[0], low), a[1] = multiply(a[1], high);
             a[2] = multiply(a[2], low), a[3] = multiply(a[3], high);
             // matrices 0 to 3: rows 0..7, rows 8..15, then both 8 of K on
             const int row = lane & 15, piece = 2 * s + (lane >> 4);
-            store_matrices(staging + row * 128 + ((piece ^ row) & 7) * 16, a);
+            store_matrices(here + staging + row * 128 + ((piece ^ row) & 7) * 16, a);
         }
         sync_warp();
 #pragma unroll
