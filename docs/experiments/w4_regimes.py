@@ -39,7 +39,11 @@ def list_tasks(all_rows: list[int]) -> list[dict[str, Any]]:
     tasks: list[dict[str, Any]] = []
     for shape in SHAPES:
         common: dict[str, Any] = {"shape": shape, "affine": 0, "config": ()}
-        tasks += [{**common, "kind": "read", "affine": affine, "rows": 0} for affine in (0, 1)]
+        reads = [(affine, blocks) for affine in (0, 1) for blocks in (1, 2, 4)]
+        tasks += [
+            {**common, "kind": "read", "affine": affine, "rows": 0, "config": (blocks,)}
+            for affine, blocks in reads
+        ]
         for rows in all_rows:
             for affine in (0, 1):
                 here = {**common, "rows": rows, "affine": affine}
@@ -150,7 +154,7 @@ class Worker:
         operands = self.operands(affine)
         extra: dict[str, Any] = {}
         if task["kind"] == "read":
-            return self.run_read(self.bytes_of(affine))
+            return self.run_read(self.bytes_of(affine), task["config"][0])
         y = self.torch.full((rows, self.problem.n), float("nan"), device="cuda", dtype=self.torch.float16)
         if task["kind"] == "cublas":
             x = self.x[:rows]
@@ -200,7 +204,7 @@ class Worker:
         y.fill_(float("nan"))
         return launches, extra
 
-    def run_read(self, size: int) -> dict[str, Any]:
+    def run_read(self, size: int, blocks: int) -> dict[str, Any]:
         import ctypes
 
         size = size // 64 * 64
@@ -215,7 +219,7 @@ class Worker:
                 ctypes.c_void_p(out.data_ptr()),
                 ctypes.c_uint64(size),
             ]
-            launches.append(self.reader.bind(4 * 132, arguments))
+            launches.append(self.reader.bind(blocks * 132, arguments))
         us, spread = self.time(launches)
         return {"us": us, "spread": spread, "error": 0.0, "bytes": size}
 

@@ -84,7 +84,10 @@ extern "C" __global__ void __launch_bounds__(512) read_only(const uint4* __restr
 #pragma unroll
         for (int j = 0; j < 4; j++) sum += v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
     }
-    for (; i < pieces; i += stride) sum += from[i].x;
+    for (; i < pieces; i += stride) {
+        const uint4 v = __ldcs(from + i);
+        sum += v.x ^ v.y ^ v.z ^ v.w;
+    }
     if (sum == 0x12345677) *to = sum;
 }
 #endif
