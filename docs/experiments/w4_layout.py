@@ -153,8 +153,8 @@ def check() -> None:
                 row, column = 16 + lane // 4 + 8 * (r % 2), 128 + 16 * s + 8 * (r // 2) + 2 * (lane % 4)
                 low, high = codes[row, column], codes[row, column + 1]
                 assert pairs[1, 2, lane, s, r] == low | high << 4
-                word = int(apart[1, 2, lane, s].view(torch.int32)) & 0xFFFFFFFF
-                assert (word >> 4 * r & 0xF000F) == int(low) | int(high) << 16
+                bits = int(apart[1, 2, lane, s].view(torch.int32)) & 0xFFFFFFFF
+                assert (bits >> 4 * r & 0xF000F) == int(low) | int(high) << 16
 
 
 if __name__ == "__main__":
