@@ -208,6 +208,7 @@ class Steps:
             empty(in_features, out_features // 8, dtype=torch.int32),
             empty(num_groups, out_features // 8, dtype=torch.int32),
             empty(num_groups, out_features, dtype=torch.float16),
+            deterministic=self.shapes.deterministic,
         )
 
     def head(self, num_rows: int) -> Tensor:

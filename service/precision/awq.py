@@ -54,7 +54,8 @@ class AWQLinear(QuantLinear):
         self.register_buffer("zeros", weight.zeros)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("bias", bias)
-        self.bound = awq_linear.bind(self.codes, self.zeros, self.scales, bias)
+        tensors = self.codes, self.zeros, self.scales, bias
+        self.bound = awq_linear.bind(*tensors, deterministic=group.deterministic)
         self.row_invariant = self.bound is not None
 
     def forward(self, x: Tensor) -> Tensor:

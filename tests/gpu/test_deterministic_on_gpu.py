@@ -17,6 +17,8 @@ from torch import Tensor
 from service.engine.engine import Engine
 from service.engine.startup import start
 from service.errors import PrecisionError
+from service.kernels import awq_linear
+from service.kernels.awq_linear import reference as awq_reference
 from service.kernels.dense_linear.triton import arrivals
 from service.kernels.fixed_linear import fixed_linear
 from service.kernels.fixed_linear import triton as fixed
@@ -146,6 +148,27 @@ def test_a_request_is_the_same_beside_1_7_64_256_others(tmp_path: Path, family: 
     engine = engine_of(tmp_path, precision, "off", 24)
     told = answers(engine, [*neighbours(64), *watched()])
     assert [told[submit.id] for submit in watched()] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("in_features", "out_features"), [(4096, 6144), (14336, 4096), (576, 960)])
+def test_so_is_a_row_of_awq_s_linear(in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    groups = in_features // (128 if in_features % 128 == 0 else 64)
+    scales = torch.rand(groups, out_features, device=CUDA).half() * 0.02
+
+    def words(rows: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, (rows, out_features // 8), device=CUDA, dtype=torch.int32)
+
+    weight = words(in_features), words(groups), scales
+    x = torch.randn(MOST_ROWS, in_features, device=CUDA).to(dtype)
+    linear = awq_linear.bind(*weight, None, deterministic=True)
+    assert linear is not None
+    together = linear(x)
+    want = x[:64].double() @ awq_reference.dequantize(*weight).double()
+    assert relative_rms(together[:64], want) < RELATIVE_RMS[dtype]
+    for rows in ROWS:
+        for part in (slice(rows), slice(MOST_ROWS - rows, MOST_ROWS), slice(7, 7 + rows)):
+            assert torch.equal(linear(x[part]), together[part])
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8:outliers=batch"])

@@ -56,6 +56,21 @@ def test_triton_agrees_with_the_reference(
     assert (got.float() - want).norm() < RELATIVE_RMS[dtype] * want.norm()
 
 
+@pytest.mark.parametrize("dtype", RELATIVE_RMS, ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("in_features", "out_features", "group"), [(576, 64, 64), (384, 136, 128)])
+def test_a_deterministic_row_is_the_same_in_any_company(
+    kernels: ModuleType, in_features: int, out_features: int, group: int, dtype: torch.dtype
+) -> None:
+    layer = random_layer(in_features, out_features, group)
+    x = torch.randn(70, in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    together = kernels.awq_linear(x, *layer, deterministic=True)
+    want = x.float() @ reference.dequantize(*layer)
+    assert (together.float() - want).norm() < RELATIVE_RMS[dtype] * want.norm()
+    for first, rows in ((0, 1), (69, 1), (20, 5), (3, 17), (0, 64)):
+        part = slice(first, first + rows)
+        assert torch.equal(kernels.awq_linear(x[part], *layer, deterministic=True), together[part])
+
+
 COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget

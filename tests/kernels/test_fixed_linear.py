@@ -1,6 +1,7 @@
 """The linear whose rows do not depend on their number: in Triton's interpreter, bit for bit."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -17,6 +18,8 @@ ROWS = ((0, 1), (77, 1), (40, 5), (3, 16), (0, 17), (66, 64))  # first of 130, h
 
 @pytest.fixture(scope="module")
 def fixed() -> Iterator[ModuleType]:
+    pytest.importorskip("triton")
+    import_module("service.kernels.dense_linear.triton")  # whose own kernels are not interpreted
     with interpreted("service.kernels.fixed_linear.triton") as module:
         yield module
 

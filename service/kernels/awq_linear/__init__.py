@@ -10,6 +10,7 @@ by the tensors it returns.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,9 +34,9 @@ for _name in ("awq_linear", "awq_linear_int4pack"):
     torch.library.register_fake(f"halftone::{_name}", _fake, lib=library)
 
 if torch.cuda.is_available():
-    from service.kernels.awq_linear.triton import awq_linear as _triton_awq_linear
+    from service.kernels.awq_linear import triton as cuda
 
-    library.impl("awq_linear", _triton_awq_linear, "CUDA")
+    library.impl("awq_linear", cuda.awq_linear, "CUDA")
 
 _gemm = torch.ops.halftone.awq_linear.default
 _int4pack = torch.ops.halftone.awq_linear_int4pack.default
@@ -90,10 +91,21 @@ def apply(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor 
 
 
 def bind(
-    codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None
+    codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None, *, deterministic: bool = False
 ) -> Callable[[Tensor], Tensor] | None:
-    """`apply` of this weight for a layer that calls it often; None where nothing can be prepared."""
+    """`apply` of this weight for a layer that calls it often; None where nothing can be prepared.
+
+    What is bound in C, or as `deterministic`, computes a row alike whatever the others are, bit for bit.
+    """
+    if deterministic and codes.is_cuda:
+        return partial(fixed, codes=codes, zeros=zeros, scales=scales, bias=bias)
     return native.linear(codes, zeros, scales, bias) if native.is_packed(codes) else None
+
+
+def fixed(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`apply` on CUDA, in one order of sums for any number of rows."""
+    y = cuda.awq_linear(x, codes, zeros, scales, deterministic=True)
+    return y if bias is None else y.add_(bias)
 
 
 def dense(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:

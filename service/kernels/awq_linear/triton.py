@@ -3,7 +3,8 @@
 One program makes a [BLOCK_M, BLOCK_N] tile of y for one share of the input features. Words are loaded once,
 16 bytes a thread, and their eight nibbles become eight columns without leaving the thread. Few rows leave
 most of the machine idle, so the input features are split: each share writes its own float32 tile and torch
-adds the shares in their order. There are no atomics, so one input has one result.
+adds the shares in their order. There are no atomics, so one input has one result. How tall a tile is and how
+many shares there are follows from the number of rows, unless a row is to be the same among few and many.
 """
 
 import torch
@@ -15,6 +16,7 @@ from service.kernels.launch import await_predecessor, cdiv, launch
 
 MAX_SPLITS = 8
 PROGRAMS = 264  # two for each multiprocessor of an H100: enough to hide the latency of the loads
+FIXED_ROWS = 64  # of a tile, where rows must not depend on their number
 STAGES = 4
 
 
@@ -77,15 +79,21 @@ def tile(num_rows: int, group: int) -> tuple[int, int, int]:
     return 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64, 128, min(group, 64)
 
 
-def awq_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
-    """[tokens, in] float16 or bfloat16 -> [tokens, out] in the same type."""
+def awq_linear(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, *, deterministic: bool = False
+) -> Tensor:
+    """[tokens, in] float16 or bfloat16 -> [tokens, out] in the same type.
+
+    `deterministic`: a row's result, bit for bit, does not depend on the others.
+    """
     x = x.contiguous()
     num_rows, in_features = x.shape
     num_groups, out_features = scales.shape
     group = in_features // num_groups
-    block_m, block_n, block_k = tile(num_rows, group)
+    block_m, block_n, block_k = tile(FIXED_ROWS if deterministic else num_rows, group)
     width, height = cdiv(out_features, block_n), cdiv(num_rows, block_m)
-    splits = max(1, min(MAX_SPLITS, num_groups, PROGRAMS // max(width * height, 1)))
+    tiles = width if deterministic else width * height
+    splits = max(1, min(MAX_SPLITS, num_groups, PROGRAMS // max(tiles, 1)))
     groups_per_split = cdiv(num_groups, splits)
     splits = cdiv(num_groups, groups_per_split)
     y = x.new_empty(splits, num_rows, out_features, dtype=torch.float32 if splits > 1 else x.dtype)
@@ -98,4 +106,11 @@ def awq_linear(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Te
         num_warps=4,
         num_stages=STAGES,
     )
-    return y[0] if splits == 1 else y.sum(0).to(x.dtype)
+    if splits == 1:
+        return y[0]
+    if not deterministic:
+        return y.sum(0).to(x.dtype)
+    total = y[0]
+    for part in y[1:]:  # torch's sum may take them in another order for another number of rows
+        total += part
+    return total.to(x.dtype)
