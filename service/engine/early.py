@@ -17,7 +17,7 @@ SUCCESS = 0  # CUresult
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For imports: no module is garbage, and looking for some meanwhile takes a fifth of their time."""
+    """For imports: no module is garbage, and looking for some meanwhile takes an eighth of their time."""
     gc.disable()
     try:
         yield
