@@ -127,7 +127,7 @@ def check_tile() -> bool:
             (128, 2, 2, 1, 4, 1, 6, 1, 1024, 1, (128,)),
             (256, 1, 2, 1, 1, 1, 3, 2, 512, 3, (300,)),
         ):
-            kernel = Kernel("tile", affine, tuple(config))
+            kernel = Kernel("tile", affine, (*config, 0 if affine else k // 256 % 3))
             n = 64 * kernel.values["RT"] * kernel.values["WGS"] * blocks
             problem = Problem(n, k, "cpu", parts=(n // 2, n // 4, n // 4))
             fine &= all([check_one(kernel, problem, clusters, rows) for rows in rows_tried])

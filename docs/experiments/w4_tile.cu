@@ -35,6 +35,9 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
+#ifndef PERMUTED  // words of four that NF4 decodes without the table: shared memory is busy with wgmma
+#define PERMUTED 0
+#endif
 constexpr int CLUSTER = SPLIT * SHARE;
 #if SPLIT * SHARE > 1
 #define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
@@ -176,6 +179,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                     for (int s = 0; s < 4; s++) {
                         uint32_t* a = fragments[r][s];
                         if (AFFINE) decode_affine(words[s], low_zero, high_zero, a);
+                        else if (s < PERMUTED) decode_nf4_permuted(words[s], a);
                         else decode_nf4(words[s], base, a);
                         a[0] = multiply(a[0], low), a[1] = multiply(a[1], high);
                         a[2] = multiply(a[2], low), a[3] = multiply(a[3], high);

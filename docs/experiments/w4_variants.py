@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 FIELDS = {
     "few": ("CLUSTER", "KWARPS", "RBLOCKS", "CHUNKS", "NT", "STAGES"),
-    "tile": ("TILE", "RT", "WGS", "KS", "SPLIT", "SHARE", "STAGES"),
+    "tile": ("TILE", "RT", "WGS", "KS", "SPLIT", "SHARE", "STAGES", "PERMUTED"),
     "whole": (),
 }
 
@@ -146,7 +146,9 @@ def kernels_for(shape: str, rows: int, affine: int) -> list[Kernel]:
     if rows <= 32:
         few = FEW_4096 if SHAPES[shape][1] == 4096 else FEW_14336
         found += [Kernel("few", affine, config) for config in few[1 if rows <= 8 else 2 if rows <= 16 else 4]]
-    found += [Kernel("tile", affine, config) for config in TILES.get(rows, {}).get(shape, ())]
+    permuted = (0,) if affine or rows < 64 else (0, 2)
+    for config in TILES.get(rows, {}).get(shape, ()):
+        found += [Kernel("tile", affine, (*config, words)) for words in permuted]
     return found
 
 
