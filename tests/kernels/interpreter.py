@@ -1,6 +1,7 @@
 """Modules of Triton kernels, run in Triton's interpreter on a CPU: numbers, not races, alignment or speed."""
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -21,18 +22,15 @@ def interpreted(name: str) -> Iterator[ModuleType]:
     assert copy is not None
     assert copy.loader is not None
     module = importlib.util.module_from_spec(copy)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, fresh_kernels(), restored_language():
         patch.setenv("TRITON_INTERPRET", "1")
         import triton.language as tl
         from triton.runtime import interpreter
         from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
         from triton.runtime.jit import JITFunction
 
-        from service.kernels import launch
-
-        # what Triton itself wrote in its language (sum, max, cdiv) was made for the compiler at its import,
-        # and so was what our kernels share
-        for namespace in (tl.standard, tl.random, tl, launch):
+        # what Triton itself wrote in its language (sum, max, cdiv) was made for the compiler at its import
+        for namespace in (tl.standard, tl.random, tl):
             for function, value in list(vars(namespace).items()):
                 if isinstance(value, JITFunction):
                     patch.setattr(namespace, function, InterpretedFunction(value.fn))
@@ -51,6 +49,57 @@ def interpreted(name: str) -> Iterator[ModuleType]:
         patch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
         with np.errstate(over="ignore"):  # an exponential that is infinite is no accident
             yield module
+
+
+@contextmanager
+def fresh_kernels() -> Iterator[None]:
+    """Within, kernels that others import are made anew, and afterwards they are what they were before.
+
+    A kernel is made for the interpreter or the compiler when its module is imported, and stays so.
+    """
+
+    def made_by_triton() -> dict[str, ModuleType]:
+        return {
+            name: module
+            for name, module in sys.modules.items()
+            if name.startswith("service.kernels.") and name.rpartition(".")[2] in ("triton", "launch")
+        }
+
+    def forget(modules: dict[str, ModuleType]) -> None:
+        for name in modules:
+            parent, _, child = name.rpartition(".")
+            del sys.modules[name]
+            vars(sys.modules[parent]).pop(child, None)
+
+    before = made_by_triton()
+    forget(before)
+    try:
+        yield
+    finally:
+        forget(made_by_triton())
+        for name, module in before.items():
+            parent, _, child = name.rpartition(".")
+            sys.modules[name] = module
+            setattr(sys.modules[parent], child, module)
+
+
+@contextmanager
+def restored_language() -> Iterator[None]:
+    """Afterwards Triton's language is the compiler's again: the interpreter leaves parts of it replaced."""
+    import triton.language as tl
+
+    parts = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    before = [dict(vars(part)) for part in parts]
+    try:
+        yield
+    finally:
+        _prepared.clear()
+        for part, attributes in zip(parts, before, strict=True):
+            for name in set(vars(part)) - set(attributes):
+                delattr(part, name)
+            for name, value in attributes.items():
+                if vars(part)[name] is not value:
+                    setattr(part, name, value)
 
 
 _prepared: set[str] = set()  # modules of functions whose language is the interpreter's
