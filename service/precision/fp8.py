@@ -6,16 +6,13 @@ W8A8 with dynamic activation scales, per channel and per token, made while the c
 calibrated. Source: arXiv 2209.05433. A row's result does not depend on what else is in the batch.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from service.errors import PrecisionError
 from service.kernels.fp8_linear import fp8_linear, native, quantize_rows
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
-from service.precision.source import part_rows, read_bias, read_weight, tensor_bytes
+from service.precision.source import InFlight, part_rows, read_bias, read_weight, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
 
 LEAST_CAPABILITY = (8, 9)  # of the NVIDIA devices that multiply E4M3
@@ -62,24 +59,16 @@ class FP8Linear(QuantLinear):
         }
 
 
-class FP8:
+class FP8(InFlight):
     """`--precision fp8`: quantized from a 16-bit checkpoint while it loads."""
 
     name = "fp8"
     activation: Activation = "fp8_rows"
     capturable = True
-    quantizer: str | None = None
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: Options = check_options(spec, FP8Options)
         self.canonical = canonical(self.name, self.options)
-
-    @classmethod
-    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
-        return None
-
-    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
-        return quantization is None
 
     def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
         return torch.bfloat16

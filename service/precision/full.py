@@ -1,8 +1,5 @@
 """fp32, bf16, fp16: the weights as they are, cast once at load. The reference of every comparison."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,7 +14,7 @@ from service.kernels.dense_linear import (
     unpack_weight,
 )
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
-from service.precision.source import merged_weight, part_rows, read_bias, tensor_bytes
+from service.precision.source import InFlight, merged_weight, part_rows, read_bias, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,25 +49,17 @@ class FullLinear(QuantLinear):
         return {"weights16": packed_bytes(self.weight) + tensor_bytes(self.bias)}
 
 
-class Full:
+class Full(InFlight):
     """Backend of the three unquantized precisions; they differ in one dtype."""
 
     activation: Activation = "16bit"
     capturable = True
-    quantizer: str | None = None
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.name = spec.name
         self.dtype = DTYPES[spec.name]
         self.options: Options = check_options(spec, FullOptions)
         self.canonical = canonical(self.name, self.options)
-
-    @classmethod
-    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
-        return None
-
-    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
-        return quantization is None
 
     def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
         return self.dtype

@@ -8,7 +8,6 @@ batch. bitsandbytes' rule (`outliers=batch`) takes a feature out of all rows of 
 reaches the threshold. Alone, a row is computed alike under both. Source: arXiv 2208.07339.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -21,9 +20,9 @@ from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.full import FullLinear
 from service.precision.source import (
+    InFlight,
     merged_weight,
     part_rows,
-    quantized_activation_dtype,
     read_bias,
     read_weight,
     tensor_bytes,
@@ -132,28 +131,17 @@ class Int8Linear(QuantLinear):
         }
 
 
-class Int8:
+class Int8(InFlight):
     """`--precision int8`: quantized from a 16-bit checkpoint while it loads."""
 
     name = "int8"
     activation: Activation = "int8_rows"
-    quantizer: str | None = None
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: Int8Options = check_options(spec, Int8Options)
         self.canonical = canonical(self.name, self.options)
         # bitsandbytes, which serves a GPU otherwise, finds the outlier columns on the host
         self.capturable = self.options.outliers == "row"
-
-    @classmethod
-    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
-        return None
-
-    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
-        return quantization is None
-
-    def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
-        return quantized_activation_dtype(device, checkpoint)
 
     def build(self, group: LinearGroup, read: Read) -> QuantLinear:
         bias = read_bias(group, read)

@@ -8,9 +8,7 @@ minus their mean: they stay so in memory and are decoded on the way into each pr
 own kernel reads, or that of its fused product.
 """
 
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +21,8 @@ from service.kernels.nf4_linear import native
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.source import (
+    InFlight,
     part_rows,
-    quantized_activation_dtype,
     read_bias,
     read_weight,
     tensor_bytes,
@@ -207,27 +205,16 @@ def padded(blocks: int) -> int:
     return -(-blocks // NESTED_BLOCK) * NESTED_BLOCK
 
 
-class NF4:
+class NF4(InFlight):
     """`--precision nf4`: quantized from a 16-bit checkpoint while it loads."""
 
     name = "nf4"
     activation: Activation = "16bit"
     capturable = True
-    quantizer: str | None = None
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: NF4Options = check_options(spec, NF4Options)
         self.canonical = canonical(self.name, self.options)
-
-    @classmethod
-    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
-        return None
-
-    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
-        return quantization is None
-
-    def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
-        return quantized_activation_dtype(device, checkpoint)
 
     def build(self, group: LinearGroup, read: Read) -> NF4Linear:
         if group.in_features % BLOCK:

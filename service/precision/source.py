@@ -3,11 +3,30 @@
 checkpoint --read_weight, read_bias--> full, int8, nf4
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from service.errors import CheckpointError, PrecisionError
 from service.precision.base import LinearGroup, LinearSpec, Read
+
+
+class InFlight:
+    """What the backends share that read a 16-bit checkpoint and make of it what they need while it loads."""
+
+    quantizer: str | None = None
+
+    @classmethod
+    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
+        return None
+
+    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
+        return quantization is None
+
+    def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+        return quantized_activation_dtype(device, checkpoint)
 
 
 def read_shaped(name: str, shape: tuple[int, ...], read: Read) -> Tensor:
