@@ -272,6 +272,6 @@ def refuse_variance(precision: str, layers: Mapping[str, QuantLinear | FullHead 
             raise PrecisionError(
                 f"setting `deterministic` with precision `{precision}`: `{name}` is served by "
                 f"`{layer.kernel}`, whose results depend on how many rows it is given",
-                hint="on a GPU fp32, bf16, fp16, int8 and awq can be deterministic, on a CPU fp32, int8 and, "
-                "with native kernels, bf16, fp8, nf4 and awq; each with `--head 16bit`",
+                hint="on a GPU fp32, bf16, fp16, int8 and awq can be deterministic, on a CPU fp32 and, with "
+                "native kernels, bf16, int8, fp8, nf4 and awq; each with `--head 16bit`",
             )
