@@ -99,10 +99,9 @@ def check_on_cuda(group: LinearGroup, capability: tuple[int, int]) -> None:
             f"precision `fp8` computes with bfloat16 activations on a GPU, got dtype {group.dtype}",
             hint="leave `--dtype auto`, or give `--dtype bfloat16`",
         )
-    for part in group.parts:
-        if part.in_features % MULTIPLE or group.out_features % MULTIPLE:
-            raise PrecisionError(
-                f"precision `fp8` needs in and out features divisible by {MULTIPLE} on a GPU; `{part.path}` "
-                f"has {part.in_features} and {part.out_features}",
-                hint="serve this checkpoint with `--precision int8` or `bf16`",
-            )
+    if group.in_features % MULTIPLE or group.out_features % MULTIPLE:
+        raise PrecisionError(
+            f"precision `fp8` needs in and out features divisible by {MULTIPLE} on a GPU; `{group.name}` has "
+            f"{group.in_features} and {group.out_features}",
+            hint="serve this checkpoint with `--precision int8` or `bf16`",
+        )

@@ -120,7 +120,7 @@ def group(dtype: torch.dtype = torch.bfloat16, in_features: int = 64, out: int =
     [
         (group(), (8, 0), "8.0"),
         (group(torch.float16), (9, 0), "float16"),
-        (group(in_features=72), (9, 0), "`part` has 72"),
+        (group(in_features=72), (9, 0), "`o_proj` has 72"),
         (group(out=24), (9, 0), "64 and 24"),
     ],
 )
