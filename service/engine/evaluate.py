@@ -6,8 +6,8 @@ child --Evaluate--> Evaluation --Evaluated (progress, then the figures)--> front
 through the paged cache, one or eight sequences a step; both score the same positions: of the first eight
 windows equal beginnings, then of the next eight, until there are `decode_tokens`. KL and agreement come with
 the prefill pass, against another precision of the same checkpoint, loaded beside this one for the time.
-Where both were scored, decode is also paired with prefill token by token: rounding differs at random from
-token to token, and only the spread of the pairs says what a difference of the means is worth.
+Where both were scored, decode is also paired with prefill token by token: rounding differs at random, and
+only the spread of the pairs, by windows, says what a difference of the means is worth.
 """
 
 import logging

@@ -21,7 +21,7 @@ from service.engine.state import DeviceState
 from service.errors import DeviceError
 
 # the full one also serves rows that only have temperatures: the kernels of the filters end at once for them,
-# which costs some 5 us a step, where a third graph for each size would cost every start a second
+# predicted to cost 5 to 14 us a step, where a third graph for each size would cost every start a second
 CAPTURED: tuple[Variant, ...] = ("full", "greedy")
 
 

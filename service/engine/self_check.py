@@ -17,7 +17,7 @@ from service.precision.source import part_rows
 
 ROWS = (1, 8, 16, 64, 257)
 # Relative error (root mean square) of y: 16-bit inputs and sums leave at most 0.6 %, rows of x as int8 1.3 %,
-# as E4M3 4 %; a wrong nibble, scale or row is worth 10 % and more.
+# as E4M3 2.7 %; a wrong nibble, scale or row is worth 10 % and more.
 BOUNDS: dict[Activation, float] = {"16bit": 0.02, "int8_rows": 0.04, "fp8_rows": 0.08}
 
 
