@@ -106,6 +106,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def release_cached(device: torch.device) -> None:
+    """Give the device back what the allocator keeps of tensors that have ended."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 # --- copies that nobody waits for --------------------------------------------------------------
 
 

@@ -207,7 +207,7 @@ class Paired(msgspec.Struct, array_like=True):
 
     tokens: int  # positions that both scored
     mean: float
-    standard_error: float  # of the mean, windows taken as independent; infinite for a single one
+    standard_error: float  # of the mean, windows taken as independent
 
 
 class Evaluated(msgspec.Struct, tag="evaluated", array_like=True):

@@ -15,9 +15,11 @@ import math
 from collections.abc import Callable, Iterator
 from itertools import chain
 
+import msgspec
 import torch
 from torch import Tensor
 
+from service import device as devices
 from service.engine.link import Throttle
 from service.engine.startup import Serving, load_model
 from service.errors import HalftoneError, RequestError
@@ -109,8 +111,8 @@ class Evaluation:
             reference = self._load_reference() if message.reference else None
             self._score_prefill(reference)
             del reference
-            if message.reference and self.serving.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if message.reference:
+                devices.release_cached(self.serving.model.device)
         for mode in message.modes:
             if mode in DECODE_LANES:
                 self._score_decode(mode, DECODE_LANES[mode])
@@ -119,7 +121,10 @@ class Evaluation:
         def progress(*_: object) -> None:
             self._tick(0)
 
-        return load_model(self.config, self.message.reference, self.serving.model.device, progress)
+        config = msgspec.structs.replace(
+            self.config, deterministic=False
+        )  # it runs alone, and in any precision
+        return load_model(config, self.message.reference, self.serving.model.device, progress)
 
     def _score_prefill(self, reference: ModelInstance | None) -> None:
         """Whole windows, each in one forward pass; the reference sees the same."""

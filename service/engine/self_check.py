@@ -10,6 +10,7 @@ twice.
 
 import torch
 
+from service import device as devices
 from service.errors import DeviceError
 from service.model.instance import GROUPS, ModelInstance
 from service.precision.base import Activation, QuantLinear
@@ -32,6 +33,7 @@ def check_linears(model: ModelInstance) -> None:
             if kind not in checked:
                 checked.add(kind)
                 check(linear, BOUNDS[model.backend.activation])
+    devices.release_cached(model.device)  # the KV cache takes what is free
 
 
 def check(linear: QuantLinear, bound: float) -> None:

@@ -96,7 +96,8 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
         num_kernels = ahead.wait()
         stages("kernels", num_kernels, num_kernels, "kernels")
     stages("check", 0, 1, "kernels")
-    check_linears(model)
+    with told_shortage(device, "a check of the kernels"):
+        check_linears(model)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.backend.capturable
     stages("warm", 0, 1, "steps")
     warm = warm_up(model, max_batch_tokens if is_gpu else 2 * BLOCK_TOKENS, max_batch_requests)
@@ -104,7 +105,8 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
         graph_bytes = devices.extra_bytes(device, warm.runner.rehearse) if is_captured else 0
     del warm
     if config.deterministic:
-        check_independence(model)
+        with told_shortage(device, "a check of requests in company"):
+            check_independence(model)
     kv = make_kv(config, model, graph_bytes)
     limits = Limits(
         context_tokens(config, model, kv), max_batch_tokens, max_batch_requests, model.config.vocab_size

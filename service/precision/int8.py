@@ -152,7 +152,7 @@ class Int8(InFlight):
             raise PrecisionError(
                 f"precision `{self.canonical}` cannot multiply `{group.name}` on {group.device}: "
                 f"{list(shape)} are no multiples of {reference.MULTIPLE}",
-                hint="`int8:outliers=batch` computes any shape, through bitsandbytes",
+                hint="`int8:outliers=batch` computes any shape through bitsandbytes, not deterministically",
             )
         codes = torch.empty(shape, dtype=torch.int8, device=group.device)
         scales = torch.empty(group.out_features, device=group.device)

@@ -21,10 +21,14 @@ def agrees_on_top(reference: Tensor, other: Tensor) -> Tensor:
 def grouped_mean(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Values by group -> the mean of all, and its standard error.
 
-    Groups are independent of each other, values of one group need not be; a single group says nothing of
-    the error, so it is infinite. Source: Liang and Zeger, Biometrika 73 (1986), for a mean alone.
+    Groups are independent of each other, values of one group need not be. Of a single group the values have
+    to count as if they were, and of a single value the error is infinite. Source: Liang and Zeger, Biometrika
+    73 (1986), for a mean alone.
     """
-    sums = [(math.fsum(group), len(group)) for group in groups if group]
+    found = [group for group in groups if group]
+    if len(found) == 1:
+        found = [[value] for value in found[0]]
+    sums = [(math.fsum(group), len(group)) for group in found]
     count = sum(size for _, size in sums)
     mean = math.fsum(total for total, _ in sums) / count
     if len(sums) == 1:

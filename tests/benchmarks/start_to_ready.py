@@ -34,14 +34,17 @@ def start(arguments: list[str], environment: dict[str, str]) -> dict[str, float]
     """One server's stages in seconds, in their order, and `total`."""
     command = [sys.executable, "-m", "service", "serve", *arguments, "--port", "0"]
     began = time.monotonic()
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as server:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as server,
+    ):
         assert server.stdout is not None
-        assert server.stderr is not None
         found = next(filter(None, map(READY.search, server.stdout)), None)
         if found is None:
-            sys.exit(server.stderr.read())
+            log.seek(0)
+            sys.exit(log.read())
         urllib.request.urlopen(f"{found[1]}/ready").close()
         total = time.monotonic() - began
         [child] = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()

@@ -91,11 +91,13 @@ def test_rows_are_the_references_whoever_is_beside_them(
 
 
 @needs_library
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_a_broken_row_is_nan_and_no_other(broken: float) -> None:
+@pytest.mark.parametrize(
+    "broken", [0x7FC0, 0x7FFF, 0xFFFF, 0x7F80], ids=["nan", "all bits", "negative", "inf"]
+)
+def test_a_broken_row_is_nan_and_no_other(broken: int) -> None:
     weight, scales = quantize_rows(torch.randn(64, 64, generator=torch.Generator().manual_seed(3)))
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
-    x[1, 7] = broken
+    x[1, 7] = torch.tensor(broken, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     y = fp8_native.linear(fp8_native.pack(weight), scales, None)(x)
     assert y.isnan().all(1).tolist() == [False, True, False]
     assert y.isfinite().all(1).tolist() == [True, False, True]

@@ -69,5 +69,6 @@ def test_groups_count_by_their_size() -> None:
     assert grouped_mean([[1.0, 1.0], [], [4.0]]) == (2.0, pytest.approx(4 / 3))
 
 
-def test_one_group_says_nothing_of_the_spread() -> None:
-    assert grouped_mean([[1.0, 2.0, 6.0], []]) == (3.0, math.inf)
+def test_one_group_stands_for_its_values() -> None:
+    assert grouped_mean([[1.0, 2.0, 6.0], []]) == (3.0, pytest.approx((14 / 2 / 3) ** 0.5))
+    assert grouped_mean([[3.0]]) == (3.0, math.inf)

@@ -143,9 +143,9 @@ def fixed_linear(
     out_features = weight.shape[0]
     tiles = tiles or tiles_of(num_rows, out_features, x.dtype)
     splits = splits_of(in_features, out_features, tiles.inputs)
-    is_apart = splits > 1 and tiles.outputs == SPLIT_OUT
     blocks, columns = cdiv(num_rows, tiles.rows), cdiv(out_features, tiles.outputs)
-    assert not is_apart or blocks * columns <= MAX_TILES
+    # apart or not, the splits are added in the same order
+    is_apart = splits > 1 and tiles.outputs == SPLIT_OUT and blocks * columns <= MAX_TILES
     out = x.new_empty(num_rows, out_features)
     parts = x.new_empty(splits, num_rows, out_features, dtype=torch.float32) if is_apart else out
     launch(

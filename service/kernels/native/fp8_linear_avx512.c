@@ -54,7 +54,9 @@ INLINE __m512 through_e4m3(__m512 x) {
     bits = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7ffff)), odd);
     bits = _mm512_and_si512(bits, _mm512_set1_epi32(~0xfffff));
     __mmask16 small = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(LEAST_NORMAL), _CMP_LT_OQ);
-    return _mm512_mask_sub_ps(_mm512_castsi512_ps(bits), small, _mm512_add_ps(x, steps), steps);
+    __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q); /* of a NaN the carry may run into the sign */
+    __m512 rounded = _mm512_mask_mov_ps(x, number, _mm512_castsi512_ps(bits));
+    return _mm512_mask_sub_ps(rounded, small, _mm512_add_ps(x, steps), steps);
 }
 
 static void quantize_tile(const void *arguments, int64_t row) {
