@@ -98,7 +98,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     stages("check", 0, 1, "kernels")
     with told_shortage(device, "a check of the kernels"):
         check_linears(model)
-    is_captured = is_gpu and config.cuda_graphs == "on" and model.backend.capturable
+    is_captured = is_gpu and config.cuda_graphs == "on" and model.is_capturable
     stages("warm", 0, 1, "steps")
     warm = warm_up(model, max_batch_tokens if is_gpu else 2 * BLOCK_TOKENS, max_batch_requests)
     with told_shortage(device, f"a decode step of {max_batch_requests} requests"):

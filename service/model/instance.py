@@ -143,6 +143,12 @@ class ModelInstance:
             "gated_silu": gated_silu_kernel(self.dtype, self.device),
         }
 
+    @property
+    def is_capturable(self) -> bool:
+        """May a decode step of it run inside a CUDA graph?"""
+        linears: list[QuantLinear] = [getattr(layer, name) for layer in self.layers() for name in GROUPS]
+        return all(linear.capturable for linear in linears)
+
     def layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.decoder.layers if isinstance(layer, DecoderLayer)]
 

@@ -80,7 +80,6 @@ class AWQ:
 
     name = "awq"
     activation: Activation = "16bit"
-    capturable = True
     quantizer: str | None = "awq"
 
     def __init__(self, spec: PrecisionSpec) -> None:

@@ -54,6 +54,7 @@ class QuantLinear(nn.Module, ABC):
 
     group: LinearGroup
     kernel: str = ""  # name of the kernel that serves this layer, for /version
+    capturable: bool = True  # may it run inside a CUDA graph
     row_invariant: bool = False  # a row's result, bit for bit, does not depend on the others of its call
 
     @abstractmethod
@@ -80,7 +81,6 @@ class Backend(Protocol):
     options: Options
     canonical: str  # flag, metric label, report column
     activation: Activation
-    capturable: bool  # may its layers run inside a CUDA graph
     quantizer: str | None  # step of service/quantize that makes this mode's checkpoint from a 16-bit one
 
     def __init__(self, spec: PrecisionSpec) -> None: ...

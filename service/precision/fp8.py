@@ -64,7 +64,6 @@ class FP8(InFlight):
 
     name = "fp8"
     activation: Activation = "fp8_rows"
-    capturable = True
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: Options = check_options(spec, FP8Options)

@@ -53,7 +53,6 @@ class Full(InFlight):
     """Backend of the three unquantized precisions; they differ in one dtype."""
 
     activation: Activation = "16bit"
-    capturable = True
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.name = spec.name

@@ -90,6 +90,7 @@ class Int8Linear(QuantLinear):
         self.group = group
         self.threshold = options.threshold
         self.by_row = self.row_invariant = options.goes_by_row(group)
+        self.capturable = self.by_row  # bitsandbytes finds the outlier columns on the host
         fits = native.fits(group.device, group.dtype, *codes.shape)
         self.is_native = options.kernel == "auto" and fits
         if self.is_native:
@@ -140,8 +141,6 @@ class Int8(InFlight):
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: Int8Options = check_options(spec, Int8Options)
         self.canonical = canonical(self.name, self.options)
-        # bitsandbytes, which serves a GPU otherwise, finds the outlier columns on the host
-        self.capturable = self.options.outliers == "row"
 
     def build(self, group: LinearGroup, read: Read) -> QuantLinear:
         bias = read_bias(group, read)

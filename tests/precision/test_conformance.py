@@ -346,6 +346,12 @@ def test_whose_outliers_follows_the_device() -> None:
         assert options.goes_by_row(replace(gpu, deterministic=True)) == deterministic
 
 
+def test_what_waits_for_the_host_is_not_captured() -> None:
+    assert built("int8:outliers=row", torch.bfloat16).capturable
+    assert not built("int8:kernel=bitsandbytes", torch.bfloat16).capturable
+    assert all(built(precision, torch.bfloat16).capturable for precision in ("bf16", "nf4", "awq", "fp8"))
+
+
 def test_activations_follow_the_device() -> None:
     gpu = torch.device("cuda")
     for precision in ("int8", "nf4", "awq"):
