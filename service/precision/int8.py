@@ -8,6 +8,7 @@ batch. bitsandbytes' rule (`outliers=batch`) takes a feature out of all rows of 
 reaches the threshold. Alone, a row is computed alike under both. Source: arXiv 2208.07339.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from service.errors import PrecisionError
 from service.kernels.int8_linear import native, reference
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.bitsandbytes_checkpoint import bits_of, read_int8
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.full import FullLinear
 from service.precision.source import (
@@ -133,7 +135,7 @@ class Int8Linear(QuantLinear):
 
 
 class Int8(InFlight):
-    """`--precision int8`: quantized from a 16-bit checkpoint while it loads."""
+    """`--precision int8`: quantized while a 16-bit checkpoint loads, or read as bitsandbytes saved it."""
 
     name = "int8"
     activation: Activation = "int8_rows"
@@ -141,6 +143,27 @@ class Int8(InFlight):
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: Int8Options = check_options(spec, Int8Options)
         self.canonical = canonical(self.name, self.options)
+        self._reads_codes = False
+
+    @classmethod
+    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
+        if bits_of(quantization) != 8:
+            return None
+        threshold = float(quantization.get("llm_int8_threshold", 6.0))
+        return canonical(cls.name, Int8Options.model_validate({"threshold": threshold}))
+
+    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
+        """Any threshold: it is a matter of activations. PrecisionError for `skip`, whose weights are gone."""
+        self._reads_codes = quantization is not None
+        if quantization is None:
+            return True
+        if bits_of(quantization) == 8 and self.options.skip:
+            raise PrecisionError(
+                f"precision `{self.canonical}` keeps `{self.options.skip}` in 16 bits, which the checkpoint "
+                "has not kept",
+                hint="leave `skip` out, or serve the 16-bit checkpoint it was made from",
+            )
+        return bits_of(quantization) == 8
 
     def build(self, group: LinearGroup, read: Read) -> QuantLinear:
         bias = read_bias(group, read)
@@ -156,7 +179,10 @@ class Int8(InFlight):
         codes = torch.empty(shape, dtype=torch.int8, device=group.device)
         scales = torch.empty(group.out_features, device=group.device)
         for number, part in enumerate(group.parts):
-            weight = read_weight(part, read, torch.float16).to(group.device)
             rows = part_rows(group, number)
+            if self._reads_codes:
+                codes[rows], scales[rows] = read_int8(part, read)
+                continue
+            weight = read_weight(part, read, torch.float16).to(group.device)
             codes[rows], scales[rows], _ = bitsandbytes.int8_vectorwise_quant(weight)
         return Int8Linear(group, codes, scales, bias, self.options)

@@ -8,7 +8,9 @@ minus their mean: they stay so in memory and are decoded on the way into each pr
 own kernel reads, or that of its fused product.
 """
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,8 @@ from torch import Tensor
 from service.errors import PrecisionError
 from service.kernels.native.linear import NativeLinear
 from service.kernels.nf4_linear import native
-from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.base import Activation, LinearGroup, LinearSpec, QuantLinear, Read
+from service.precision.bitsandbytes_checkpoint import bits_of, read_nf4
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.source import (
     InFlight,
@@ -200,13 +203,17 @@ class NF4Linear(QuantLinear):
         }
 
 
+# codes uint8 [out * in / 2], absmax [blocks] or its codes, under double quantization nested absmax and offset
+Quantized = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
+
+
 def padded(blocks: int) -> int:
     """Number of absmax codes rounded up to whole nested blocks, so that parts share one decoding call."""
     return -(-blocks // NESTED_BLOCK) * NESTED_BLOCK
 
 
 class NF4(InFlight):
-    """`--precision nf4`: quantized from a 16-bit checkpoint while it loads."""
+    """`--precision nf4`: quantized while a 16-bit checkpoint loads, or read as bitsandbytes saved it."""
 
     name = "nf4"
     activation: Activation = "16bit"
@@ -214,6 +221,26 @@ class NF4(InFlight):
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: NF4Options = check_options(spec, NF4Options)
         self.canonical = canonical(self.name, self.options)
+        self._reads_codes = False
+
+    @classmethod
+    def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
+        if bits_of(quantization) != 4 or quantization.get("bnb_4bit_quant_type") != "nf4":
+            return None
+        return "nf4" if quantization.get("bnb_4bit_use_double_quant") else "nf4:double_quant=off"
+
+    def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
+        """PrecisionError where the checkpoint's double quantization is not this mode's."""
+        self._reads_codes = quantization is not None
+        if quantization is None:
+            return True
+        written = self.written_as(quantization)
+        if written is not None and written != self.canonical:
+            raise PrecisionError(
+                f"precision `{self.canonical}` is not what the checkpoint was quantized to, `{written}`",
+                hint=f"serve it as `{written}`",
+            )
+        return written is not None
 
     def build(self, group: LinearGroup, read: Read) -> NF4Linear:
         if group.in_features % BLOCK:
@@ -224,18 +251,30 @@ class NF4(InFlight):
             )
         codes, absmax, nested_absmax, offsets = [], [], [], []
         for part in group.parts:
-            source = read_weight(part, read).to(group.device)
-            part_codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(
-                source, BLOCK, "nf4", torch.uint8
+            part_codes, scales, nested = (
+                self._read(part, read) if self._reads_codes else self._quantize(part, read, group.device)
             )
-            codes.append(part_codes.view(-1))
-            if self.options.double_quant:
-                offset = scales.mean()
-                scales = F.pad(scales - offset, (0, padded(scales.numel()) - scales.numel()))
-                scales, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
-                    scales, nested_codebook(group.device), NESTED_BLOCK
-                )
-                nested_absmax.append(nested)
-                offsets.append(offset)
-            absmax.append(scales)
+            codes.append(part_codes.to(group.device))
+            if nested is not None:
+                scales = F.pad(scales, (0, padded(scales.numel()) - scales.numel()))
+                nested_absmax.append(nested[0].to(group.device))
+                offsets.append(nested[1].to(group.device))
+            absmax.append(scales.to(group.device))
         return NF4Linear(group, torch.cat(codes), absmax, nested_absmax, offsets, read_bias(group, read))
+
+    def _read(self, part: LinearSpec, read: Read) -> Quantized:
+        cpu = torch.device("cpu")
+        return read_nf4(part, BLOCK, NESTED_BLOCK, codebook(cpu), nested_codebook(cpu), read)
+
+    def _quantize(self, part: LinearSpec, read: Read, device: torch.device) -> Quantized:
+        source = read_weight(part, read).to(device)
+        codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(source, BLOCK, "nf4", torch.uint8)
+        if not self.options.double_quant:
+            return codes.view(-1), scales, None
+        offset = scales.mean()
+        scales, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
+            F.pad(scales - offset, (0, padded(scales.numel()) - scales.numel())),
+            nested_codebook(device),
+            NESTED_BLOCK,
+        )
+        return codes.view(-1), scales, (nested, offset)
