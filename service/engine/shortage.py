@@ -15,6 +15,7 @@ from service.errors import DeviceError
 from service.model.checkpoint import TensorSource
 from service.model.decoder import layer_groups
 from service.precision.base import Backend, LinearGroup
+from service.precision.bitsandbytes_checkpoint import bits_of
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
@@ -53,6 +54,8 @@ def weight_bytes(
     and no precision needs a formula that its own layers could outgrow. The rest is in `dtype`.
     """
     config = source.config
+    if bits_of(source.quantization or {}):
+        return stored_bytes(source, dtype)
     groups = [layer_groups(config, layer) for layer in range(config.num_layers)]
     linears = {part.path for layer in groups for parts in layer.values() for part in parts}
 
@@ -71,4 +74,15 @@ def weight_bytes(
             total += torch.Size(source.info(name).shape).numel() * dtype.itemsize
     if head == "int8":
         total += config.vocab_size * (config.hidden_size + dtype.itemsize)
+    return total
+
+
+def stored_bytes(source: TensorSource, dtype: torch.dtype) -> int:
+    """Of a checkpoint that bitsandbytes quantized: tensors are held as they are, 16-bit ones in `dtype`."""
+    total = 0
+    for name in source.names:
+        info = source.info(name)
+        assert isinstance(info.dtype, torch.dtype), "verified before any is read"
+        is_held_as_it_is = info.dtype not in (torch.float16, torch.bfloat16)
+        total += torch.Size(info.shape).numel() * (info.dtype if is_held_as_it_is else dtype).itemsize
     return total

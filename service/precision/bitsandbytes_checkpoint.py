@@ -57,7 +57,13 @@ def read_nf4(
     """
     name, size = f"{part.path}.weight", part.out_features * part.in_features
     codes = read_codes(part, torch.uint8, (size // 2, 1), read).view(-1)
-    state = json.loads(bytes(read(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
+    state_name = f"{name}.quant_state.bitsandbytes__nf4"
+    try:
+        state = json.loads(bytes(read(state_name).tolist()))
+    except ValueError:
+        state = None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"tensor `{state_name}` is no JSON object", hint=AGAIN)
     is_nested = "nested_offset" in state
     told = {"blocksize": block, "shape": [part.out_features, part.in_features]}
     told |= {"nested_blocksize": nested_block} if is_nested else {}
