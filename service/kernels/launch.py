@@ -14,13 +14,28 @@ Guide, "Programmatic Dependent Launch and Synchronization".
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 
-DEPENDENT = False  # for kernels launched or captured from now on
+LEAST_CAPABILITY = (9, 0)  # Hopper's, the first with programmatic dependent launch
+
+
+def is_supported() -> bool:
+    """Whether the current device launches kernels before their predecessors end."""
+    return (
+        torch.version.cuda is not None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= LEAST_CAPABILITY
+        and not knobs.runtime.interpret
+    )
+
+
+DEPENDENT = is_supported()  # for kernels launched or captured from now on
 
 ALIGNMENT = 16  # bytes of a pointer, and a factor of a number, that Triton compiles for
 

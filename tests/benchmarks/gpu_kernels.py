@@ -168,7 +168,6 @@ def layers(rows: int, keys: list[Tensor], values: list[Tensor]) -> None:
         launch.DEPENDENT = is_dependent
         label = "with" if is_dependent else "without"
         show(rows, f"a whole layer, {label} dependent launch", microseconds(layer), num_bytes)
-    launch.DEPENDENT = False
 
 
 def prefill(chunk: int, earlier: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> None:

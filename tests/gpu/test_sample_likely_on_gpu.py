@@ -101,6 +101,7 @@ def test_a_broken_row_is_told_and_moves_no_other() -> None:
     assert torch.equal(sample_likely(logits, *columns), want)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_captured_draw_takes_the_filters_of_its_replay() -> None:
     logits, columns = logits_of("steep", 24, 128_256), asked(24)
     neutral = [*columns[:4], torch.zeros_like(columns[4]), *columns[5:]]

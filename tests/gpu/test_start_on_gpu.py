@@ -33,7 +33,8 @@ print(json.dumps({"compiled": compiled, "seconds": info.load_seconds, "heavy": h
 @pytest.mark.parametrize("precision", ["fp16", "nf4", "awq"])
 def test_all_kernels_are_compiled_ahead(tmp_path: Path, precision: str) -> None:
     """None by the thread that starts the engine, in its checks, first steps or captures: it would wait."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
+    paths = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
     command = [sys.executable, "-c", START, str(PRESETS / "llama-3.2-1b"), precision]
     found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     told = json.loads(found.splitlines()[-1])

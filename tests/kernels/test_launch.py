@@ -93,6 +93,7 @@ def test_tensors_that_triton_compiles_for(tensor: torch.Tensor) -> None:
 
 def test_options_and_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel()
+    monkeypatch.setattr(launching, "DEPENDENT", False)
     launch(kernel, (1,), (WIDE,), (), (64,))
     launch(kernel, (1,), (WIDE,), (), (32,))
     launch(kernel, (1,), (WIDE,), (), (64,), num_warps=8)

@@ -1,0 +1,86 @@
+"""Where the GPU's time of a step with prompts goes: by kernel, and what lies between them.
+
+    python -m tests.benchmarks.step_trace --model preset:llama-3.1-8b --precision fp16 --streams 1,64,256
+
+Of each width a stretch for each of `--chunks`: steps that decode all streams and compute so many prompt tokens
+beside them. Random weights, 512 prompt tokens behind each stream.
+"""
+
+import argparse
+import random
+from collections import defaultdict
+
+import torch
+
+from service.engine.engine import Engine
+from service.messages import Sampling, Submit
+from tests.benchmarks.engine_steps import gpu_engine
+
+WARM_STEPS = 6
+STEPS = 20
+PROMPT_TOKENS = 512
+SHOWN = 14
+
+
+def keep_busy(engine: Engine, num_steps: int, chunk: int, first_id: int) -> None:
+    """Steps with `chunk` prompt tokens each: as many requests of one answer token arrive."""
+    generator = random.Random(first_id)
+    for step in range(num_steps):
+        for index in range(chunk // PROMPT_TOKENS):
+            prompt = generator.choices(range(engine.limits.vocab_size), k=PROMPT_TOKENS)
+            name = first_id + step * 100 + index
+            engine.add(Submit(name, prompt, Sampling(1, temperature=0, ignore_eos=True)))
+        engine.step()
+
+
+def trace(engine: Engine, chunk: int, first_id: int) -> None:
+    keep_busy(engine, WARM_STEPS, chunk, first_id)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as traced:
+        keep_busy(engine, STEPS, chunk, first_id + 10_000)
+        torch.cuda.synchronize()
+    kineto = traced.profiler.kineto_results.events()
+    events = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+        for event in kineto
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    )
+    busy, until = 0, events[0][0]
+    sums: dict[str, list[float]] = defaultdict(list)
+    for begin, end, name in events:
+        busy += max(0, end - max(begin, until))
+        until = max(until, end)
+        sums[name[:70]].append((end - begin) / 1e6)
+    span = until - events[0][0]
+    print(f"{chunk} prompt tokens: {span / 1e6 / STEPS:.2f} ms a step, busy {busy / span:.1%}")
+    for name, values in sorted(sums.items(), key=lambda item: -sum(item[1]))[:SHOWN]:
+        print(f"    {sum(values) / STEPS:8.3f} ms in {len(values) / STEPS:6.1f} launches  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="preset:llama-3.1-8b")
+    parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--cuda-graphs", default="on")
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--streams", default="1,64,256")
+    parser.add_argument("--chunks", default="0,512,1024", help="prompt tokens beside them, multiples of 512")
+    arguments = parser.parse_args()
+    engine = gpu_engine(arguments)
+    for num_streams in map(int, arguments.streams.split(",")):
+        generator = random.Random(num_streams)
+        for index in range(num_streams):
+            prompt = generator.choices(range(engine.limits.vocab_size), k=PROMPT_TOKENS)
+            engine.add(Submit(index, prompt, Sampling(10_000, temperature=0, ignore_eos=True)))
+        while engine.step().stats.num_prefill_tokens or engine.scheduler.waiting:
+            pass
+        print(f"\n{num_streams} streams")
+        for chunk in map(int, arguments.chunks.split(",")):
+            trace(engine, chunk, 1_000_000 + chunk * 1000)
+        engine.abort(list(range(num_streams)))
+        while engine.has_work:
+            engine.step()
+
+
+if __name__ == "__main__":
+    main()
