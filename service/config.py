@@ -87,7 +87,9 @@ class Settings(BaseSettings):
     max_context_tokens: int = Field(
         0, ge=0, description="Longest prompt + answer in tokens; 0: what the model allows."
     )
-    max_batch_tokens: int = Field(0, ge=0, le=65536, description="Tokens in one step; 0: by device.")
+    max_batch_tokens: int = Field(
+        0, ge=0, le=65536, description="Tokens in one step; 0: by device, on a GPU twice as many for a crowd."
+    )
     max_batch_requests: int = Field(0, ge=0, le=1024, description="Requests decoding at once; 0: by device.")
     kv_tokens: int = Field(0, ge=0, description="Size of the KV cache in tokens; 0: by device memory.")
     kv_memory_fraction: float = Field(

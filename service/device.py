@@ -33,6 +33,7 @@ class BatchDefaults:
 
     max_batch_tokens: int
     max_batch_requests: int
+    crowd_factor: int = 1  # times as many tokens while a crowd waits: engine/scheduler
 
 
 def resolve(asked: Literal["auto", "cuda", "cpu"]) -> torch.device:
@@ -92,7 +93,7 @@ def device_name(device: torch.device) -> str:
 
 def batch_defaults(device: torch.device) -> BatchDefaults:
     """A step stays short enough for the others to stream on; a GPU needs a wide one to be busy."""
-    return BatchDefaults(1024, 256) if device.type == "cuda" else BatchDefaults(512, 64)
+    return BatchDefaults(1024, 256, crowd_factor=2) if device.type == "cuda" else BatchDefaults(512, 64)
 
 
 def runs_behind(device: torch.device) -> bool:

@@ -42,6 +42,7 @@ class Limits:
     max_batch_tokens: int
     max_batch_requests: int
     vocab_size: int
+    crowd_batch_tokens: int = 0  # of a step while a crowd waits; 0: as ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,11 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self.cache = KVCache(kv.num_blocks)
         self.scheduler = Scheduler(
-            self.cache, limits.max_batch_tokens, limits.max_batch_requests, prefix_cache
+            self.cache,
+            limits.max_batch_tokens,
+            limits.max_batch_requests,
+            prefix_cache,
+            limits.crowd_batch_tokens,
         )
         self.runner = Runner(
             model,

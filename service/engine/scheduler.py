@@ -4,9 +4,10 @@ engine --add--> waiting --admit--> running --schedule--> Plan --(runner)--> adva
 
 Decode comes first. Of what is left, the oldest unfinished prompt keeps at least half, so that nothing
 starves; the rest goes to the prompts with the fewest tokens left, so that a short request need not wait
-for a long one. A prompt holds its blocks from admission on; an answer grows block by block, and where none
-is free the newest request loses all of its own and starts again later. A deterministic request holds the
-blocks of its longest answer from admission on.
+for a long one. While a crowd waits, a step may hold more tokens than the latency of decode would allow, so
+that the last of them waits less. A prompt holds its blocks from admission on; an answer grows block by
+block, and where none is free the newest request loses all of its own and starts again later. A
+deterministic request holds the blocks of its longest answer from admission on.
 """
 
 from bisect import insort
@@ -18,6 +19,8 @@ from service.model.batch import BLOCK_TOKENS
 
 # Scored prompt tokens need their whole row of logits; this bounds those rows in one step.
 MAX_SCORED_TOKENS = 256
+# A crowd: prompts for so many steps wait, of at least half as many requests as decode.
+CROWD_STEPS = 32
 
 
 @dataclass(slots=True)
@@ -63,11 +66,18 @@ class Scheduler:
     """Waiting and running requests, each list by arrival."""
 
     def __init__(
-        self, cache: KVCache, max_batch_tokens: int, max_batch_requests: int, prefix_cache: bool = True
+        self,
+        cache: KVCache,
+        max_batch_tokens: int,
+        max_batch_requests: int,
+        prefix_cache: bool = True,
+        crowd_batch_tokens: int = 0,
     ) -> None:
+        """`crowd_batch_tokens`: of a step while a crowd waits; 0: as ever."""
         assert 1 <= max_batch_requests <= max_batch_tokens
         self.cache = cache
         self.max_batch_tokens = max_batch_tokens
+        self.crowd_batch_tokens = max(crowd_batch_tokens, max_batch_tokens)
         self.prefix_cache = prefix_cache
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -152,7 +162,7 @@ class Scheduler:
         return True
 
     def _plan_prefill(self, plan: Plan) -> None:
-        budget = self.max_batch_tokens - len(plan.chunks)
+        budget = self._step_tokens(plan.num_decode_tokens) - plan.num_decode_tokens
         candidates = [request for request in self.running if request.num_uncomputed_tokens > 1]
         computing = {digest for request in candidates for digest in self._unregistered(request)}
         # A request admitted right after a preemption would take the blocks that were just fought for.
@@ -205,6 +215,15 @@ class Scheduler:
             oldest_tokens += min(more, oldest.num_uncomputed_tokens - oldest_tokens)
             plan.chunks.append(next_chunk(oldest, oldest_tokens))
             plan.num_prefill_tokens += oldest_tokens
+
+    def _step_tokens(self, num_decoding: int) -> int:
+        if self.crowd_batch_tokens > self.max_batch_tokens and 2 * len(self.waiting) >= num_decoding:
+            queued = 0
+            for request in self.waiting:
+                queued += request.num_uncomputed_tokens
+                if queued > CROWD_STEPS * self.max_batch_tokens:
+                    return self.crowd_batch_tokens
+        return self.max_batch_tokens
 
     def _sharable_hashes(self, request: Request) -> list[bytes]:
         """Hashes of the blocks it may take from others: at least its last token is always computed."""

@@ -84,7 +84,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
         with told_shortage(device, "a tensor of the random weights"):
             save_random(source, Path(config.tokenizer or source.path), Path(config.save), stages)
     dtype = DTYPES.get(config.dtype) or backend.activation_dtype(device, source.dtype)
-    max_batch_tokens, max_batch_requests = batch_limits(config, device)
+    max_batch_tokens, max_batch_requests, crowd_batch_tokens = batch_limits(config, device)
     is_gpu = devices.runs_behind(device)
     ahead: KernelsAhead | None = None
     if is_gpu:
@@ -100,7 +100,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
         check_linears(model)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.is_capturable
     stages("warm", 0, 1, "steps")
-    warm = warm_up(model, max_batch_tokens if is_gpu else 2 * BLOCK_TOKENS, max_batch_requests)
+    warm = warm_up(model, crowd_batch_tokens if is_gpu else 2 * BLOCK_TOKENS, max_batch_requests)
     with told_shortage(device, f"a decode step of {max_batch_requests} requests"):
         graph_bytes = devices.extra_bytes(device, warm.runner.rehearse) if is_captured else 0
     del warm
@@ -109,7 +109,11 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
             check_independence(model)
     kv = make_kv(config, model, graph_bytes)
     limits = Limits(
-        context_tokens(config, model, kv), max_batch_tokens, max_batch_requests, model.config.vocab_size
+        context_tokens(config, model, kv),
+        max_batch_tokens,
+        max_batch_requests,
+        model.config.vocab_size,
+        crowd_batch_tokens,
     )
     eos_token_ids = frozenset(model.config.eos_token_ids)
     engine = Engine(
@@ -214,8 +218,11 @@ def choose_backend(precision: str, checkpoint: TensorSource, device: torch.devic
     return load_backend("fp16" if is_half else "bf16")
 
 
-def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int]:
-    """-> tokens and requests of one step; each request that decodes needs a token of the budget."""
+def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int, int]:
+    """-> tokens and requests of one step, and its tokens while a crowd waits.
+
+    Each request that decodes needs a token of the budget; a budget that was set holds for a crowd too.
+    """
     defaults = devices.batch_defaults(device)
     tokens = config.max_batch_tokens or max(defaults.max_batch_tokens, config.max_batch_requests)
     requests = config.max_batch_requests or min(defaults.max_batch_requests, tokens)
@@ -224,7 +231,8 @@ def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int]:
             f"setting `max_batch_requests` = `{requests}` is more than `max_batch_tokens` = `{tokens}`",
             hint="each request that decodes takes one token of a step: raise `max_batch_tokens`",
         )
-    return tokens, requests
+    crowd_tokens = tokens if config.max_batch_tokens else tokens * defaults.crowd_factor
+    return tokens, requests, crowd_tokens
 
 
 def num_kv_blocks(config: EngineConfig, model: ModelInstance, graph_bytes: int) -> int:

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.step_trace --model preset:llama-3.1-8b --precision fp16 --streams 1,64,256
 
-Of each width a stretch for each of `--chunks`: steps that decode all streams and compute so many prompt tokens
-beside them. Random weights, 512 prompt tokens behind each stream.
+Of each width a stretch for each of `--chunks`: steps that decode all streams and compute so many tokens of
+prompts beside them. Random weights, 512 prompt tokens behind each stream.
 """
 
 import argparse

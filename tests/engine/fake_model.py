@@ -101,12 +101,14 @@ def fake_engine(
     depth: int | None = None,
     captured: bool = False,
     deterministic: bool = False,
+    crowd_batch_tokens: int = 0,
 ) -> Engine:
     limits = Limits(
         max_context_tokens or (num_blocks - 1) * BLOCK_TOKENS,
         max_batch_tokens,
         max_batch_requests,
         VOCAB_SIZE + 1,
+        crowd_batch_tokens,
     )
     engine = Engine(
         model or FakeModel(),

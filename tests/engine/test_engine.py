@@ -259,6 +259,34 @@ def test_a_stream_of_short_requests_cannot_starve_a_long_one() -> None:
     assert 0 in client.endings
 
 
+def test_a_crowd_is_served_in_larger_steps_until_it_is_none() -> None:
+    """Prompts for more than 32 steps, of at least half as many requests as decode."""
+    engine = fake_engine(num_blocks=400, max_batch_tokens=16, max_batch_requests=16, crowd_batch_tokens=64)
+    for index in range(16):
+        engine.add(Submit(index, prompt(64, index), Sampling(40, ignore_eos=True)))
+    client = Client().run(engine)
+    steps = [step.stats for step in client.steps if step.stats.num_prefill_tokens]
+    sizes = [stats.num_prefill_tokens + stats.num_decode_tokens for stats in steps]
+    num_large = sizes.count(64)
+    assert sizes[:num_large] == [64] * num_large
+    assert set(sizes[num_large:-1]) == {16}
+    queued = 16 * 64 - sum(stats.num_prefill_tokens for stats in steps[:num_large])
+    assert 32 * 16 - 64 < queued <= 32 * 16 + 64  # a step, and one prompt that is not waiting any more
+    assert len(client.endings) == 16
+
+
+def test_no_crowd_where_many_decode() -> None:
+    engine = fake_engine(num_blocks=400, max_batch_tokens=16, max_batch_requests=16, crowd_batch_tokens=64)
+    client = Client()
+    for index in range(8):
+        engine.add(Submit(index, prompt(2, index), Sampling(60, ignore_eos=True)))
+    client.take(engine.step())
+    for index in range(8, 11):
+        engine.add(Submit(index, prompt(200, index), Sampling(1, ignore_eos=True)))
+    steps = [engine.step() for _ in range(3)]
+    assert [step.stats.num_prefill_tokens for step in steps] == [8, 8, 8]
+
+
 def test_a_large_prompt_gets_its_turn_when_blocks_are_short() -> None:
     """While the oldest waits for room, later ones that would fit do not pass it."""
     engine = fake_engine(num_blocks=12, max_batch_tokens=64, max_batch_requests=4)
