@@ -280,11 +280,12 @@ def test_no_crowd_where_many_decode() -> None:
     client = Client()
     for index in range(8):
         engine.add(Submit(index, prompt(2, index), Sampling(60, ignore_eos=True)))
-    client.take(engine.step())
+    for _ in range(3):
+        client.take(engine.step())
     for index in range(8, 11):
         engine.add(Submit(index, prompt(200, index), Sampling(1, ignore_eos=True)))
-    steps = [engine.step() for _ in range(3)]
-    assert [step.stats.num_prefill_tokens for step in steps] == [8, 8, 8]
+    for step in client.run(engine).steps:
+        assert step.stats.num_prefill_tokens + step.stats.num_decode_tokens <= 16
 
 
 def test_a_large_prompt_gets_its_turn_when_blocks_are_short() -> None:
