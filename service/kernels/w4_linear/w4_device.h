@@ -1,0 +1,301 @@
+// What the W4 kernels ask of the machine: PTX here, or its stand-in on a CPU (w4_emulator.h), so that the very same
+// kernels can be run and checked without a GPU. Needs no header of CUDA's.
+#pragma once
+#ifdef __CUDACC__
+#include <stdint.h>
+#else
+#include <cstdint>
+#endif
+
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+
+// The parts of a merged layer under nested absmax: the first block of 16 rows of each, the place of its first absmax
+// in the numbering that nested blocks of 256 cut (parts start a block of their own), and its offset.
+struct Parts {
+    int count;
+    int begin[4];
+    int first[4];
+    float offset[4];
+};
+
+#ifdef __CUDACC__
+#define KERNEL extern "C" __global__ void
+#define DEVICE __device__ __forceinline__
+#define SHARED_MEMORY extern __shared__ __align__(1024) char shared[];
+#define GRID_CONSTANT const __grid_constant__
+
+DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+DEVICE void stop() { asm volatile("trap;"); }
+
+// copies into shared memory by threads ------------------------------------------------------------------------
+DEVICE void copy16(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void copy8(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void copy4(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+DEVICE void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// warps -------------------------------------------------------------------------------------------------------
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+DEVICE void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DEVICE void load_matrices(uint32_t* r, uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+DEVICE void store_two_transposed(uint32_t address, uint32_t a, uint32_t b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+DEVICE void store_matrices(uint32_t address, const uint32_t* r) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+// arithmetic on pairs of float16 -------------------------------------------------------------------------------
+DEVICE uint32_t look_up(uint32_t address) {
+    uint32_t v;
+    asm("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+DEVICE float look_up_float(uint32_t address) {
+    float v;
+    asm("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
+DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+DEVICE uint32_t multiply(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {  // (word & mask) | bits
+    uint32_t v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(word), "r"(mask), "r"(bits));
+    return v;
+}
+DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+DEVICE uint32_t to_halves(float low, float high) {
+    uint32_t v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+DEVICE float to_float(uint16_t bits) {
+    float v;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+    return v;
+}
+DEVICE uint4 load_global16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
+DEVICE float load_global(const float* p) { return __ldg(p); }
+
+// clusters ----------------------------------------------------------------------------------------------------
+DEVICE void cluster_arrive() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+DEVICE void cluster_wait() {
+    __syncwarp();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE void store_remote(uint32_t address, int rank, float4 v) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(there), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
+// barriers in shared memory and the copy engine ------------------------------------------------------------------
+DEVICE void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+DEVICE void barriers_visible() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {  // ends the kernel where it would wait for ever
+    asm volatile(
+        "{\n.reg .pred done;\n.reg .u32 tries;\nmov.u32 tries, 0;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra over;\nadd.u32 tries, tries, 1;\nsetp.lt.u32 done, tries, 1000000;\n@done bra again;\ntrap;\nover:\n}" ::"r"(
+            barrier),
+        "r"(parity)
+        : "memory");
+}
+constexpr uint64_t READ_ONCE = 0x12F0000000000000ull, KEEP = 0x14F0000000000000ull;  // L2: evict first, evict last
+DEVICE void copy_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+        : "memory");
+}
+DEVICE void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks,
+                             uint64_t policy) {  // to the same place, and the same barrier, in each of `ranks`
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks), "l"(policy)
+        : "memory");
+}
+DEVICE void barrier_arrive_at(uint32_t barrier, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank)
+        : "memory");
+}
+DEVICE void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+template <int N>
+DEVICE void registers_raise() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+DEVICE void registers_lower() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// wgmma -------------------------------------------------------------------------------------------------------
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+#include "w4_wgmma.h"
+#else
+#include "w4_emulator.h"
+#endif
+
+// In a cluster a 32-bit address of shared memory has the block's rank in its upper bits: whatever is handed to the copy
+// engine, to barriers or to other blocks needs them. -> what an offset into the window is added to; dynamic shared
+// memory is expected behind the system's 1024 bytes.
+DEVICE uint32_t window_start(const char* shared) {
+    const uint32_t address = shared_address(shared);
+    if ((address & 0xffffff) != 1024) stop();
+    return address - 1024;
+}
+
+// shared by the kernels -----------------------------------------------------------------------------------------
+// B of wgmma: rows of 64 halves (128 bytes) under the 128-byte swizzle, eight rows 1024 bytes apart.
+DEVICE uint64_t descriptor(uint32_t address) {
+    return (uint64_t(1) << 62) | (uint64_t(64) << 32) | (uint64_t(1) << 16) | ((address & 0x3ffff) >> 4);
+}
+
+DEVICE uint32_t nf4_level(uint32_t code) {  // float16, four of the sixteen a constant
+    const uint64_t low = code & 4 ? 0x0000add4b1eab48dull : 0xb652b833b992bc00ull;
+    const uint64_t high = code & 4 ? 0x3c0039c93880370dull : 0x356833e031262d18ull;
+    return uint32_t((code & 8 ? high : low) >> (16 * (code & 3))) & 0xffff;
+}
+DEVICE uint32_t nf4_pair(uint32_t byte) { return nf4_level(byte & 15) | nf4_level(byte >> 4) << 16; }
+// 256 pairs, one copy for each lane's bank: a byte's pair is decoded once and stored 32 times, 16 bytes at a time;
+// the rotation by the thread spreads a warp's stores over the banks.
+DEVICE void fill_table(char* table, int thread, int threads) {
+    for (int i = thread; i < 512; i += threads) {
+        const uint32_t pair = nf4_pair(i >> 1);
+        const uint4 four = make_uint4(pair, pair, pair, pair);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            *reinterpret_cast<uint4*>(table + (i >> 1) * 128 + (i & 1) * 64 + ((j + (i >> 1)) & 3) * 16) = four;
+    }
+}
+DEVICE void decode_nf4(uint32_t word, uint32_t base, uint32_t* a) {  // base: table (a multiple of 32 KiB) + 4 lane
+    a[0] = look_up(and_or(word << 7, 0x7f80, base));
+    a[1] = look_up(and_or(word >> 1, 0x7f80, base));
+    a[2] = look_up(and_or(word >> 9, 0x7f80, base));
+    a[3] = look_up(and_or(word >> 17, 0x7f80, base));
+}
+// The same with entries 256 bytes apart (base: a multiple of 64 KiB + 4 lane): the byte is put into the address by one
+// instruction. The other half of an entry has room for another table of 256 words.
+DEVICE void fill_wide_table(char* table, const float* second, int thread, int threads) {
+    for (int i = thread; i < 512; i += threads) {
+        const uint32_t pair = nf4_pair(i >> 1);
+        const float value = load_global(second + (i >> 1));
+        const uint4 four = make_uint4(pair, pair, pair, pair);
+        const float4 values = make_float4(value, value, value, value);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            char* at = table + (i >> 1) * 256 + (i & 1) * 64 + ((j + (i >> 1)) & 3) * 16;
+            *reinterpret_cast<uint4*>(at) = four;
+            *reinterpret_cast<float4*>(at + 128) = values;
+        }
+    }
+}
+template <int BYTE>
+DEVICE uint32_t entry(uint32_t word, uint32_t base) {
+    return permute(word, base, 0x7604 | BYTE << 4);
+}
+DEVICE void decode_nf4_wide(uint32_t word, uint32_t base, uint32_t* a) {
+    a[0] = look_up(entry<0>(word, base));
+    a[1] = look_up(entry<1>(word, base));
+    a[2] = look_up(entry<2>(word, base));
+    a[3] = look_up(entry<3>(word, base));
+}
+// Without a table in memory: four codes at a time from the bytes of the sixteen levels, 22 instructions a word.
+DEVICE void decode_nf4_permuted(uint32_t word, uint32_t* a) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t four = i ? word >> 16 : word;
+        const uint32_t index = four & 0x7777, upper = and_or(four >> 1, 0x4444, 0x3210);
+        const uint32_t low = permute(permute(0x52339200, 0x00d4ea8d, index), permute(0x68e02618, 0x00c9800d, index), upper);
+        const uint32_t high = permute(permute(0xb6b8b9bc, 0x00adb1b4, index), permute(0x3533312d, 0x3c393837, index), upper);
+        a[2 * i] = permute(low, high, 0x5140), a[2 * i + 1] = permute(low, high, 0x7362);
+    }
+}
+// Registers 0 and 2 hold row g, 1 and 3 row g + 8. 1024 + code, or 1024 + 16 code, less the zero: exact.
+DEVICE void decode_affine(uint32_t word, uint32_t low_zero, uint32_t high_zero, uint32_t* a) {
+    const uint32_t upper = word >> 8;
+    a[0] = subtract(and_or(word, 0x000f000f, 0x64006400), low_zero);
+    a[1] = multiply_add(and_or(word, 0x00f000f0, 0x64006400), 0x2c002c00, high_zero);  // / 16
+    a[2] = subtract(and_or(upper, 0x000f000f, 0x64006400), low_zero);
+    a[3] = multiply_add(and_or(upper, 0x00f000f0, 0x64006400), 0x2c002c00, high_zero);
+}
+DEVICE uint32_t low_zero_of(uint32_t zeros) { return (zeros & 15) * 0x10001u + 0x64006400u; }     // 1024 + zero
+DEVICE uint32_t high_zero_of(uint32_t zeros) { return (zeros & 0xf0) * 0x10001u + 0xd400d400u; }  // -(64 + zero)
+struct Part {
+    int begin, first;
+    float offset;
+};
+DEVICE Part part_of(const Parts& parts, int block) {  // selected, not indexed: no copy in local memory
+    Part part = {parts.begin[0], parts.first[0], parts.offset[0]};
+#pragma unroll
+    for (int i = 1; i < 4; i++)
+        if (i < parts.count && block >= parts.begin[i]) part = {parts.begin[i], parts.first[i], parts.offset[i]};
+    return part;
+}
+// Place of the absmax of a block's first row, first tile.
+DEVICE int first_absmax(const Parts& parts, int block, int tiles) {
+    const Part part = part_of(parts, block);
+    return part.first + (block - part.begin) * 16 * tiles;
+}
