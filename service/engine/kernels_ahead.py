@@ -1,16 +1,19 @@
-"""The Triton kernels of a start, compiled on all cores while the weights load.
+"""The kernels of a start, Triton's and those in CUDA C++, compiled on all cores while the weights load.
 
 startup --shapes--> KernelsAhead --steps on meta tensors--> kernels/*/triton --launch--> Triton's caches
+                                 '--variants of a plan--> kernels/w4_linear --> kernels/cuda
 
 A launch on meta tensors only compiles. So a start's steps are walked through here without weights: prompts,
-and a decode step of each size that is captured. What is missing here is compiled when it is first launched,
-alone and while everything waits; a test holds these steps against those of a whole start.
+and a decode step of each size that is captured. Of kernels in CUDA C++ all are compiled that a table has for
+the model's linears. What is missing here is compiled when it is first launched, alone and while everything
+waits; a test holds these steps against those of a whole start.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +23,14 @@ from service.cores import physical_cores
 from service.engine.decode_step import sampling_rows
 from service.engine.penalties import MAX_BIASES
 from service.engine.state import NUM_WORDS
+from service.kernels import w4_linear
 from service.kernels.shape_logits import NEUTRAL
 from service.messages import EngineConfig
 from service.model.batch import BLOCK_TOKENS
 from service.model.checkpoint import TensorSource
 from service.model.config import ModelConfig
 from service.model.decoder import layer_groups
+from service.model.instance import GROUPS
 from service.precision.base import Backend
 
 logger = logging.getLogger(__name__)
@@ -34,6 +39,7 @@ META = torch.device("meta")
 PROMPT_TOKENS = 64  # of the steps with prompts; their kernels are compiled for any number
 MANY_TOKENS = 8192  # where the kernels of a deterministic linear are those for many rows
 NUM_BLOCKS = 2  # of a layer's cache, likewise
+NF4_BLOCK = 64  # weights under one absmax
 LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq"}  # precision -> Shapes.linears
 
 
@@ -49,6 +55,17 @@ class Shapes:
     max_requests: int
     max_context_tokens: int
     deterministic: bool
+    w4_kind: w4_linear.Kind | None = None  # of codes, where our own 4-bit kernels serve what their table has
+
+    def w4(self, name: str) -> w4_linear.Shape | None:
+        """The linear of this layer class, if these kernels serve it."""
+        if self.w4_kind is None:
+            return None
+        parts = layer_groups(self.config, 0)[name]
+        outs = tuple(part.out_features for part in parts)
+        group_size = NF4_BLOCK if self.w4_kind == "nf4" else self.group_size
+        shape = w4_linear.Shape(self.w4_kind, outs, parts[0].in_features, group_size, self.dtype)
+        return None if w4_linear.refusal(shape) else shape
 
 
 def shapes_of(
@@ -64,7 +81,14 @@ def shapes_of(
         max_requests,
         config.max_context_tokens or source.config.max_context_tokens,
         config.deterministic,
+        None if config.deterministic or w4_linear.absence() else w4_kind(backend),
     )
+
+
+def w4_kind(backend: Backend) -> w4_linear.Kind | None:
+    if backend.name == "nf4":
+        return "nf4" if getattr(backend.options, "double_quant", False) else None
+    return "affine" if backend.name == "awq" else None
 
 
 class KernelsAhead:
@@ -72,7 +96,7 @@ class KernelsAhead:
 
     def __init__(self, shapes: Shapes, sizes: Iterable[int]) -> None:
         self._begun = ThreadPoolExecutor(1, "kernels ahead")
-        self._done = self._begun.submit(compile_all, lambda: walk(shapes, sizes))
+        self._done = self._begun.submit(lambda: compile_all(lambda: walk(shapes, sizes), w4_loads(shapes)))
 
     def wait(self) -> int:
         """-> how many there were. A fault of these steps stops nobody: what they miss comes later."""
@@ -85,17 +109,30 @@ class KernelsAhead:
             self._begun.shutdown()
 
 
-def compile_all(walk: Callable[[], None]) -> int:
-    """Compiles what `walk` launches on meta tensors, a kernel a thread, and brings it onto the device."""
+def compile_all(walk: Callable[[], None], loads: Sequence[Callable[[], object]] = ()) -> int:
+    """Compiles what `walk` launches on meta tensors, a kernel a thread, and brings it onto the device.
+
+    `loads` do the same for a kernel each that is not Triton's.
+    """
     from triton import AsyncCompileMode
 
     with ThreadPoolExecutor(physical_cores(), "compile") as pool:
+        loading = [pool.submit(load) for load in loads]
         with AsyncCompileMode(pool) as mode:
             walk()
             compiling = list(mode.future_kernels.values())
         for _ in pool.map(load_on_device, [kernel.result() for kernel in compiling]):
             pass
-    return len(compiling)
+        for future in loading:
+            future.result()
+    return len(compiling) + len(loading)
+
+
+def w4_loads(shapes: Shapes) -> list[Callable[[], object]]:
+    """What compiles and loads each variant of the 4-bit kernels that a layer of this model may call."""
+    found = [shape for name in GROUPS if (shape := shapes.w4(name))]
+    variants = {row.variant for shape in found for row in w4_linear.plan(shape)}
+    return [partial(w4_linear.load, variant) for variant in sorted(variants, key=lambda each: each.name)]
 
 
 def load_on_device(compiled: Any) -> None:
@@ -179,7 +216,7 @@ class Steps:
     def linear(self, name: str, x: Tensor) -> Tensor:
         parts = layer_groups(self.shapes.config, 0)[name]
         out_features = sum(part.out_features for part in parts)
-        if self.shapes.linears == "awq":
+        if self.shapes.linears == "awq" and self.shapes.w4(name) is None:
             return self.awq(x, out_features)
         if self.shapes.linears == "dense":
             return self.dense(x, out_features, is_biased=any(part.bias for part in parts))

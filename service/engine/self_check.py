@@ -2,10 +2,10 @@
 
 startup --model--> check_linears, or DeviceError
 
-One layer of each shape and kernel multiplies random rows, as many as decode and prefill have, and is
-compared with its own weights dequantized. That sees a kernel that is wrong on this device, driver or
-compiler. A reader that misunderstands a checkpoint is the affair of the tests: it would make the same weights
-twice.
+One layer of each shape and kernel multiplies random rows, as many as decode and prefill have and as many as
+each of its kernels takes, and is compared with its own weights dequantized. That sees a kernel that is wrong
+on this device, driver or compiler. A reader that misunderstands a checkpoint is the affair of the tests: it
+would make the same weights twice.
 """
 
 import torch
@@ -47,7 +47,7 @@ def check(linear: QuantLinear, bound: float) -> None:
     bias: torch.Tensor | None = getattr(linear, "bias", None)
     if bias is not None:
         want += bias[columns].float()
-    for num_rows in ROWS:
+    for num_rows in sorted({*ROWS, *linear.kernel_rows}):
         got = linear(x[:num_rows])[:, columns].float()
         size = want[:num_rows].norm().clamp(min=torch.finfo(torch.float32).tiny)  # weights may be all zeros
         error = float((got - want[:num_rows]).norm() / size)

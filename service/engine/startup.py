@@ -21,7 +21,7 @@ from service.engine.self_check import check_linears
 from service.engine.shortage import MIB, told_shortage, weight_bytes
 from service.engine.warm_up import warm_up
 from service.errors import DeviceError, PrecisionError, SettingError
-from service.kernels import native
+from service.kernels import cuda, native
 from service.messages import EngineConfig, EngineInfo, Loading
 from service.model.batch import BLOCK_TOKENS, PagedKV
 from service.model.checkpoint import Checkpoint, TensorSource
@@ -88,6 +88,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     is_gpu = devices.runs_behind(device)
     ahead: KernelsAhead | None = None
     if is_gpu:
+        cuda.keep_in(Path(config.cache_dir) if config.cache_dir else None)
         shapes = shapes_of(source, backend, config, dtype, max_batch_requests)
         ahead = KernelsAhead(shapes, batch_sizes(max_batch_requests))
     model = load(config, source, backend, device, stages, dtype)
@@ -98,6 +99,8 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     stages("check", 0, 1, "kernels")
     with told_shortage(device, "a check of the kernels"):
         check_linears(model)
+    for layer, kernel in model.kernels().items():
+        logger.info("`%s` is served by %s", layer, kernel)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.is_capturable
     stages("warm", 0, 1, "steps")
     warm = warm_up(model, crowd_batch_tokens if is_gpu else 2 * BLOCK_TOKENS, max_batch_requests)

@@ -1,6 +1,7 @@
 """AWQ: four (or three) bits a weight, one scale and one integer zero for each group of input features.
 
 checkpoint in AutoAWQ's GEMM layout --build--> AWQLinear --forward--> kernels/awq_linear
+                                           '--> W4Linear (precision/w4), on an H100
 
 The scales that AWQ searches are folded into the checkpoint by quantize/awq; here weights are only read.
 Three bits use codes 0..7 in the same 4-bit containers: they cost what four cost, in bytes and in time.
@@ -14,7 +15,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from service.errors import CheckpointError, PrecisionError
-from service.kernels import awq_linear
+from service.kernels import awq_linear, w4_linear
+from service.precision import w4
 from service.precision.base import Activation, LinearGroup, LinearSpec, QuantLinear, Read
 from service.precision.source import part_rows, quantized_activation_dtype, read_bias, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
@@ -122,7 +124,7 @@ class AWQ:
     def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
         return quantized_activation_dtype(device, checkpoint)
 
-    def build(self, group: LinearGroup, read: Read) -> AWQLinear:
+    def build(self, group: LinearGroup, read: Read) -> AWQLinear | w4.W4Linear:
         parts = [read_part(part, read) for part in group.parts]
         if len({scales.shape[0] for _, _, scales in parts}) > 1:
             raise CheckpointError(
@@ -132,7 +134,12 @@ class AWQ:
         qweight, qzeros, scales = (
             torch.cat(kind, dim=1).to(group.device) for kind in zip(*parts, strict=True)
         )
-        return AWQLinear(group, qweight, qzeros, scales, read_bias(group, read))
+        bias = read_bias(group, read)
+        shape = w4.shape_of(group, "affine", group.in_features // scales.shape[0])
+        if w4.serves(group, shape):
+            packed = w4_linear.pack_awq(qweight, qzeros, scales, shape.outs)
+            return w4.W4Linear(group, shape, packed, bias)
+        return AWQLinear(group, qweight, qzeros, scales, bias)
 
 
 def read_part(part: LinearSpec, read: Read) -> tuple[Tensor, Tensor, Tensor]:

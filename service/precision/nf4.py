@@ -1,6 +1,7 @@
 """NF4: four bits a weight from a table of normal quantiles, one absmax for each 64 of them.
 
 16-bit weights --build: bitsandbytes' quantize_4bit--> codes, absmax --forward: its ops, or our own--> y
+                                                            '--> W4Linear (precision/w4), on an H100
 
 Under double quantization (on by default) the absmax values are themselves 8-bit codes in blocks of 256,
 minus their mean: they stay so in memory and are decoded on the way into each product. Source: arXiv
@@ -18,8 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from service.errors import PrecisionError
+from service.kernels import w4_linear
 from service.kernels.native.linear import NativeLinear
 from service.kernels.nf4_linear import native
+from service.precision import w4
 from service.precision.base import Activation, LinearGroup, LinearSpec, QuantLinear, Read
 from service.precision.bitsandbytes_checkpoint import bits_of, read_nf4
 from service.precision.bitsandbytes_import import bitsandbytes
@@ -242,7 +245,7 @@ class NF4(InFlight):
             )
         return written is not None
 
-    def build(self, group: LinearGroup, read: Read) -> NF4Linear:
+    def build(self, group: LinearGroup, read: Read) -> NF4Linear | w4.W4Linear:
         if group.in_features % BLOCK:
             raise PrecisionError(
                 f"precision `nf4` needs in_features divisible by {BLOCK}; `{group.parts[0].path}` has "
@@ -260,7 +263,14 @@ class NF4(InFlight):
                 nested_absmax.append(nested[0].to(group.device))
                 offsets.append(nested[1].to(group.device))
             absmax.append(scales.to(group.device))
-        return NF4Linear(group, torch.cat(codes), absmax, nested_absmax, offsets, read_bias(group, read))
+        bias = read_bias(group, read)
+        shape = w4.shape_of(group, "nf4", BLOCK, is_nested=bool(nested_absmax))
+        if w4.serves(group, shape):
+            levels = nested_codebook(group.device)
+            merged = w4_linear.Nested(levels, torch.cat(nested_absmax), torch.stack(offsets))
+            packed = w4_linear.pack_nf4(torch.cat(codes), absmax, merged, shape.outs)
+            return w4.W4Linear(group, shape, packed, bias)
+        return NF4Linear(group, torch.cat(codes), absmax, nested_absmax, offsets, bias)
 
     def _read(self, part: LinearSpec, read: Read) -> Quantized:
         cpu = torch.device("cpu")

@@ -15,7 +15,7 @@ from service import device as devices
 from service.engine import startup
 from service.engine.engine import Engine, Limits
 from service.engine.graphs import batch_sizes
-from service.engine.kernels_ahead import META, KernelsAhead, Shapes, compile_all, shapes_of, walk
+from service.engine.kernels_ahead import META, KernelsAhead, Shapes, compile_all, shapes_of, w4_loads, walk
 from service.engine.warm_up import warm_up
 from service.messages import EngineConfig, Loading
 from service.model.batch import BLOCK_TOKENS
@@ -195,7 +195,35 @@ def test_a_start_goes_on_where_nothing_could_be_compiled_ahead(
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr("service.engine.kernels_ahead.walk", fail)
+    monkeypatch.setattr("service.engine.kernels_ahead.w4_loads", lambda shapes: [])
     shapes: Any = None
     with absent_gpu(), caplog.at_level(logging.WARNING):
         assert KernelsAhead(shapes, []).wait() == 0
     assert "no compiler" in caplog.text
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("awq", "affine"), ("nf4", "nf4"), ("fp16", None)])
+def test_on_an_h100_every_variant_of_the_4_bit_kernels_is_compiled(
+    precision: str, kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no Triton kernel for linears that they serve."""
+    monkeypatch.setattr("service.engine.kernels_ahead.w4_linear.absence", lambda: "")
+    loaded: list[Any] = []
+    monkeypatch.setattr("service.engine.kernels_ahead.w4_linear.load", loaded.append)
+    folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
+    source = RandomWeights(folder, META, Draw())
+    backend = load_backend(precision)
+    if backend.quantizer:
+        source = source.quantized(packing(source.config, backend))
+    config = EngineConfig(model_path="", precision=precision)
+    shapes = shapes_of(source, backend, config, torch.float16, 8)
+    assert shapes.w4_kind == kind
+    with recorded() as ahead:
+        walk(shapes, batch_sizes(8))
+    assert "awq_linear_kernel" not in {launched[0] for launched in ahead}
+    for load in w4_loads(shapes):
+        load()
+    assert {variant.kind for variant in loaded} == ({kind} if kind else set())
+    assert {variant.kernel for variant in loaded} == ({"w4_few", "w4_tile"} if kind else set())
+    fixed = EngineConfig(model_path="", precision=precision, deterministic=True)
+    assert shapes_of(source, backend, fixed, torch.float16, 8).w4_kind is None

@@ -1,0 +1,326 @@
+"""AWQ and NF4 on an H100 by our own kernels: right for any number of rows, each time alike, also captured.
+
+The measure is cuBLAS in float16 on the same weights dequantized, against float64; the weights' meaning comes
+from their checkpoints' layouts, not from ours. `pytest -m gpu tests/gpu/test_w4_on_gpu.py`, by hand.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from service.engine.self_check import check
+from service.kernels import w4_linear
+from service.kernels.w4_linear import Kind, Shape, Weight, absence, bind, plan
+from service.precision import load_backend
+from service.precision.base import LinearGroup, LinearSpec
+from service.precision.w4 import W4Linear
+from tests.kernels.w4_weights import Awq, Nf4, random_awq, random_nf4, random_weight
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+ROWS = (1, 7, 8, 9, 16, 17, 33, 64, 65, 128, 257, 1024, 4096)
+KINDS: tuple[Kind, ...] = ("affine", "nf4")
+# Llama-3.1-8B's, Qwen3's and sizes that fill no table evenly
+LINEARS = {
+    "qkv": ((4096, 1024, 1024), 4096),
+    "o": ((4096,), 4096),
+    "gate_up": ((14336, 14336), 4096),
+    "down": ((4096,), 14336),
+    "small": ((128,), 128),
+    "narrow": ((1040, 112), 2048),
+    "uneven": ((16, 4096, 240), 1536),
+    "few in": ((3072, 1024), 896),
+}
+WORSE_THAN_CUBLAS = 2.0
+
+
+@pytest.fixture(autouse=True)
+def on_an_h100() -> None:
+    if reason := absence():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that torch hands out uninitialized is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def shape_of(kind: Kind, outs: tuple[int, ...], in_features: int) -> Shape:
+    return Shape(kind, outs, in_features, 128 if kind == "affine" else 64, torch.float16)
+
+
+@cache
+def linear(kind: Kind, name: str) -> tuple[Weight, Shape, Tensor]:
+    """-> packed, its shape, and what it means in float32."""
+    torch.manual_seed(1)
+    outs, in_features = LINEARS[name]
+    source = random_weight(kind, outs, in_features, "cuda")
+    return source.pack(outs), shape_of(kind, outs, in_features), source.dense()
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def check_product(weight: Weight, shape: Shape, dense: Tensor, x: Tensor) -> None:
+    multiply = bind(weight, shape)
+    with poisoned():
+        got, again = multiply(x), multiply(x)
+    assert got.shape == (len(x), shape.out_features)
+    assert torch.isfinite(got).all()
+    assert torch.equal(got, again), "run to run"
+    want = x.double() @ dense.double().t()
+    of_cublas = error(x @ dense.half().t(), want)
+    assert error(got, want) <= WORSE_THAN_CUBLAS * of_cublas
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_as_right_as_cublas(kind: Kind, name: str, num_rows: int) -> None:
+    weight, shape, dense = linear(kind, name)
+    check_product(weight, shape, dense, torch.randn(num_rows, shape.in_features, device=CUDA).half())
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_element_is_right_and_not_only_the_norm(kind: Kind, num_rows: int) -> None:
+    """A lost row, column or group would be a hundred times what rounding is."""
+    weight, shape, dense = linear(kind, "narrow")
+    x = torch.randn(num_rows, shape.in_features, device=CUDA).half()
+    want = x.double() @ dense.double().t()
+    size = x.double().norm(dim=1)[:, None] * dense.double().norm(dim=1)
+    assert ((bind(weight, shape)(x).double() - want).abs() / size).max() < 1e-3
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 33, 257])
+@pytest.mark.parametrize("scale", [0.0, 6e-8, 5e-6, 65504.0])
+def test_awq_s_scales_may_be_extreme(scale: float, num_rows: int) -> None:
+    """One output in two, beside ordinary ones: zero, the least subnormal, another one, the greatest."""
+    outs, in_features = (512,), 1024
+    source = random_awq(outs, in_features, "cuda")
+    source.scales[:, ::2] = scale
+    if scale > 1:  # codes that are one beside their zero, so that weights are float16 at all
+        source.qzeros[:] = 0x77777777
+        source.qweight[:] = source.qweight & 0x11111111 | 0x66666666
+    x = torch.randn(num_rows, in_features, device=CUDA) * (1e-4 if scale > 1 else 1)
+    y = bind(source.pack(outs), shape_of("affine", outs, in_features))(x.half())
+    dense = source.dense()
+    want, cublas = x.half().double() @ dense.double().t(), x.half() @ dense.half().t()
+    for columns in (slice(0, None, 2), slice(1, None, 2)):
+        assert torch.isfinite(y[:, columns]).all()
+        bound = (cublas[:, columns].double() - want[:, columns]).norm()
+        # and an ulp of a subnormal y: sums of other order may round another way
+        room = 6e-8 * y[:, columns].numel() ** 0.5
+        assert (y[:, columns].double() - want[:, columns]).norm() <= WORSE_THAN_CUBLAS * bound + room
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 33, 257])
+@pytest.mark.parametrize("absmax", [0.0, 3e-6, 60000.0])
+def test_nf4_s_absmax_may_be_extreme(absmax: float, num_rows: int) -> None:
+    outs, in_features = (256, 256), 1024
+    source = random_nf4(outs, in_features, "cuda")
+    source.nested.map.fill_(1)
+    source.nested.absmax.fill_(absmax)
+    source.nested.offsets.fill_(0)
+    x = (torch.randn(num_rows, in_features, device=CUDA) * (1e-4 if absmax > 1 else 1)).half()
+    y = bind(source.pack(outs), shape_of("nf4", outs, in_features))(x)
+    dense = source.dense()
+    want, cublas = x.double() @ dense.double().t(), x @ dense.half().t()
+    assert torch.isfinite(y).all()
+    room = 6e-8 * y.numel() ** 0.5
+    assert (y.double() - want).norm() <= WORSE_THAN_CUBLAS * (cublas.double() - want).norm() + room
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 33, 257])
+def test_every_zero_point_is_subtracted(num_rows: int) -> None:
+    """All sixteen, in every place of a word, against all sixteen codes; of codes like their zero y is 0."""
+    outs, in_features = (256,), 512
+    source = random_awq(outs, in_features, "cuda")
+    zero = torch.arange(32, device=CUDA).remainder(16)  # of each word of eight outputs
+    word = (zero[None] * 0x11111111).to(torch.int64)
+    word = torch.where(word >= 1 << 31, word - (1 << 32), word).int()
+    source.qzeros[:] = word
+    source.qweight[:] = word
+    multiply = bind(source.pack(outs), shape_of("affine", outs, in_features))
+    x = torch.randn(num_rows, in_features, device=CUDA).half()
+    assert (multiply(x) == 0).all()
+    for code in range(16):
+        value = code * 0x11111111
+        source.qweight[:] = value - (1 << 32) if value >= 1 << 31 else value
+        check_product(source.pack(outs), shape_of("affine", outs, in_features), source.dense(), x)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 24, 64, 257])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_can_be_captured(kind: Kind, num_rows: int) -> None:
+    """A graph computes with what its x holds when it is replayed, and y is the eager one bit for bit."""
+    weight, shape, _ = linear(kind, "qkv")
+    multiply = bind(weight, shape)
+    x = torch.randn(num_rows, shape.in_features, device=CUDA).half()
+    multiply(x)  # loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = multiply(multiply(x)[:, : shape.in_features].contiguous())
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        captured.fill_(float("nan"))
+        graph.replay()
+        again = multiply(multiply(x)[:, : shape.in_features].contiguous())
+        assert torch.equal(captured, again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_another_tensor_s_middle(kind: Kind) -> None:
+    """x that begins anywhere, and rows that lie apart."""
+    weight, shape, _ = linear(kind, "few in")
+    multiply = bind(weight, shape)
+    wide = torch.randn(50, shape.in_features + 3, device=CUDA).half()
+    for x in (wide[:, 1:-2], wide[5:25, 3:]):
+        assert torch.equal(multiply(x), multiply(x.clone()))
+    flat = wide.flatten()[1 : 1 + 7 * shape.in_features].view(7, -1)
+    assert torch.equal(multiply(flat), multiply(flat.clone()))
+    assert multiply(flat[:0]).shape == (0, shape.out_features)
+
+
+def group(dtype: torch.dtype, *, deterministic: bool = False) -> LinearGroup:
+    parts = tuple(LinearSpec(f"part{i}", 1024, out, bias=True) for i, out in enumerate((512, 128, 128)))
+    return LinearGroup("qkv_proj", parts, CUDA, dtype, deterministic)
+
+
+def tensors(source: Awq | None) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    start = 0
+    for part in group(torch.float16).parts:
+        end = start + part.out_features
+        found[f"{part.path}.bias"] = torch.randn(part.out_features).half()
+        if source:
+            found[f"{part.path}.qweight"] = source.qweight[:, start // 8 : end // 8].cpu()
+            found[f"{part.path}.qzeros"] = source.qzeros[:, start // 8 : end // 8].cpu()
+            found[f"{part.path}.scales"] = source.scales[:, start:end].cpu()
+        else:
+            found[f"{part.path}.weight"] = torch.randn(part.out_features, 1024).half() * 0.02
+        start = end
+    return found
+
+
+@pytest.mark.parametrize("precision", ["awq", "nf4"])
+def test_a_precision_s_layer_is_served(precision: str) -> None:
+    """With biases; its bits mean what the backend's own layer means."""
+    read = tensors(random_awq((512, 128, 128), 1024, "cuda") if precision == "awq" else None)
+    layer = load_backend(precision).build(group(torch.float16), read.__getitem__)
+    assert isinstance(layer, W4Linear)
+    assert layer.kernel == "cuda.w4_few up to 16 rows, cuda.w4_tile"
+    check(layer, 0.002)
+    bits = 8 * sum(size for part, size in layer.bytes().items() if part != "weights16") / (768 * 1024)
+    assert bits <= 1.01 * {"awq": 4.156, "nf4": 4.127}[precision]
+    if precision == "nf4":
+        for number, part in enumerate(layer.group.parts):
+            source = read[f"{part.path}.weight"].cuda()
+            codes, absmax = torch.ops.bitsandbytes.quantize_4bit.default(source, 64, "nf4", torch.uint8)
+            want = torch.ops.bitsandbytes.dequantize_4bit.default(
+                codes, absmax, 64, "nf4", source.shape, torch.float32
+            )
+            assert error(layer.dense(number), want.double().cpu()) < 0.01  # absmax are 8-bit codes
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "deterministic", "kernel"),
+    [
+        ("awq", torch.float16, True, "triton.awq_linear"),
+        ("awq", torch.bfloat16, False, "triton.awq_linear"),
+        ("nf4", torch.bfloat16, False, "bitsandbytes.gemm_4bit"),
+        ("nf4:double_quant=off", torch.float16, False, "bitsandbytes.gemm_4bit"),
+    ],
+)
+def test_what_the_table_refuses_keeps_its_kernel(
+    precision: str, dtype: torch.dtype, deterministic: bool, kernel: str
+) -> None:
+    source = random_awq((512, 128, 128), 1024, "cuda") if precision == "awq" else None
+    layer = load_backend(precision).build(
+        group(dtype, deterministic=deterministic), tensors(source).__getitem__
+    )
+    assert layer.kernel == kernel
+    assert layer.row_invariant == deterministic
+
+
+@pytest.mark.parametrize("num_rows", [1, 64])
+def test_what_a_call_costs_the_host(num_rows: int, record_property: Callable[[str, object], None]) -> None:
+    weight, shape, _ = linear("affine", "small")
+    multiply = bind(weight, shape)
+    x = torch.randn(num_rows, shape.in_features, device=CUDA).half()
+    for _ in range(3):
+        multiply(x)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(500):
+        multiply(x)
+    us = (time.perf_counter() - start) * 1e6 / 500
+    torch.cuda.synchronize()
+    record_property("figure", f"a call of a 4-bit linear, {num_rows} rows: {us:.1f} us of the host")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_long_a_layer_takes(kind: Kind, record_property: Callable[[str, object], None]) -> None:
+    """Llama-3.1-8B's four linears from weights rotated past the L2, in a captured graph."""
+    names = ("qkv", "o", "gate_up", "down")
+    for num_rows in (1, 8, 16, 32, 64, 128, 256, 1024):
+        times = [time_of(kind, name, num_rows) for name in names]
+        told = " + ".join(f"{us:.1f}" for us in times)
+        record_property("figure", f"{kind:6} {num_rows:5} rows: {sum(times):6.1f} us = {told}")
+
+
+def time_of(kind: Kind, name: str, num_rows: int) -> float:
+    """Median microseconds of a product."""
+    weight, shape, _ = linear(kind, name)
+    copies = max(2, (192 << 20) // weight.codes.nbytes)
+    products = [bind(weight, shape)]
+    for _ in range(copies - 1):
+        fields = {field: getattr(weight, field) for field in ("nested", "outs")}
+        zeros = None if weight.zeros is None else weight.zeros.clone()
+        copy = Weight(codes=weight.codes.clone(), scales=weight.scales.clone(), zeros=zeros, **fields)
+        products.append(bind(copy, shape))
+    x = torch.randn(num_rows, shape.in_features, device=CUDA).half()
+    for multiply in products:
+        multiply(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for multiply in products:
+            multiply(x)
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(products))
+    return sorted(times)[len(times) // 2]
+
+
+def test_plans_are_for_this_gpu() -> None:
+    """Every variant of the shapes above is compiled and loaded."""
+    for kind in KINDS:
+        for outs, in_features in LINEARS.values():
+            for row in plan(shape_of(kind, outs, in_features)):
+                w4_linear.load(row.variant)
+
+
+def test_random_weights_are_what_they_are_said_to_be() -> None:
+    for source in (random_awq((256,), 512, "cuda"), random_nf4((256,), 512, "cuda")):
+        assert isinstance(source, Awq | Nf4)
+        weight = source.pack((256,))
+        torch.testing.assert_close(w4_linear.dequantize(weight), source.dense(), rtol=1e-6, atol=0)

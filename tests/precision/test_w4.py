@@ -1,0 +1,121 @@
+"""The layer that awq and nf4 share on an H100: the same weights as their own layers', in another order."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.engine.self_check import check
+from service.errors import DeviceError
+from service.kernels.awq_linear.reference import pack
+from service.precision import load_backend, w4
+from service.precision.base import LinearGroup, LinearSpec
+from service.precision.w4 import W4Linear
+
+CPU = torch.device("cpu")
+IN, OUTS = 256, (128, 64, 64)
+HALF = torch.float16
+
+
+def group(dtype: torch.dtype = HALF) -> LinearGroup:
+    parts = tuple(LinearSpec(f"part{i}", IN, out, bias=i != 1) for i, out in enumerate(OUTS))
+    return LinearGroup("qkv_proj", parts, CPU, dtype)
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    """Of 16-bit and of AWQ's checkpoints."""
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for i, out in enumerate(OUTS):
+        found[f"part{i}.weight"] = torch.randn(out, IN, generator=generator).half() * 0.05
+        found[f"part{i}.bias"] = torch.randn(out, generator=generator).half()
+        codes, zeros = (torch.randint(0, 16, (n, out), generator=generator) for n in (IN, IN // 128))
+        found[f"part{i}.qweight"], found[f"part{i}.qzeros"] = pack(codes), pack(zeros)
+        found[f"part{i}.scales"] = torch.rand(IN // 128, out, generator=generator).half() * 0.01
+    return found
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the reference were the GPU's kernels."""
+    monkeypatch.setattr(w4, "serves", lambda group, shape: not w4.w4_linear.refusal(shape))
+
+
+@pytest.mark.parametrize("precision", ["awq", "nf4"])
+def test_it_is_the_backend_s_own_layer(precision: str, tensors: dict[str, Tensor], everywhere: None) -> None:
+    """Part by part and as a product, biases included."""
+    ours = load_backend(precision).build(group(), tensors.__getitem__)
+    assert isinstance(ours, W4Linear)
+    assert ours.kernel == "reference.w4_linear"
+    own = load_backend(precision).build(group(torch.float32), tensors.__getitem__)
+    assert not isinstance(own, W4Linear)
+    for part, out in enumerate(OUTS):
+        assert ours.dense(part).shape == (out, IN)
+        # bitsandbytes may multiply and add the offset in one
+        torch.testing.assert_close(ours.dense(part), own.dense(part), rtol=1e-5, atol=1e-7)
+    x = torch.randn(5, IN).half()
+    weight = torch.cat([ours.dense(part) for part in range(len(OUTS))])
+    bias = torch.cat([tensors["part0.bias"], torch.zeros(64), tensors["part2.bias"]]).float()
+    want = F.linear(x.float(), weight, bias)
+    y = ours(x)
+    assert y.dtype == HALF
+    assert (y.float() - want).norm() < 1e-3 * want.norm()
+    assert not ours.row_invariant
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("awq", 4.156), ("nf4", 4.127)])
+def test_bytes_are_those_of_the_buffers(
+    precision: str, bits: float, tensors: dict[str, Tensor], everywhere: None
+) -> None:
+    layer = load_backend(precision).build(group(), tensors.__getitem__)
+    ledger = layer.bytes()
+    assert sum(ledger.values()) == sum(buffer.nbytes for buffer in layer.buffers())
+    assert ledger.pop("weights16") == sum(OUTS) * 2
+    assert ("zeros" in ledger) == (precision == "awq")
+    # three parts of few weights: a nested absmax and an offset each
+    assert 8 * sum(ledger.values()) / (sum(OUTS) * IN) == pytest.approx(bits, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["nf4:double_quant=off", "awq"])
+def test_what_the_table_refuses_is_the_backend_s(
+    precision: str, tensors: dict[str, Tensor], everywhere: None
+) -> None:
+    dtype = torch.bfloat16 if precision == "awq" else HALF
+    layer = load_backend(precision).build(group(dtype), tensors.__getitem__)
+    assert not isinstance(layer, W4Linear)
+
+
+def test_the_log_says_once_why_a_layer_is_not_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(w4.w4_linear, "absence", lambda: "")
+    w4.tell_refusal.cache_clear()
+    on_gpu = replace(group(torch.bfloat16), device=torch.device("cuda"))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert not w4.serves(on_gpu, w4.shape_of(on_gpu, "nf4", 64))
+        half = replace(on_gpu, dtype=HALF)
+        assert w4.serves(half, w4.shape_of(half, "nf4", 64))
+        fixed = replace(half, deterministic=True)
+        assert not w4.serves(fixed, w4.shape_of(fixed, "nf4", 64))
+        assert not w4.serves(group(), w4.shape_of(group(), "nf4", 64))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "`qkv_proj`" in told[0]
+    assert "bfloat16" in told[0]
+    assert "deterministic" in told[1]
+
+
+def test_the_self_check_sees_every_kernel_of_a_plan(tensors: dict[str, Tensor], everywhere: None) -> None:
+    """The table changes its kernel between the numbers of rows that all layers are checked with."""
+    layer = load_backend("awq").build(group(), tensors.__getitem__)
+    assert set(layer.kernel_rows) == {8, 16, 32, 64, 128, 256}
+    right = layer.forward
+    check(layer, 0.02)
+    layer.forward = lambda x: right(x) * (0.5 if 64 < len(x) <= 128 else 1)  # type: ignore[method-assign]
+    with pytest.raises(DeviceError, match="at 128 rows"):
+        check(layer, 0.02)
