@@ -18,7 +18,7 @@ from service.cores import physical_cores
 from service.disk import existing_parent, folder_bytes, megabytes
 from service.errors import HalftoneError
 from service.front.host import bind
-from service.kernels import native
+from service.kernels import cuda, native
 from service.model.demo import NEEDED_BYTES, demo_folder
 from service.model.folders import is_whole
 
@@ -102,7 +102,13 @@ def check_libraries(settings: Settings) -> list[Finding]:
         else ""
     )
     use = "compiles kernels" if torch.cuda.is_available() else "kernels run by torch on this device"
-    return [kernels, Finding("triton", f"{triton}; {use}", fix)]
+    found = [kernels, Finding("triton", f"{triton}; {use}", fix)]
+    if torch.cuda.is_available():
+        reason = cuda.absence()
+        found.append(
+            Finding("CUDA kernels", f"not used: {reason}" if reason else "compiled by torch's NVRTC")
+        )
+    return found
 
 
 def check_cpu_kernels(settings: Settings) -> list[Finding]:
