@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.kernels.w4_linear import Kind, Shape, kernel_name, plan, refusal
-from service.kernels.w4_linear.plan import variant_for
 from service.kernels.w4_linear.variants import MAX_SHARED_BYTES, Few, Tile
 
 HALF = torch.float16
@@ -42,7 +41,7 @@ def test_it_has_a_kernel_or_a_reason(kind: Kind, outs: list[int], in_features: i
     ends = [row.max_rows for row in rows]
     assert ends[-1] is None
     assert ends[:-1] == sorted({end for end in ends if end})
-    variant = variant_for(rows, num_rows)
+    variant = next(row.variant for row in rows if row.max_rows is None or num_rows <= row.max_rows)
     assert variant.serves(asked.out_features, in_features)
     assert 0 < variant.shared_bytes <= MAX_SHARED_BYTES
     assert variant.threads <= 1024

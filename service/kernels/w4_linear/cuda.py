@@ -8,6 +8,7 @@ which is kept for an address and number of rows: a captured step and its next ca
 """
 
 import ctypes
+from bisect import bisect_left
 from ctypes import c_float, c_int, c_void_p
 from typing import Any
 
@@ -18,7 +19,7 @@ from service.kernels import launch as launching
 from service.kernels.cuda import Kernel, Launch, TensorMap, kernel_of
 from service.kernels.cuda.driver import SWIZZLE_128, SWIZZLE_NONE, tensor_map
 from service.kernels.w4_linear.layout import BLOCK_ROWS, NESTED_BLOCK, Weight
-from service.kernels.w4_linear.plan import MAX_PARTS, Row, variant_for
+from service.kernels.w4_linear.plan import MAX_PARTS, Row
 from service.kernels.w4_linear.variants import Tile, Variant
 
 MAX_MAPS = 4096  # that are kept: 128 bytes each
@@ -93,10 +94,9 @@ class Bound:
 
     def __init__(self, weight: Weight, rows: tuple[Row, ...], dtype: torch.dtype) -> None:
         self.weight, self.rows, self.dtype = weight, rows, dtype
-        self._parts = parts_of(
-            weight
-        )  # here, for it waits for the device: nothing may while a graph is captured
-        self._calls: dict[Variant, Call] = {}
+        self._parts = parts_of(weight)  # waits for the device, which nothing may while a graph is captured
+        self._ends = [row.max_rows for row in rows if row.max_rows]
+        self._calls: list[Call | None] = [None] * len(rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         num_rows, columns = x.shape
@@ -108,10 +108,11 @@ class Bound:
             x = x.clone()
         y = x.new_empty(num_rows, self.weight.out_features)
         if num_rows:
-            variant = variant_for(self.rows, num_rows)
-            call = self._calls.get(variant)
+            number = bisect_left(self._ends, num_rows)
+            call = self._calls[number]
             if call is None:
-                call = self._calls[variant] = Call(self.weight, self._parts, variant)
+                variant = self.rows[number].variant
+                call = self._calls[number] = Call(self.weight, self._parts, variant)
             call(x, y)
         return y
 

@@ -7,7 +7,6 @@ alone: layers, self-check and compilation ahead of the first launch share it. Me
 docs/experiments.md, section 6.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,11 +78,6 @@ def plan(shape: Shape) -> tuple[Row, ...]:
         assert row.variant.serves(shape.out_features, shape.in_features), (shape, row)
         assert row.variant.shared_bytes <= MAX_SHARED_BYTES, row
     return rows
-
-
-def variant_for(rows: Sequence[Row], num_rows: int) -> Variant:
-    """The one that a plan has for this number of rows."""
-    return next(row.variant for row in rows if row.max_rows is None or num_rows <= row.max_rows)
 
 
 def few(shape: Shape, row_tiles: int) -> Few | None:
