@@ -31,13 +31,14 @@ struct Meeting {
     uint64_t round = 0;
     void* slot[128];
 };
-struct Wgmma { float* d; const uint32_t* a; uint64_t b; int add, n; };
+struct Wgmma { float* d; const uint32_t* a; uint64_t b; int add, n; uint64_t a_at = 0; void (*act)(void**) = nullptr; };
 struct Group { std::vector<Wgmma> open; std::deque<std::vector<Wgmma>> done; };
 struct Barrier { int expected = 0, pending = 0; long bytes = 0; uint32_t phase = 0; };
 struct Block {
     char* memory;
     int rank, index;
     std::vector<Meeting> warps, groups, block;
+    std::map<int, Meeting> named;
     std::map<uint32_t, Barrier> barriers;
 };
 struct Fiber {
@@ -264,7 +265,9 @@ inline void wgmma_wait() {
         for (const Wgmma& mine : me->wgmmas.done.front())
             meet(me->block->groups[me->thread / 128], lane, 128, (void*)&mine, [](void** all) {
                 Wgmma& first = *(Wgmma*)all[0];
-                if (first.b >> 62 != 1 || (first.b >> 32 & 0x3fff) != 64) { printf("descriptor?\n"); abort(); }
+                if (first.act) return first.act(all);
+                const int wide = first.b >> 62 == 1;  // rows of 128 bytes, else of 64; 8 of them are a group
+                if ((first.b >> 32 & 0x3fff) != (wide ? 64 : 32)) { printf("descriptor?\n"); abort(); }
                 const uint32_t base = (first.b & 0x3fff) << 4;
                 static float A[64][16], B[256][16];
                 for (int l = 0; l < 128; l++)
@@ -274,8 +277,8 @@ inline void wgmma_wait() {
                                 half(((Wgmma*)all[l])->a[r] >> 16 * e);
                 for (int n = 0; n < first.n; n++)
                     for (int k = 0; k < 16; k++) {
-                        uint32_t at = base + n / 8 * 1024 + n % 8 * 128 + 2 * k;
-                        at ^= (at >> 7 & 7) << 4;
+                        uint32_t at = base + (wide ? n * 128 : n * 64) + 2 * k;
+                        at ^= (at >> 7 & (wide ? 7 : 3)) << 4;
                         uint16_t bits;
                         memcpy(&bits, me->block->memory + at, 2);  // a descriptor means the block it is in
                         B[n][k] = half(bits);

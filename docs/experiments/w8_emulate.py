@@ -1,0 +1,93 @@
+"""Runs w8_tile.cu on a CPU (w4_emulator.h, w8_emulator.h) against float64 on small shapes; no GPU, no CUDA. A minute.
+
+python docs/experiments/w8_emulate.py
+"""
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from w8_problem import Problem
+from w8_variants import HERE, THREADS, Kernel, cut
+
+DRIVER = f"""extern "C" void run(int grid, TensorMap* x, TensorMap* w_map, const float* x_steps, const float* w_steps,
+    const uint16_t* x16, const uint32_t* bitmap, const int8_t* w, char* y, float4* workspace, int* arrived, int rows, int n, int k,
+    int stream_tiles, float threshold) {{
+    emulate(grid, 1, {THREADS}, [=] {{
+        w8_tile(*x, *w_map, x_steps, w_steps, x16, bitmap, w, y, workspace, arrived, rows, n, k, stream_tiles, threshold); }}); }}"""
+
+
+def build(kernel: Kernel) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="w8_"))
+    source, library = folder / "driver.cpp", folder / "kernel.so"
+    source.write_text(f'#include "w8_tile.cu"\n{DRIVER}\n')
+    flags = [f"-D{key}={value}" for key, value in kernel.defines.items()]
+    command = ["g++", "-std=c++17", "-O2", "-mavx2", "-mf16c", "-mfma", "-shared", "-fPIC", "-w", "-Wno-psabi", f"-I{HERE}"]  # fmt: skip
+    subprocess.run([*command, *flags, "-o", str(library), str(source)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.data_ptr() % 16 == 0
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def box(tensor: Tensor, columns: int, rows: int, box_rows: int) -> Tensor:
+    fields = [tensor.data_ptr(), columns, rows, columns, 1, 128, box_rows, 1]
+    return torch.tensor([*fields, *[0] * 8], dtype=torch.int64)
+
+
+def check(kernel: Kernel, library: ctypes.CDLL, problem: Problem, how: str, multiprocessors: int) -> bool:
+    n, k, rows = problem.n, problem.k, problem.rows
+    blocks, stream = cut(kernel, how, n, k, rows, multiprocessors)
+    y = torch.full((rows, n), float("nan"), dtype=torch.float16)
+    workspace = torch.full((kernel.workspace_bytes(blocks) // 4,), float("nan"))
+    arrived = torch.zeros(kernel.tiles(n, rows), dtype=torch.int32)
+    w, x, x_steps = problem.operands(kernel.fp8)
+    tensors = (x_steps, problem.w_steps, problem.x16, problem.bitmap, w, y, workspace, arrived)
+    maps = (box(x, k, rows, kernel.tile), box(w, k, n, kernel.outputs))
+    library.run(
+        blocks, *map(pointer, (*maps, *tensors)), rows, n, k, stream, ctypes.c_float(problem.threshold)
+    )
+    want = problem.want(kernel.fp8)
+    error = float((y.double() - want).norm() / want.norm())
+    fine = error < 4e-4 and not arrived.any()
+    print(f"{'ok  ' if fine else 'BAD '} {error:.1e}  {kernel.file} {how} of {multiprocessors}, M={rows} N={n} K={k}, "
+          f"{problem.count} columns", flush=True)  # fmt: skip
+    return fine
+
+
+CASES = (
+    # kernel, rows, n, k, columns, how, multiprocessors
+    (Kernel(0, 16, 1, 3, 64, 64), 5, 272, 640, 40, "all", 4),
+    (Kernel(0, 16, 1, 3, 64, 64), 16, 256, 512, 0, "whole", 3),
+    (Kernel(0, 32, 1, 3, 32, 32), 33, 160, 1040, 3, "all", 7),
+    (Kernel(0, 64, 1, 4, 128, 64), 64, 384, 1024, 300, "rest", 2),
+    (Kernel(0, 64, 1, 4, 128, 64), 100, 128, 1536, 1536, "all", 5),
+    (Kernel(0, 64, 2, 2, 64, 64), 70, 272, 512, 30, "all", 3),
+    (Kernel(0, 128, 1, 3, 64, 64), 200, 256, 768, 20, "rest", 3),
+    (Kernel(0, 128, 2, 2, 32, 32), 130, 256, 512, 100, "all", 3),
+    (Kernel(0, 256, 1, 2, 32, 32), 300, 144, 512, 70, "all", 3),
+    (Kernel(1, 16, 1, 3), 9, 272, 640, 0, "all", 4),
+    (Kernel(1, 64, 2, 3), 64, 256, 384, 0, "whole", 1),
+    (Kernel(1, 128, 2, 2), 200, 272, 512, 0, "rest", 3),
+)
+
+
+def main() -> None:
+    torch.manual_seed(1)
+    fine = True
+    built: dict[Kernel, ctypes.CDLL] = {}
+    for kernel, rows, n, k, count, how, multiprocessors in CASES:
+        if kernel not in built:
+            built[kernel] = build(kernel)
+        fine &= check(kernel, built[kernel], Problem(rows, n, k, count, "cpu"), how, multiprocessors)
+    sys.exit(0 if fine else 1)
+
+
+if __name__ == "__main__":
+    main()

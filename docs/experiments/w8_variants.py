@@ -1,0 +1,109 @@
+"""Variants of w8_tile.cu: their constants, what they need, nvcc, and how a tile's work is cut."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+THREADS, WARPGROUPS, STEP = 384, 2, 128  # STEP: of K
+
+
+@dataclass(frozen=True, order=True)
+class Kernel:
+    """R = 128 * rt outputs x `tile` rows of activations; `slots` of `cap` listed columns are multiplied at a time."""
+
+    fp8: int
+    tile: int
+    rt: int
+    stages: int
+    cap: int = 32
+    slots: int = 32
+
+    @property
+    def outputs(self) -> int:
+        return 64 * self.rt * WARPGROUPS
+
+    @property
+    def file(self) -> str:
+        return (
+            f"w8_{'fp8' if self.fp8 else 'int8'}_{self.tile}_{self.rt}_{self.stages}_{self.cap}_{self.slots}"
+        )
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {"FP8": self.fp8, "TILE": self.tile, "RT": self.rt, "STAGES": self.stages, "CAP": self.cap,
+                "SLOTS": self.slots, "SHARED_BYTES": self.shared_bytes}  # fmt: skip
+
+    @property
+    def shared_bytes(self) -> int:
+        """As w8_tile.cu lays it out; it asserts the same."""
+
+        def whole(size: int) -> int:
+            return -(-size // 1024) * 1024
+
+        before = 1024 + 512 + 2048
+        if not self.fp8:
+            before += 4096 + 528 + self.outputs * (self.cap + 4)
+        out = whole(before) + (0 if self.fp8 else self.tile * self.slots * 2)
+        return whole(out + WARPGROUPS * 4 * 512) + self.stages * 128 * (self.outputs + self.tile) - 1024
+
+    def compile(self, folder: Path) -> str:
+        """-> what nvcc complained about: errors, spills, serialized products."""
+        flags = [f"-D{name}={value}" for name, value in self.defines.items()]
+        command = ["nvcc", "-cubin", "-arch=sm_90a", "-std=c++17", "-O3", "-Xptxas", "-v", *flags]
+        done = subprocess.run(
+            [*command, "-o", str(folder / self.file), str(HERE / "w8_tile.cu")],
+            capture_output=True,
+            text=True,
+        )
+        lines = [line for line in done.stderr.splitlines() if "error" in line or "C75" in line]
+        spills = [line.strip() for line in done.stderr.splitlines() if "spill" in line]
+        return "; ".join(lines + [line for line in spills if not line.startswith("0 bytes stack")])
+
+    def tiles(self, n: int, rows: int) -> int:
+        return -(-n // self.outputs) * -(-rows // self.tile)
+
+    def workspace_bytes(self, blocks: int) -> int:
+        """Two partial tiles of each block."""
+        return 2 * blocks * self.outputs * self.tile * 4
+
+
+def cut(kernel: Kernel, how: str, n: int, k: int, rows: int, multiprocessors: int) -> tuple[int, int]:
+    """-> blocks, and how many tiles are cut at steps of K instead of going whole to a block.
+
+    whole: none. rest: those that would fill the machine only in part. all: every one.
+    """
+    tiles, steps = kernel.tiles(n, rows), -(-k // STEP)
+    if how == "whole":
+        return min(tiles, multiprocessors), 0
+    stream = tiles % multiprocessors if how == "rest" else tiles
+    assert stream * steps >= multiprocessors or stream == 0
+    return multiprocessors, stream
+
+
+# by rows; (tile, rt, stages, cap, slots)
+INT8 = {
+    1: ((16, 1, 9, 128, 64), (16, 2, 5, 64, 64)),
+    16: ((16, 1, 9, 128, 64), (16, 2, 5, 64, 64)),
+    32: ((32, 1, 8, 128, 64), (32, 2, 4, 64, 64)),
+    64: ((64, 1, 7, 128, 64), (64, 2, 4, 64, 64)),
+    256: ((128, 1, 5, 128, 64), (128, 2, 4, 32, 32), (256, 1, 4, 32, 32)),
+    1024: ((128, 1, 5, 128, 64), (128, 2, 4, 32, 32), (256, 1, 4, 32, 32)),
+}
+FP8 = {
+    1: ((16, 1, 10), (16, 2, 6)),
+    16: ((16, 1, 10), (16, 2, 6)),
+    32: ((32, 1, 9), (32, 2, 5)),
+    64: ((64, 1, 8), (64, 2, 5)),
+    256: ((128, 1, 6), (128, 2, 4)),
+    1024: ((128, 1, 6), (128, 2, 4)),
+}
+
+
+def kernels_for(rows: int) -> list[Kernel]:
+    return [Kernel(0, *c) for c in INT8[rows]] + [Kernel(1, *c) for c in FP8[rows]]
+
+
+def all_kernels() -> list[Kernel]:
+    return sorted({kernel for rows in INT8 for kernel in kernels_for(rows)})
