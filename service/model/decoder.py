@@ -106,13 +106,23 @@ class DecoderLayer(nn.Module):
         self._gate_up, self._down = self.gate_up_proj.forward, self.down_proj.forward
 
     def forward(
-        self, hidden: Tensor, delta: Tensor | None, step: Step, observe: Observe | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        step: Step,
+        observe: Observe | None = None,
+        wanted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`wanted`: int64 [R], the rows that somebody reads, where nobody reads the others; R rows go on."""
         eps = self.config.norm_eps
         hidden, x = add_rms_norm(hidden, delta, self.input_norm, eps)
         if observe:
             self._show(observe, "qkv_proj", x)
         x = self._attend(self._qkv(x), step)
+        if wanted is not None:
+            hidden, x = hidden.index_select(0, wanted), x.index_select(0, wanted)
+            if not len(wanted):
+                return hidden, None
         if observe:
             self._show(observe, "o_proj", x)
         hidden, x = add_rms_norm(hidden, self._o(x), self.post_attention_norm, eps)
@@ -208,7 +218,12 @@ class Decoder(nn.Module):
         hidden = self.embed(batch.token_ids)
         if observe is None and (x := self.recordings.decode(self._decode, hidden, batch, kv)) is not None:
             return self.head(x)
-        hidden, delta = self.all_layers(hidden, self.prepare(batch, kv), observe)
+        step = self.prepare(batch, kv)
+        if observe is None and len(batch.logit_rows) < len(hidden):
+            # of a prompt's other rows the last layer owes the cache K and V, and nobody anything else
+            hidden, delta = self.all_layers(hidden, step, wanted=batch.logit_rows)
+            return self.head(self._final(hidden, delta))
+        hidden, delta = self.all_layers(hidden, step, observe)
         return self.logits(hidden, delta, batch.logit_rows)
 
     def all_layers(
@@ -217,20 +232,25 @@ class Decoder(nn.Module):
         step: Step,
         observe: Observe | None = None,
         before_layer: Callable[[int], None] | None = None,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """[T, hidden] -> the residual stream and what is to be added to it."""
+        """[T, hidden] -> the residual stream and what is to be added to it, of the rows `wanted` if given."""
         delta: Tensor | None = None
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             if before_layer:
                 before_layer(index)
-            hidden, delta = layer(hidden, delta, step, observe)
+            hidden, delta = layer(hidden, delta, step, observe, wanted if index == last else None)
         return hidden, delta
 
     def _decode(
         self, hidden: Tensor, batch: StepBatch, kv: PagedKV, before_layer: Callable[[int], None]
     ) -> Tensor:
         """What is recorded: [T, hidden] -> [T, hidden], normed for lm_head."""
-        hidden, delta = self.all_layers(hidden, self.prepare(batch, kv), None, before_layer)
+        return self._final(*self.all_layers(hidden, self.prepare(batch, kv), None, before_layer))
+
+    def _final(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
+        """-> [T, hidden], normed for lm_head."""
         return add_rms_norm(hidden, delta, self.final_norm, self.config.norm_eps)[1]
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -243,8 +263,7 @@ class Decoder(nn.Module):
         if len(rows) < len(hidden):  # else they are all
             hidden = hidden.index_select(0, rows)
             delta = None if delta is None else delta.index_select(0, rows)
-        _, x = add_rms_norm(hidden, delta, self.final_norm, self.config.norm_eps)
-        return self.head(x)
+        return self.head(self._final(hidden, delta))
 
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
         """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, delta, step)`."""

@@ -114,6 +114,27 @@ def test_chunks_and_decode_equal_one_prefill(pair: tuple[ModelInstance, PreTrain
     torch.testing.assert_close(torch.cat(rows), logits_of(instance, tokens), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("wanted", [[], [59], [3, 40, 59]], ids=len)
+def test_the_last_layer_ends_with_the_wanted_rows(
+    pair: tuple[ModelInstance, PreTrainedModel], wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache gets K and V of all rows, and what comes after attention sees the wanted ones."""
+    instance, _ = pair
+    tokens = some_tokens(61, seed=4)
+    last, seen = instance.decoder.layers[-1], []
+    down = last._down
+    monkeypatch.setattr(last, "_down", lambda x: seen.append(len(x)) or down(x))
+    kv = instance.new_kv(8)
+    batch = one_sequence(tokens[:60], 0, kv)
+    batch = type(batch)(**{**vars(batch), "logit_rows": torch.tensor(wanted, dtype=torch.int64)})
+    found = instance.forward(batch, kv)
+    following = instance.forward(one_sequence(tokens, 60, kv), kv)
+    want = logits_of(instance, tokens)
+    assert seen == [*[len(wanted)] * bool(wanted), 1, 61]
+    torch.testing.assert_close(found, want[wanted], atol=1e-4, rtol=0)
+    torch.testing.assert_close(following, want[60:], atol=1e-4, rtol=0)
+
+
 def test_neighbours_do_not_move_a_decode_step(pair: tuple[ModelInstance, PreTrainedModel]) -> None:
     """Ragged sequences decoded together, pages interleaved, give what each gives alone."""
     instance, _ = pair
