@@ -12,7 +12,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     A row's largest magnitude becomes 448; a row of zeros has scale 1. NaN makes the whole row NaN.
     """
     wide = x.float()
-    scales = wide.abs().amax(1) / LARGEST
+    # by a tensor: a GPU multiplies by a number's rounded reciprocal instead, and ties fall to the other side
+    scales = wide.abs().amax(1) / torch.full((), LARGEST, device=x.device)
     scales = torch.where(scales == 0, 1.0, scales)
     return (wide / scales[:, None]).to(torch.float8_e4m3fn), scales
 
