@@ -68,6 +68,7 @@ def launch(
     *,
     num_warps: int = 4,
     num_stages: int = 3,
+    contracts: bool = True,
 ) -> None:
     """One launch on the current stream of the tensors' device, which is the current one.
 
@@ -75,12 +76,15 @@ def launch(
     at least as fine as Triton's own: dtypes and alignment of tensors; of whole numbers, whether they are 1,
     whether 16 divides them, whether 32 bits hold them.
 
+    `contracts`: a * b + c may be rounded once. Without, every operation is, as on any other device.
+
     On meta tensors, which stand for aligned ones, it only compiles: engine/kernels_ahead.
     """
     if tensors[0].is_meta:
         kernel.warmup(
             *tensors, *numbers, *constants, DEPENDENT,
             grid=grid, num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT,
+            enable_fp_fusion=contracts,
         )  # fmt: skip
         return
     pointers = [tensor.data_ptr() for tensor in tensors]
@@ -89,6 +93,7 @@ def launch(
         constants,
         num_warps,
         num_stages,
+        contracts,
         DEPENDENT,
         *[tensor.dtype for tensor in tensors],
         *[pointer % ALIGNMENT for pointer in pointers],
@@ -101,7 +106,7 @@ def launch(
     if compiled is None:
         compiled = kernel[grid](
             *tensors, *numbers, *constants, DEPENDENT,
-            num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT,
+            num_warps=num_warps, num_stages=num_stages, launch_pdl=DEPENDENT, enable_fp_fusion=contracts,
         )  # fmt: skip
         if compiled is not None:  # Triton's interpreter compiles nothing
             _compiled[kind] = compiled

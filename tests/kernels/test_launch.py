@@ -61,7 +61,12 @@ def test_the_second_launch_is_past_triton() -> None:
     ((grid, arguments, options),) = kernel.asked
     assert grid == (3,)
     assert arguments == (WIDE, out, 7, 0.5, 64, True, False)
-    assert options == {"num_warps": 2, "num_stages": 3, "launch_pdl": False}
+    assert options == {
+        "num_warps": 2,
+        "num_stages": 3,
+        "launch_pdl": False,
+        "enable_fp_fusion": True,
+    }
     pointers = (WIDE.data_ptr(), out.data_ptr())
     hooks = (None, None, None)
     assert kernel.compiled[0].launches == [
@@ -98,10 +103,12 @@ def test_options_and_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     launch(kernel, (1,), (WIDE,), (), (32,))
     launch(kernel, (1,), (WIDE,), (), (64,), num_warps=8)
     launch(kernel, (1,), (WIDE,), (), (64,), num_stages=1)
+    launch(kernel, (1,), (WIDE,), (), (64,), contracts=False)
     monkeypatch.setattr(launching, "DEPENDENT", True)
     launch(kernel, (1,), (WIDE,), (), (64,))
-    assert len(kernel.compiled) == 5
-    assert [options["launch_pdl"] for _, _, options in kernel.asked] == [False] * 4 + [True]
+    assert len(kernel.compiled) == 6
+    assert [options["launch_pdl"] for _, _, options in kernel.asked] == [False] * 5 + [True]
+    assert [options["enable_fp_fusion"] for _, _, options in kernel.asked] == [True] * 4 + [False, True]
 
 
 def test_the_interpreter_is_asked_each_time() -> None:
