@@ -24,6 +24,7 @@ from service.engine.decode_step import sampling_rows
 from service.engine.penalties import MAX_BIASES
 from service.engine.state import NUM_WORDS
 from service.kernels import w4_linear
+from service.kernels.int8_rows import Live, OutlierRule
 from service.kernels.shape_logits import NEUTRAL
 from service.messages import EngineConfig
 from service.model.batch import BLOCK_TOKENS
@@ -41,6 +42,16 @@ MANY_TOKENS = 8192  # where the kernels of a deterministic linear are those for 
 NUM_BLOCKS = 2  # of a layer's cache, likewise
 NF4_BLOCK = 64  # weights under one absmax
 LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq"}  # precision -> Shapes.linears
+INT8_TOKENS = (1, 16, 32, 256, 257)  # of the steps with prompts that int8's linears tell apart
+
+
+@dataclass(frozen=True)
+class Int8Kind:
+    """How int8 is served by our own kernels."""
+
+    threshold: float
+    by_row: bool
+    skipped: list[str]  # layer classes in 16 bits
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Shapes:
     dtype: torch.dtype  # of activations
     linears: str  # `dense`, `awq` or, where no kernel of ours serves them, empty
     group_size: int  # of awq
+    int8: Int8Kind | None
     dense_head: bool  # a 16-bit lm_head
     max_requests: int
     max_context_tokens: int
@@ -77,6 +89,7 @@ def shapes_of(
         dtype,
         LINEARS.get(backend.name, ""),
         int((source.quantization or {}).get("group_size", 0)),
+        int8_kind(backend) if backend.name == "int8" else None,
         config.head == "16bit",
         max_requests,
         config.max_context_tokens or source.config.max_context_tokens,
@@ -89,6 +102,17 @@ def w4_kind(backend: Backend) -> w4_linear.Kind | None:
     if backend.name == "nf4":
         return "nf4" if getattr(backend.options, "double_quant", False) else None
     return "affine" if backend.name == "awq" else None
+
+
+def int8_kind(backend: Backend) -> Int8Kind | None:
+    """None where bitsandbytes' product serves."""
+    from service.precision.int8 import Int8Options  # brings bitsandbytes with it
+
+    options = backend.options
+    assert isinstance(options, Int8Options)
+    if options.kernel == "bitsandbytes":
+        return None
+    return Int8Kind(options.threshold, options.by_row, options.skip.split("+"))
 
 
 class KernelsAhead:
@@ -146,6 +170,9 @@ def walk(shapes: Shapes, sizes: Iterable[int]) -> None:
     steps.prompts(PROMPT_TOKENS)
     if shapes.deterministic:
         steps.prompts(MANY_TOKENS)
+    if shapes.int8:
+        for num_tokens in INT8_TOKENS:
+            steps.prompts(num_tokens)
     for num_rows in sizes:
         steps.decode(num_rows)
 
@@ -218,8 +245,13 @@ class Steps:
         out_features = sum(part.out_features for part in parts)
         if self.shapes.linears == "awq" and self.shapes.w4(name) is None:
             return self.awq(x, out_features)
+        is_biased = any(part.bias for part in parts)
         if self.shapes.linears == "dense":
-            return self.dense(x, out_features, is_biased=any(part.bias for part in parts))
+            return self.dense(x, out_features, is_biased=is_biased)
+        if self.shapes.int8 and name not in self.shapes.int8.skipped:
+            return self.int8(x, out_features, self.shapes.int8, is_biased=is_biased)
+        if self.shapes.int8:
+            return self.dense(x, out_features, is_biased=is_biased)
         return self.activations(len(x), out_features)
 
     def dense(self, x: Tensor, out_features: int, *, is_biased: bool = False) -> Tensor:
@@ -246,6 +278,19 @@ class Steps:
             empty(num_groups, out_features // 8, dtype=torch.int32),
             empty(num_groups, out_features, dtype=torch.float16),
             deterministic=self.shapes.deterministic,
+        )
+
+    def int8(self, x: Tensor, out_features: int, kind: Int8Kind, *, is_biased: bool) -> Tensor:
+        from service.kernels.int8_linear.triton import int8_linear
+
+        counts, slots = empty(2, dtype=torch.int64), empty(len(x), dtype=torch.int64)
+        return int8_linear(
+            x,
+            empty(out_features, x.shape[1], dtype=torch.int8),
+            empty(out_features, dtype=torch.float32),
+            self.activations(out_features) if is_biased else None,
+            OutlierRule(kind.threshold, kind.by_row, counts),
+            Live(slots, BLOCK_TOKENS),
         )
 
     def head(self, num_rows: int) -> Tensor:

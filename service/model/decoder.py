@@ -16,9 +16,10 @@ from service.errors import PrecisionError
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.dense_linear import pack_weight
 from service.kernels.gated_silu import gated_silu
+from service.kernels.int8_rows import Live
 from service.kernels.paged_attention import AttentionPlan, decode_plan, paged_attention, plan_attention
 from service.kernels.rotary_kv import rotary_kv
-from service.model.batch import PagedKV, StepBatch
+from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 from service.model.config import ModelConfig
 from service.model.head import Embedding, FullHead, Int8Head
 from service.model.recorded import Recordings
@@ -79,7 +80,8 @@ class DecoderLayer(nn.Module):
         read: Read,
         device: torch.device,
         dtype: torch.dtype,
-        deterministic: bool = False,
+        deterministic: bool,
+        live: Live,
     ) -> None:
         super().__init__()
         self.config = config
@@ -99,7 +101,7 @@ class DecoderLayer(nn.Module):
         groups = layer_groups(config, index)
         self.paths = {name: tuple(part.path for part in parts) for name, parts in groups.items()}
         for name, parts in groups.items():
-            group = LinearGroup(name, parts, device, dtype, deterministic)
+            group = LinearGroup(name, parts, device, dtype, deterministic, live)
             self.add_module(name, backend.build(group, read))
         # called as functions: a module's own call, and finding it, take as long as a row's kernel
         self._qkv, self._o = self.qkv_proj.forward, self.o_proj.forward
@@ -184,11 +186,12 @@ class Decoder(nn.Module):
         self.config = config
         self.dtype = dtype
         self.deterministic = deterministic
+        self.live = Live(first_slot=BLOCK_TOKENS)  # block 0 takes what padding writes
         weight = read("model.embed_tokens.weight").to(device, dtype, copy=True)
         self.embedding = Embedding(weight, is_head=config.tied_head and head == "16bit")
         self.layers = nn.ModuleList()
         for index in range(config.num_layers):
-            layer = DecoderLayer(config, index, backend, read, device, dtype, deterministic)
+            layer = DecoderLayer(config, index, backend, read, device, dtype, deterministic, self.live)
             if deterministic:
                 refuse_variance(backend.canonical, {name: getattr(layer, name) for name in layer.paths})
             self.layers.append(layer)
@@ -236,11 +239,16 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[T, hidden] -> the residual stream and what is to be added to it, of the rows `wanted` if given."""
         delta: Tensor | None = None
+        # only a step without padding has rows that nobody wants
+        self.live.slots = step.batch.slots if wanted is None else None
         last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            if before_layer:
-                before_layer(index)
-            hidden, delta = layer(hidden, delta, step, observe, wanted if index == last else None)
+        try:
+            for index, layer in enumerate(self.layers):
+                if before_layer:
+                    before_layer(index)
+                hidden, delta = layer(hidden, delta, step, observe, wanted if index == last else None)
+        finally:
+            self.live.slots = None
         return hidden, delta
 
     def _decode(

@@ -8,12 +8,13 @@ one by one, exactly as if each stood alone, and then packed together so that one
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from service.kernels.int8_rows import Live
 from service.precision.spec import Options, PrecisionSpec
 
 Read = Callable[[str], Tensor]
@@ -39,6 +40,7 @@ class LinearGroup:
     device: torch.device
     dtype: torch.dtype  # of activations in and out
     deterministic: bool = False  # take kernels that are row-invariant, where there is a choice
+    live: Live = field(default_factory=Live, compare=False)  # of the step under way, as the decoder says it
 
     @property
     def in_features(self) -> int:

@@ -1,6 +1,6 @@
 """LLM.int8(): int8 rows of weights against int8 rows of activations, outlier features in 16 bits.
 
-16-bit weights --build: bitsandbytes' row-wise absmax--> codes, scales --forward: our own, or its ops--> y
+16-bit weights --build: bitsandbytes' row-wise absmax--> codes, scales --forward: int8_linear, or its ops--> y
 
 An activation that reaches `threshold` is no part of the int8 product: it is multiplied in 16 bits. By row
 (`outliers=row`) that is decided in each row alone, so a row's result does not depend on what else is in the
@@ -16,7 +16,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from service.errors import PrecisionError
-from service.kernels.int8_linear import native, reference
+from service.kernels.int8_linear import int8_linear, native
+from service.kernels.int8_rows import OutlierRule
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_checkpoint import bits_of, read_int8
 from service.precision.bitsandbytes_import import bitsandbytes
@@ -44,7 +45,7 @@ class Int8Options(Options):
     outliers: Literal["auto", "row", "batch"] = Field(
         "auto",
         description="row: decided in each row alone; batch: in all rows of a step, as bitsandbytes does; "
-        "auto: row on a CPU, batch on a GPU",
+        "auto: row",
     )
     kernel: Literal["auto", "bitsandbytes"] = Field(
         "auto", description="bitsandbytes: its own product, with outliers=batch"
@@ -56,11 +57,9 @@ class Int8Options(Options):
         """Its product has one rule, which need not be said."""
         return {"outliers": "batch"} | given if given.get("kernel") == "bitsandbytes" else given
 
-    def goes_by_row(self, group: LinearGroup) -> bool:
-        """On a GPU bitsandbytes' own product serves by default: none by row has been measured there."""
-        if self.outliers == "auto":
-            return group.device.type == "cpu" or group.deterministic
-        return self.outliers == "row"
+    @property
+    def by_row(self) -> bool:
+        return self.outliers != "batch"
 
     @field_validator("kernel")
     @classmethod
@@ -90,31 +89,39 @@ class Int8Linear(QuantLinear):
         assert codes.shape == (group.out_features, group.in_features)
         assert scales.shape == (group.out_features,)
         self.group = group
-        self.threshold = options.threshold
-        self.by_row = self.row_invariant = options.goes_by_row(group)
-        self.capturable = self.by_row  # bitsandbytes finds the outlier columns on the host
+        self.by_row = self.row_invariant = options.by_row
         fits = native.fits(group.device, group.dtype, *codes.shape)
         self.is_native = options.kernel == "auto" and fits
+        is_ours = options.kernel == "auto" and (self.by_row or group.device.type == "cuda")
+        self.is_bitsandbytes = not (self.is_native or is_ours)
+        self.capturable = not self.is_bitsandbytes  # it finds the outlier columns on the host
         if self.is_native:
             kernel = "native.avx512.int8_linear"
+        elif self.is_bitsandbytes:
+            kernel = "bitsandbytes.int8_mixed_scaled_mm"
         else:
-            kernel = "torch.int8_linear" if self.by_row else "bitsandbytes.int8_mixed_scaled_mm"
+            kernel = "triton.int8_linear" if group.device.type == "cuda" else "torch.int8_linear"
         rule = "row" if self.by_row else "batch"
-        self.kernel = f"{kernel}, outliers by {rule}" if self.threshold else kernel
+        self.kernel = f"{kernel}, outliers by {rule}" if options.threshold else kernel
         self.register_buffer("codes", native.pack(codes) if self.is_native else codes)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
-        told = self.codes, scales, bias, self.threshold
+        counts = torch.zeros(2, dtype=torch.int64, device=group.device)
+        self.rule = OutlierRule(native.in_float16(options.threshold), self.by_row, counts)
+        told = self.codes, scales, bias, options.threshold
         self.bound = native.linear(*told, self.by_row) if self.is_native else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bound:
             return self.bound(x)
-        if self.by_row:
-            return reference.linear(x, self.codes, self.scales, self.bias, self.threshold)
-        # bitsandbytes' CUDA kernel reads fp16 only; the CPU follows so that codes agree between the two
+        if self.is_bitsandbytes:
+            return self.by_bitsandbytes(x)
+        return int8_linear(x, self.codes, self.scales, self.bias, self.rule, self.group.live)
+
+    def by_bitsandbytes(self, x: Tensor) -> Tensor:
+        # its CUDA kernel reads fp16 only; the CPU follows so that codes agree between the two
         rows, row_scales, outliers = bitsandbytes.int8_vectorwise_quant(
-            x.to(torch.float16), threshold=self.threshold
+            x.to(torch.float16), threshold=self.rule.threshold
         )
         y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm.default(
             x, rows, self.codes, row_scales, self.scales, outliers, self.bias
@@ -170,12 +177,6 @@ class Int8(InFlight):
         if group.name in self.options.skip.split("+"):
             return FullLinear(group, merged_weight(group, read, group.dtype), bias)
         shape = group.out_features, group.in_features
-        if self.options.goes_by_row(group) and not reference.fits(group.device, *shape):
-            raise PrecisionError(
-                f"precision `{self.canonical}` cannot multiply `{group.name}` on {group.device}: "
-                f"{list(shape)} are no multiples of {reference.MULTIPLE}",
-                hint="`int8:outliers=batch` computes any shape through bitsandbytes, not deterministically",
-            )
         codes = torch.empty(shape, dtype=torch.int8, device=group.device)
         scales = torch.empty(group.out_features, device=group.device)
         for number, part in enumerate(group.parts):

@@ -44,7 +44,7 @@ def interpreted(name: str) -> Iterator[ModuleType]:
 
         patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
         patch.setattr(InterpretedFunction, "__call__", called_by_a_kernel)
-        patch.setattr(InterpreterBuilder, "create_dot", dot_with_bfloat16)
+        patch.setattr(InterpreterBuilder, "create_dot", dot_of_any_type)
         patch.setattr(InterpreterBuilder, "create_si_to_fp", int_to_float)
         patch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
         with np.errstate(over="ignore"):  # an exponential that is infinite is no accident
@@ -115,13 +115,14 @@ def called_by_a_kernel(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function.rewrite()(*args, **kwargs)
 
 
-def dot_with_bfloat16(
-    builder: object, a: Any, b: Any, total: Any, precision: object, imprecise: object
-) -> Any:
-    """tl.dot of the interpreter, which (3.6) multiplies bfloat16's bits as integers, mended."""
+def dot_of_any_type(builder: object, a: Any, b: Any, total: Any, precision: object, imprecise: object) -> Any:
+    """tl.dot of the interpreter, which (3.6) multiplies bfloat16's bits as integers, and int8 in int8."""
     from triton.runtime.interpreter import TensorHandle
 
-    product = np.matmul(as_float32(a), as_float32(b))
+    if total.data.dtype == np.int32:  # exact in float64, which numpy multiplies faster than integers
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.int32)
+    else:
+        product = np.matmul(as_float32(a), as_float32(b))
     return TensorHandle(product + total.data, total.dtype.scalar)
 
 

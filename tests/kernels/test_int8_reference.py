@@ -7,10 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from service.errors import PrecisionError
 from service.kernels.int8_linear import reference
-from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec
 from service.precision.bitsandbytes_import import bitsandbytes
 
 SIXTEEN_BITS = 2.0**-15  # of the largest outlier of a row: half a step of its fine codes
@@ -101,10 +98,3 @@ def test_nothing_asks_the_device() -> None:
         assert reference.products(x, codes, 6.0, looks=False).shape == (4, 16)
         with pytest.raises(DynamicOutputShapeException):
             reference.products(x, codes, 6.0, looks=True)
-
-
-def test_shapes_that_cuda_cannot_multiply_are_refused() -> None:
-    group = LinearGroup("o_proj", (LinearSpec("o", 24, 12),), torch.device("cuda"), torch.float16)
-    with pytest.raises(PrecisionError, match=r"\[12, 24\]") as error:
-        load_backend("int8:outliers=row").build(group, lambda name: torch.zeros(12, 24))
-    assert "`int8:outliers=batch`" in error.value.hint

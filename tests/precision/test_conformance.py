@@ -1,7 +1,6 @@
 """Every precision of the table against its own `dense()`, its own bytes and its 16-bit source."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -335,15 +334,17 @@ def test_a_part_without_bias_has_zeros() -> None:
     torch.testing.assert_close(y, want, rtol=0, atol=0)
 
 
-def test_whose_outliers_follows_the_device() -> None:
-    gpu = replace(group_of(torch.float16), device=torch.device("cuda"))
-    for precision, on_gpu, deterministic in (("int8", False, True), ("int8:outliers=row", True, True),
-                                             ("int8:outliers=batch", False, False)):  # fmt: skip
+def test_outliers_are_a_row_s_own_unless_it_is_said_otherwise() -> None:
+    ways = {
+        "int8": True,
+        "int8:outliers=row": True,
+        "int8:outliers=batch": False,
+        "int8:kernel=bitsandbytes": False,
+    }
+    for precision, by_row in ways.items():
         options = load_backend(precision).options
         assert isinstance(options, Int8Options)
-        assert options.goes_by_row(group_of(torch.bfloat16)) == (precision != "int8:outliers=batch")
-        assert options.goes_by_row(gpu) == on_gpu
-        assert options.goes_by_row(replace(gpu, deterministic=True)) == deterministic
+        assert options.by_row == by_row
 
 
 def test_what_waits_for_the_host_is_not_captured() -> None:

@@ -1,1 +1,34 @@
-"""LLM.int8() linears of our own: on a CPU in C; elsewhere precision/int8 calls bitsandbytes."""
+"""LLM.int8() linears of our own: in C on a CPU, in Triton on CUDA, in torch elsewhere; and what they mean.
+
+precision/int8 --x, codes, scales--> y. Source: arXiv 2208.07339.
+"""
+
+import torch
+from torch import Tensor
+
+from service.kernels.int8_linear import reference
+from service.kernels.int8_rows import ALL_LIVE, Live, OutlierRule
+
+__all__ = ["int8_linear"]
+
+if torch.cuda.is_available():
+    from service.kernels.int8_linear import triton as cuda
+
+
+def int8_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rule: OutlierRule,
+    live: Live = ALL_LIVE,
+) -> Tensor:
+    """x [T, in] of any float type -> [T, out] in its type, rounded once; a row of padding may be anything.
+
+    codes int8 [out, in], scales float32 [out] (the largest magnitude of each row of weights), bias [out] in
+    x's type. On a CPU outliers are decided by row only, and not counted.
+    """
+    if x.is_cuda:
+        return cuda.int8_linear(x, codes, scales, bias, rule, live)
+    assert rule.by_row
+    return reference.linear(x, codes, scales, bias, rule.threshold)

@@ -11,13 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_AT_ONCE = 512  # of x, which bounds the int32 sums [3 * rows, out]
-MULTIPLE = 8  # of inputs and outputs, which `torch._int_mm` wants on CUDA
 ROW_MULTIPLE = 32  # of the stacked rows there, of which it wants more than 16
-
-
-def fits(device: torch.device, out_features: int, in_features: int) -> bool:
-    """Can a layer of this shape be multiplied here?"""
-    return device.type != "cuda" or (out_features % MULTIPLE == 0 and in_features % MULTIPLE == 0)
 
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
@@ -51,12 +45,13 @@ def products(x: Tensor, codes: Tensor, threshold: float, looks: bool) -> Tensor:
     having = is_outlier.any(1).nonzero()[:, 0] if looks else slice(None)
     outliers = x[having].float().masked_fill(~is_outlier[having], 0)
     coarse, coarse_step = quantize(outliers)
-    fine_step = coarse_step / 254
-    fine = divided(outliers - coarse * coarse_step, fine_step)
+    rest = outliers - coarse * coarse_step
+    fine = (rest * (254 / coarse_step)).nan_to_num_(0).round_().clamp_(-127, 127).to(torch.int8)
     sums = multiply(torch.cat((x_codes, coarse, fine)), codes).float()
     below, coarse_sums, fine_sums = sums.split((len(x_codes), len(coarse), len(fine)))
     y = below * step
-    y[having] += coarse_sums * coarse_step + fine_sums * fine_step
+    y[having] += coarse_sums * coarse_step
+    y[having] += fine_sums * (coarse_step / 254)
     return y
 
 
@@ -64,11 +59,6 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [T, in] -> int8 [T, in] and the step of each row [T, 1], its largest magnitude / 127."""
     most = x.abs().amax(1, keepdim=True)
     return (x * (127 / most)).nan_to_num_(0).round_().to(torch.int8), most / 127
-
-
-def divided(x: Tensor, step: Tensor) -> Tensor:
-    """int8 codes of x in `step`s; 0 where a row has none."""
-    return (x / step).nan_to_num_(0).round_().clamp_(-127, 127).to(torch.int8)
 
 
 def multiply(x_codes: Tensor, codes: Tensor) -> Tensor:

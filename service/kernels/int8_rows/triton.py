@@ -1,0 +1,275 @@
+"""bitsandbytes' codes of the rows of x on CUDA, and a row's outliers as 16-bit numbers in two rows of codes.
+
+A row's largest magnitude has to be known before its first code. One program could do both, but encoding a
+long row keeps it busy for longer than the product of a small layer takes: few rows are shared by several
+programs, each of which looks at a whole row and encodes its part. Nothing asks the host.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from service.kernels.int8_rows import ALL_LIVE, Live, OutlierRule
+from service.kernels.launch import await_predecessor, cdiv, launch
+
+TILE = 2048  # of a row, eight numbers a thread
+WARPS = 8
+SHARED_ROWS = 64  # up to so many are shared
+TILE_COLUMNS, TILE_ROWS = 64, 16  # of the search for a batch's outlier columns
+TILE_LISTED = 1024
+NUM_SCALES = 4
+STEP, COARSE_STEP, FINE_STEP, LARGEST_OUTLIER = range(NUM_SCALES)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What x [T, in] has become."""
+
+    codes: (
+        Tensor  # int8 [levels, T, in]: below the threshold; with three levels also coarse and fine outliers
+    )
+    scales: Tensor  # float32 [NUM_SCALES, T]: what a code of each level counts, and the row's largest outlier
+    columns: Tensor | None = (
+        None  # int32 [in]: which have an outlier in any row, in any order; None: not asked
+    )
+    num_columns: Tensor | None = None  # int32 [1], how many they are
+
+
+@triton.jit
+def nearest(x):  # type: ignore[no-untyped-def]
+    """To the nearest integer, ties to even, for |x| < 2^22: what adding 1.5 * 2^23 leaves."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def per_127(most):  # type: ignore[no-untyped-def]
+    """Codes per unit: 127 times the reciprocal, which a GPU approximates. That is how bitsandbytes' kernel
+    divides there, and how torch does on a CPU, bit for bit."""
+    return tl.where(most > 0, (1.0 / tl.where(most > 0, most, 1.0)) * 127.0, 0.0)
+
+
+@triton.jit
+def outlier_codes(outlier, most):  # type: ignore[no-untyped-def]
+    """Numbers of a row whose largest is `most` -> coarse in 127ths of it, fine in 254ths of a coarse step."""
+    step = tl.math.div_rn(most, 127.0)
+    coarse = nearest(outlier * per_127(most))
+    per_step = tl.where(step > 0, (1.0 / tl.where(step > 0, step, 1.0)) * 254.0, 0.0)
+    fine = nearest((outlier - coarse * step) * per_step)
+    return coarse.to(tl.int8), tl.minimum(tl.maximum(fine, -127.0), 127.0).to(tl.int8)
+
+
+@triton.jit
+def magnitude_bits(x):  # type: ignore[no-untyped-def]
+    """float32 -> int32 in the order of |x|: above all infinity, above it NaN, which so survives a maximum."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def in_float16(x):  # type: ignore[no-untyped-def]
+    """What bitsandbytes sees of it."""
+    return x.to(tl.float32).to(tl.float16).to(tl.float32)
+
+
+# slots may begin anywhere in what a step uploads
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["num_rows", "slot_stride", "first_slot"], do_not_specialize_on_alignment=["slots_ptr"]
+)
+def quantize_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [num_rows, WIDTH]
+    slots_ptr,  # int64 [num_rows], or one number for all
+    flags_ptr,  # int8 [WIDTH]: by batch, what columns are outliers; by row, if LISTS, what is told of them
+    codes_ptr,  # int8 [LEVELS, num_rows, WIDTH]
+    scales_ptr,  # float32 [NUM_SCALES, num_rows]
+    counts_ptr,  # int64 [2]
+    num_columns_ptr,  # int32 [1], if LISTS: becomes 0
+    num_rows,
+    slot_stride,  # 1, or 0
+    first_slot,  # rows with slots below are padding
+    threshold,
+    BY_ROW: tl.constexpr,
+    HAS_OUTLIERS: tl.constexpr,
+    LISTS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,  # that a program encodes
+    IS_DEPENDENT: tl.constexpr,
+):
+    await_predecessor(IS_DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    live = tl.load(slots_ptr + row * slot_stride) >= first_slot
+    most_bits = tl.zeros([TILE], tl.int32)
+    outlier_bits = tl.zeros([TILE], tl.int32)
+    for start in tl.static_range(0, WIDTH, TILE):
+        columns = start + tl.arange(0, TILE)
+        inside = columns < WIDTH
+        x = tl.load(x_ptr + row * WIDTH + columns, mask=inside & live, other=0.0)
+        bits = magnitude_bits(in_float16(x))
+        if HAS_OUTLIERS:
+            is_outlier = tl.abs(in_float16(x)) >= threshold
+            bits = tl.where(is_outlier, 0, bits)
+            if not BY_ROW:
+                is_outlier = tl.load(flags_ptr + columns, mask=inside, other=0) != 0
+            kept = tl.where(is_outlier, magnitude_bits(x.to(tl.float32)), 0)
+            outlier_bits = tl.maximum(outlier_bits, kept)
+        most_bits = tl.maximum(most_bits, bits)
+    most = tl.max(most_bits, 0).to(tl.float32, bitcast=True)
+    outlier_most = tl.max(outlier_bits, 0).to(tl.float32, bitcast=True)
+    if part == 0:
+        coarse_step = tl.math.div_rn(outlier_most, 127.0)
+        tl.store(scales_ptr + row, tl.math.div_rn(most, 127.0))
+        tl.store(scales_ptr + num_rows + row, coarse_step)
+        tl.store(scales_ptr + 2 * num_rows + row, tl.math.div_rn(coarse_step, 254.0))
+        tl.store(scales_ptr + 3 * num_rows + row, outlier_most)
+        if LISTS and row == 0:
+            tl.store(num_columns_ptr, 0)
+    factor = per_127(most)
+    num_kept = tl.zeros([TILE], tl.int32)
+    for number in tl.static_range(TILES):
+        columns = (part * TILES + number) * TILE + tl.arange(0, TILE)
+        inside = columns < WIDTH
+        x = tl.load(x_ptr + row * WIDTH + columns, mask=inside & live, other=0.0)
+        regular = in_float16(x)
+        codes_at = codes_ptr + row * WIDTH + columns
+        if HAS_OUTLIERS:
+            is_outlier = tl.abs(regular) >= threshold
+            regular = tl.where(is_outlier, 0.0, regular)
+            if not BY_ROW:
+                is_outlier = (tl.load(flags_ptr + columns, mask=inside, other=0) != 0) & live
+                regular = tl.where(is_outlier, 0.0, regular)
+            num_kept += is_outlier.to(tl.int32)
+            if LEVELS == 3:
+                outlier = tl.where(is_outlier, x.to(tl.float32), 0.0)
+                coarse, fine = outlier_codes(outlier, outlier_most)
+                level = num_rows.to(tl.int64) * WIDTH
+                tl.store(codes_at + level, coarse, mask=inside)
+                tl.store(codes_at + 2 * level, fine, mask=inside)
+            if LISTS and BY_ROW:  # whoever finds one tells the same
+                tl.store(flags_ptr + columns, tl.full([TILE], 1, tl.int8), mask=inside & is_outlier)
+        tl.store(codes_at, nearest(regular * factor).to(tl.int8), mask=inside)
+    if HAS_OUTLIERS:
+        total = tl.sum(num_kept, 0)
+        if total > 0:
+            tl.atomic_add(counts_ptr, total.to(tl.int64), sem="relaxed")
+    if live and part == 0:
+        tl.atomic_add(counts_ptr + 1, tl.full([], WIDTH, tl.int64), sem="relaxed")
+
+
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["num_rows", "slot_stride", "first_slot"], do_not_specialize_on_alignment=["slots_ptr"]
+)
+def flag_columns_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [num_rows, WIDTH]
+    slots_ptr,  # int64 [num_rows], or one number for all
+    flags_ptr,  # int8 [WIDTH]
+    num_rows,
+    slot_stride,  # 1, or 0
+    first_slot,  # rows with slots below are padding
+    threshold,
+    WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
+    """1 for a column in which any live row reaches the threshold."""
+    await_predecessor(IS_DEPENDENT)
+    columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    inside = columns < WIDTH
+    found = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.int32)
+    for first in range(0, num_rows, TILE_ROWS):
+        rows = first + tl.arange(0, TILE_ROWS)
+        read = rows < num_rows
+        read &= tl.load(slots_ptr + rows * slot_stride, mask=read, other=0) >= first_slot
+        at = x_ptr + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        x = tl.load(at, mask=read[:, None] & inside[None, :], other=0.0)
+        found |= (tl.abs(in_float16(x)) >= threshold).to(tl.int32)
+    tl.store(flags_ptr + columns, tl.max(found, 0).to(tl.int8), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def list_columns_kernel(  # type: ignore[no-untyped-def]
+    flags_ptr,  # int8 [WIDTH], zeros afterwards
+    columns_ptr,  # int32 [WIDTH]
+    num_columns_ptr,  # int32 [1]
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+):
+    """The flagged columns. A tile's stand together, tiles in any order: exact sums do not depend on it."""
+    await_predecessor(IS_DEPENDENT)
+    columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = columns < WIDTH
+    flags = tl.load(flags_ptr + columns, mask=inside, other=0).to(tl.int32)
+    num_found = tl.sum(flags, 0)
+    if num_found > 0:
+        first = tl.atomic_add(num_columns_ptr, num_found, sem="relaxed")
+        tl.store(columns_ptr + first + tl.cumsum(flags, 0) - 1, columns, mask=flags > 0)
+        tl.store(flags_ptr + columns, tl.zeros([TILE], tl.int8), mask=inside)
+
+
+_flags: dict[torch.device, Tensor] = {}
+
+
+def zeroed_flags(device: torch.device, width: int) -> Tensor:
+    """int8 [at least width]: zeros but for a quantization under way; shared, as these follow one another."""
+    if device not in _flags or len(_flags[device]) < width:
+        _flags[device] = torch.zeros(max(width, 1 << 16), dtype=torch.int8, device=device)
+    return _flags[device]
+
+
+def quantize_rows(
+    x: Tensor, rule: OutlierRule, live: Live = ALL_LIVE, *, lists_columns: bool = False
+) -> Rows:
+    """[T, in] of any float type -> its codes; padding has codes of 0.
+
+    `lists_columns`: one level of codes and the outliers' columns, else outliers are codes of two more levels.
+    """
+    x = x.contiguous()
+    num_rows, width = x.shape
+    has_outliers = rule.threshold > 0
+    lists = lists_columns and has_outliers
+    levels = 3 if has_outliers and not lists else 1
+    codes = x.new_empty(levels, num_rows, width, dtype=torch.int8)
+    scales = x.new_empty(NUM_SCALES, num_rows, dtype=torch.float32)
+    # a count stands for the slots where all rows are live: it is not negative
+    slots, stride, first_slot = (
+        (rule.counts, 0, 0) if live.slots is None else (live.slots, 1, live.first_slot)
+    )
+    flags = codes
+    if has_outliers and not rule.by_row:
+        flags = x.new_empty(width, dtype=torch.int8)
+        launch(
+            flag_columns_kernel,
+            (cdiv(width, TILE_COLUMNS),),
+            (x, slots, flags),
+            (num_rows, stride, first_slot, rule.threshold),
+            (width, TILE_ROWS, TILE_COLUMNS),
+        )
+    elif lists:
+        flags = zeroed_flags(x.device, width)
+    columns = x.new_empty(width, dtype=torch.int32) if lists else None
+    num_columns = x.new_empty(1, dtype=torch.int32) if lists else None
+    tiles = cdiv(width, TILE)
+    tiles_each = 1 if num_rows <= SHARED_ROWS else tiles
+    launch(
+        quantize_kernel,
+        (num_rows, cdiv(tiles, tiles_each)),
+        (x, slots, flags, codes, scales, rule.counts, scales if num_columns is None else num_columns),
+        (num_rows, stride, first_slot, rule.threshold),
+        (rule.by_row, has_outliers, lists, levels, width, TILE, tiles_each),
+        num_warps=WARPS,
+        contracts=False,
+    )
+    if columns is not None and num_columns is not None:
+        launch(
+            list_columns_kernel,
+            (cdiv(width, TILE_LISTED),),
+            (flags, columns, num_columns),
+            (),
+            (width, TILE_LISTED),
+        )
+    return Rows(codes, scales, columns, num_columns)
