@@ -22,6 +22,10 @@ DEVICE float4 load_shared_by_blocks(const float4* from) {  // not from L1, which
                  : "memory");
     return v;
 }
+DEVICE void or_global(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
+DEVICE float inverse_root(float v) { return rsqrtf(v); }
+DEVICE float exponential(float v) { return __expf(v); }
+DEVICE float nearest(float v) { return rintf(v); }
 DEVICE uint32_t shuffle_up(uint32_t v, int distance) { return __shfl_up_sync(0xffffffffu, v, distance); }
 DEVICE int ones(uint32_t v) { return __popc(v); }
 DEVICE int lowest(uint32_t v) { return __ffs(int(v)) - 1; }

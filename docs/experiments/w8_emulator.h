@@ -12,6 +12,10 @@ inline void fence_gpu() {}
 inline int count_arrival(int* counter) { return (*counter)++; }
 inline void store_global(float4* to, float4 v) { *to = v; }
 inline float4 load_shared_by_blocks(const float4* from) { return *from; }
+inline void or_global(uint32_t* word, uint32_t bits) { *word |= bits; }
+inline float inverse_root(float v) { return 1 / std::sqrt(v); }
+inline float exponential(float v) { return std::exp(v); }
+inline float nearest(float v) { return std::nearbyint(v); }
 inline uint32_t shuffle_up(uint32_t v, int distance) {
     uint32_t result = 0;
     struct Slot { uint32_t in, *out; } slot{v, &result};
