@@ -1,4 +1,4 @@
-"""Compiled W4 kernels on torch's stream, through the CUDA driver alone: modules, clusters, tensor maps, launches."""
+"""Compiled W4 kernels on torch's stream, through the CUDA driver alone: modules, tensor maps, dependent launches."""
 
 import ctypes
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from w4_problem import Problem, make_parts
-from w4_variants import Kernel
+from w4_variants import MAX_SHARED_BYTES, Kernel
 
 MAX_SHARED, NUM_REGISTERS, LOCAL_BYTES = 8, 4, 3  # CU_FUNC_ATTRIBUTE_*
 UINT32, FLOAT16, SWIZZLE_128, PROMOTE_256 = 2, 6, 3, 3
-MULTIPROCESSORS = 132
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
 
 
 class Driver:
@@ -43,49 +43,36 @@ class LaunchConfig(ctypes.Structure):
 
 
 class Function:
-    def __init__(
-        self, driver: Driver, cubin: Path, name: str, threads: int, shared_bytes: int, cluster: int
-    ) -> None:
-        self.driver, self.threads, self.shared_bytes, self.cluster = driver, threads, shared_bytes, cluster
+    def __init__(self, driver: Driver, cubin: Path, name: str, threads: int, most_shared_bytes: int) -> None:
+        self.driver, self.threads = driver, threads
         self.image = cubin.read_bytes()
         module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
         driver.call("cuModuleLoadData", ctypes.byref(module), self.image)
         driver.call("cuModuleGetFunction", ctypes.byref(self.handle), module, name.encode())
-        if shared_bytes > 48 << 10:
-            driver.call("cuFuncSetAttribute", self.handle, MAX_SHARED, shared_bytes)
+        if most_shared_bytes > 48 << 10:
+            driver.call("cuFuncSetAttribute", self.handle, MAX_SHARED, most_shared_bytes)
 
     def attribute(self, which: int) -> int:
         value = ctypes.c_int()
         self.driver.call("cuFuncGetAttribute", ctypes.byref(value), which, self.handle)
         return value.value
 
-    def resident_clusters(self) -> int:
-        """How many clusters (or blocks) run at once."""
-        if self.cluster == 1:
-            return MULTIPROCESSORS
-        attribute = LaunchAttribute(id=4)  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        attribute.value[0], attribute.value[1], attribute.value[2] = self.cluster, 1, 1
-        config = LaunchConfig(
-            shared_bytes=self.shared_bytes, num_attributes=1, attributes=ctypes.pointer(attribute)
-        )
-        config.grid[0], config.grid[1], config.grid[2] = self.cluster * MULTIPROCESSORS, 1, 1
-        config.block[0], config.block[1], config.block[2] = self.threads, 1, 1
-        count = ctypes.c_int()
-        self.driver.call(
-            "cuOccupancyMaxActiveClusters", ctypes.byref(count), self.handle, ctypes.byref(config)
-        )
-        return min(count.value, MULTIPROCESSORS // self.cluster)
-
-    def bind(self, grid: int, arguments: list[Any]) -> Callable[[], None]:
-        """-> a launch on torch's current stream; `arguments` are ctypes values or structures, kept alive here."""
+    def bind(self, grid: int, shared_bytes: int, arguments: list[Any]) -> Callable[[bool], None]:
+        """-> a launch on torch's current stream, dependent (before the kernel ahead of it is over) or not;
+        `arguments` are ctypes values or structures, kept alive here."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        attribute = LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
+        config = LaunchConfig(shared_bytes=shared_bytes, attributes=ctypes.pointer(attribute))
+        config.grid[0], config.grid[1], config.grid[2] = grid, 1, 1
+        config.block[0], config.block[1], config.block[2] = self.threads, 1, 1
 
-        def launch() -> None:
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            self.driver.call("cuLaunchKernel", self.handle, grid, 1, 1, self.threads, 1, 1, self.shared_bytes, stream,
-                             pointers, None)  # fmt: skip
+        def launch(dependent: bool) -> None:
+            config.stream = torch.cuda.current_stream().cuda_stream
+            config.num_attributes = int(dependent)
+            self.driver.call("cuLaunchKernelEx", ctypes.byref(config), self.handle, pointers, None)
 
-        launch.arguments = (arguments, pointers)  # type: ignore[attr-defined]
+        launch.arguments = (arguments, pointers, attribute)  # type: ignore[attr-defined]
         return launch
 
 
@@ -109,42 +96,45 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def load(driver: Driver, kernel: Kernel, folder: Path) -> Function:
-    name = f"w4_{kernel.family}"
-    return Function(driver, folder / kernel.file, name, kernel.threads, kernel.shared_bytes, kernel.cluster)
+    most = MAX_SHARED_BYTES if kernel.family == "few" else kernel.shared_bytes
+    return Function(driver, folder / kernel.file, f"w4_{kernel.family}", kernel.threads, most)
+
+
+class Workspace:
+    """What w4_tile leaves for its other blocks: a variant's own, since flags count launches of one grid."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.blocks = multiprocessors() * kernel.values["EACH"]
+        if kernel.family == "tile":
+            size = self.blocks * 2 * kernel.outputs * kernel.values["TILE"]
+            self.sums = torch.full((size,), float("nan"), device="cuda")
+            self.flags = torch.zeros(self.blocks, device="cuda", dtype=torch.int32)
+
+
+def multiprocessors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def bind(
     function: Function,
     kernel: Kernel,
+    workspace: Workspace,
     problem: Problem,
     operands: tuple[Tensor, ...],
     x: Tensor,
     y: Tensor,
     rows: int,
-) -> Callable[[], None]:
+) -> Callable[[bool], None]:
     """The launch that computes `rows` rows of y."""
     v, n, k = kernel.values, problem.n, problem.k
-    parts = make_parts(problem)
-    tail = [ctypes.c_int(rows), ctypes.c_int(n)]
-    resident = function.resident_clusters()
+    numbers = [ctypes.c_int(number) for number in (rows, n, n, k)]
+    shared_bytes, tail = kernel.shared_bytes_for(rows, k), [*numbers, make_parts(problem)]
     if kernel.family == "few":
-        clusters = min(resident, n // (16 * v["RBLOCKS"]))
-        arguments = [*map(pointer, (*operands, problem.map, x, y)), *tail, parts]
-        return function.bind(clusters * kernel.cluster, arguments)
-    outputs, tile = 64 * v["RT"] * v["WGS"], v["TILE"]
-    tiles = n // (outputs * v["SHARE"]) * -(-rows // tile)
+        grid = min(workspace.blocks, n // 16)
+        return function.bind(grid, shared_bytes, [*map(pointer, (*operands, problem.map, x, y)), *tail])
     codes, *rest = operands
-    x_map = tensor_map(function.driver, x, FLOAT16, k, rows, (64, tile // v["SHARE"]), SWIZZLE_128)
-    code_map = tensor_map(function.driver, codes, UINT32, k * 2, n // 16, (128 * v["KS"], outputs // 16), 0)
-    clusters = tiles if v["SPLIT"] > 1 else min(resident, tiles)
-    arguments = [x_map, code_map, *map(pointer, (*rest, problem.map, y)), *tail, ctypes.c_int(k), parts]
-    return function.bind(clusters * kernel.cluster, arguments)
-
-
-def bind_whole(
-    function: Function, problem: Problem, operands: tuple[Tensor, ...], w: Tensor, first_row: int, rows: int
-) -> Callable[[], None]:
-    """The launch that writes `rows` dequantized rows, from `first_row`, to the start of w."""
-    numbers = [ctypes.c_int(v) for v in (first_row // 16, rows // 16, problem.n, problem.k)]
-    arguments = [*map(pointer, (*operands, problem.map, w)), *numbers, make_parts(problem)]
-    return function.bind(2 * MULTIPROCESSORS, arguments)
+    x_map = tensor_map(function.driver, x, FLOAT16, k, rows, (64, v["TILE"]), SWIZZLE_128)
+    box = (128 * v["KS"], kernel.outputs // 16)
+    code_map = tensor_map(function.driver, codes, UINT32, k * 2, n // 16, box, 0)
+    pointers = map(pointer, (*rest, problem.map, y, workspace.sums, workspace.flags))
+    return function.bind(workspace.blocks, shared_bytes, [x_map, code_map, *pointers, *tail])

@@ -1,4 +1,4 @@
-"""One order of 4-bit weights for every number of rows: what w4_few.cu, w4_tile.cu and w4_whole.cu read.
+"""One order of 4-bit weights for every number of rows: what w4_few.cu and w4_tile.cu read.
 
 A tile is 16 outputs x 64 input features, 512 bytes: lane l of a warp reads 16 of them, one word for each of four
 fragments of mma.m16n8k16, which are also those of wgmma.m64nNk16's register operand (a warp holds 16 of its 64 rows).

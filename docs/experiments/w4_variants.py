@@ -1,4 +1,4 @@
-"""The variants of w4_few.cu, w4_tile.cu and w4_whole.cu that an experiment tries, their shared memory and their cubins."""
+"""The variants of w4_few.cu and w4_tile.cu that an experiment tries, their shared memory and their cubins."""
 
 import subprocess
 import tempfile
@@ -8,18 +8,19 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+# PER_SM: blocks that registers must leave room for; EACH: blocks of one launch on a multiprocessor
 FIELDS = {
-    "few": ("CLUSTER", "KWARPS", "RBLOCKS", "CHUNKS", "NT", "STAGES"),
-    "tile": ("TILE", "RT", "WGS", "KS", "SPLIT", "SHARE", "STAGES", "PERMUTED"),
-    "whole": (),
+    "few": ("WARPS", "STAGES", "PER_SM", "EACH", "BF16"),
+    "tile": ("TILE", "RT", "WGS", "KS", "STAGES", "PER_SM", "PERMUTED", "SCALED_SUMS", "EACH", "BF16"),
 }
+MAX_SHARED_BYTES = 232448
 
 
 @dataclass(frozen=True, order=True)
 class Kernel:
     family: str
     affine: int
-    config: tuple[int, ...] = ()
+    config: tuple[int, ...]
 
     @property
     def values(self) -> dict[str, int]:
@@ -34,140 +35,107 @@ class Kernel:
         return "_".join([self.family, *map(str, (self.affine, *self.config))]) + ".cubin"
 
     @property
-    def cluster(self) -> int:
-        v = self.values
-        return (
-            v["CLUSTER"] if self.family == "few" else v["SPLIT"] * v["SHARE"] if self.family == "tile" else 1
-        )
+    def outputs(self) -> int:
+        """Of a tile."""
+        return 64 * self.values["RT"] * self.values["WGS"] if self.family == "tile" else 16
 
     @property
     def threads(self) -> int:
         v = self.values
-        if self.family == "few":
-            return v["KWARPS"] * v["RBLOCKS"] * 32
-        return (v["WGS"] + 1) * 128 if self.family == "tile" else 512
+        return v["WARPS"] * 32 if self.family == "few" else (v["WGS"] + 1) * 128
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory; the kernels assert the same figure."""
+        """Dynamic shared memory but for what grows with the rows; the kernels assert the same figure."""
         v, affine = self.values, self.affine
-        if self.family == "whole":
-            return (2048 + 16 * 2048 if affine else 65536 + 32768) - 1024
         if self.family == "few":
-            warps = v["KWARPS"] * v["RBLOCKS"]
-            owned = -(-v["RBLOCKS"] * 8 * v["NT"] // v["CLUSTER"])
-            ring = up(warps * v["STAGES"] * (1088 if affine else 1136), 128)
-            sums = warps * max(2 * (8 * v["NT"] * 20 + 16) * 4, v["NT"] * 1024)
-            free = 1024 + up(2 * v["CLUSTER"] * owned * 64, 128)
-            if affine:
-                return free + ring + sums - 1024
-            return 131072 + (sums if free + ring <= 65536 else ring) - 1024
-        outputs = 64 * v["RT"] * v["WGS"]
-        scales = outputs * 5 // 2 if affine else outputs * v["KS"]
-        stage = up(v["KS"] * v["TILE"] * 128 + outputs * 32 * v["KS"] + scales, 1024)
-        ring = up(2304 + v["WGS"] * 4 * min(v["TILE"], 64) * 32, 1024) if affine else 65536
-        return ring + v["STAGES"] * stage - 1024
+            ring = v["WARPS"] * v["STAGES"] * (1072 if affine else 1056)
+            return up((1024 if affine else 34816) + ring, 128) - 1024
+        scales = self.outputs * 5 // 2 if affine else self.outputs * v["KS"]
+        stage = up(v["KS"] * v["TILE"] * 128 + self.outputs * 32 * v["KS"] + scales, 1024)
+        table = up((1280 if affine else 2304) + v["WGS"] * 4 * min(v["TILE"], 16) * 32, 1024)
+        return table + (0 if affine else 32768) + v["STAGES"] * stage - 1024
+
+    def shared_bytes_for(self, rows: int, k: int) -> int:
+        if self.family != "few":
+            return self.shared_bytes
+        return self.shared_bytes + rows * (128 * self.values["WARPS"] + 2 * k + 64)
 
     def compile(self, folder: Path) -> str:
         """Writes the cubin; -> the compiler's complaint, empty where there is none."""
         defines = {**self.values, "AFFINE": self.affine, "SHARED_BYTES": self.shared_bytes}
-        command = ["nvcc", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
-        command += [f"-D{name}={value}" for name, value in defines.items()]
-        command += ["-o", str(folder / self.file), str(HERE / f"w4_{self.family}.cu")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        lines = [line for line in done.stderr.splitlines() if "error" in line or "C75" in line]
-        lines += [
-            line.strip()
-            for line in done.stderr.splitlines()
-            if "spill" in line and " 0 bytes spill stores" not in line
-        ]
-        return (
-            "; ".join(lines)[:300] if done.returncode == 0 or lines else f"nvcc ended with {done.returncode}"
-        )
+        return compile_one(HERE / f"w4_{self.family}.cu", folder / self.file, defines)
+
+
+def compile_one(source: Path, cubin: Path, defines: dict[str, int]) -> str:
+    command = ["nvcc", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
+    command += [f"-D{name}={value}" for name, value in defines.items()]
+    done = subprocess.run([*command, "-o", str(cubin), str(source)], capture_output=True, text=True)
+    told = [line.strip() for line in done.stderr.splitlines()]
+    lines = [line for line in told if "error" in line or "C75" in line]
+    lines += [line for line in told if "spill" in line and " 0 bytes spill stores" not in line]
+    return "; ".join(lines)[:300] if done.returncode == 0 or lines else f"nvcc ended with {done.returncode}"
 
 
 def up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-# (cluster, kwarps, rblocks, chunks, nt, stages)
-FEW_4096 = {
-    1: [(1, 16, 1, 2, 1, 3), (1, 16, 1, 2, 1, 4), (1, 8, 2, 4, 1, 3), (1, 8, 2, 4, 1, 4), (2, 8, 2, 2, 1, 4), (4, 4, 4, 2, 1, 4)],
-    2: [(1, 16, 1, 2, 2, 3), (1, 16, 1, 2, 2, 4), (2, 8, 2, 2, 2, 3), (2, 8, 2, 2, 2, 4), (4, 4, 4, 2, 2, 3), (4, 4, 4, 2, 2, 4)],
-    4: [(4, 8, 2, 1, 4, 3), (2, 16, 1, 1, 4, 3)],
-}  # fmt: skip
-FEW_14336 = {
-    1: [(2, 14, 1, 4, 1, 3), (2, 14, 1, 4, 1, 4), (4, 14, 1, 2, 1, 4), (4, 7, 2, 4, 1, 4), (8, 7, 2, 2, 1, 4)],
-    2: [(4, 14, 1, 2, 2, 3), (4, 14, 1, 2, 2, 4), (8, 7, 2, 2, 2, 3), (8, 7, 2, 2, 2, 4)],
-    4: [(8, 14, 1, 1, 4, 3)],
-}  # fmt: skip
-# (tile, rt, wgs, ks, split, share, stages) by rows, then shape
+# (warps, stages, blocks of registers, blocks of a launch)
+FEW = [(16, 3, 2, 1), (16, 4, 2, 1), (16, 3, 2, 2), (8, 4, 2, 2)]
+# (tile, rt, wgs, ks, stages, blocks of registers, permuted, scaled sums, blocks of a launch) by rows
 TILES = {
-    16: {
-        "gate_up": [(16, 2, 2, 2, 1, 1, 6)],
-    },
-    32: {
-        "qkv": [(32, 1, 3, 2, 4, 1, 5)],
-        "o": [(32, 1, 2, 2, 4, 1, 6)],
-        "gate_up": [(32, 2, 2, 2, 1, 1, 5)],
-        "down": [(32, 1, 2, 2, 4, 1, 6)],
-    },
-    64: {
-        "qkv": [(64, 1, 3, 2, 4, 1, 4), (64, 2, 2, 2, 4, 1, 4), (64, 1, 2, 2, 2, 1, 5), (64, 1, 3, 2, 4, 2, 4)],
-        "o": [(64, 2, 2, 2, 8, 1, 4), (64, 1, 2, 2, 4, 1, 5), (64, 1, 2, 2, 4, 2, 5)],
-        "gate_up": [(64, 2, 2, 2, 1, 1, 4), (64, 2, 2, 2, 1, 2, 4), (64, 2, 2, 1, 1, 2, 8), (64, 1, 2, 2, 1, 2, 5)],
-        "down": [(64, 2, 2, 2, 8, 1, 4), (64, 1, 2, 2, 4, 1, 5), (64, 1, 2, 2, 4, 2, 5)],
-    },
-    128: {
-        "qkv": [(128, 1, 3, 1, 4, 1, 6), (128, 1, 3, 1, 4, 2, 6)],
-        "o": [(128, 2, 2, 1, 8, 1, 6), (128, 1, 2, 1, 4, 1, 6)],
-        "gate_up": [(128, 2, 2, 1, 1, 1, 6), (128, 2, 2, 1, 1, 2, 6)],
-        "down": [(128, 2, 2, 1, 8, 1, 6), (128, 1, 2, 1, 4, 1, 6), (128, 1, 2, 1, 4, 2, 6)],
-    },
-    256: {
-        "qkv": [(128, 1, 3, 1, 2, 1, 6), (128, 1, 3, 1, 2, 2, 6), (128, 1, 2, 1, 1, 1, 6)],
-        "o": [(128, 1, 2, 1, 2, 1, 6), (128, 1, 2, 1, 2, 2, 6), (128, 2, 2, 1, 4, 1, 6)],
-        "gate_up": [(128, 2, 2, 1, 1, 1, 6), (128, 2, 2, 1, 1, 2, 6), (256, 1, 2, 1, 1, 1, 4), (256, 1, 2, 1, 1, 2, 4),
-                    (64, 1, 2, 2, 1, 4, 6)],
-        "down": [(128, 1, 2, 1, 2, 1, 6), (128, 1, 2, 1, 2, 2, 6), (128, 2, 2, 1, 4, 1, 6)],
-    },
-    1024: {
-        "qkv": [(128, 1, 3, 1, 1, 1, 6), (128, 1, 3, 1, 1, 2, 6), (128, 2, 2, 1, 1, 2, 6)],
-        "o": [(128, 2, 2, 1, 1, 1, 6), (128, 2, 2, 1, 1, 2, 6), (256, 1, 2, 1, 1, 2, 4)],
-        "gate_up": [(128, 2, 2, 1, 1, 1, 6), (128, 2, 2, 1, 1, 2, 6), (256, 1, 2, 1, 1, 1, 4), (256, 1, 2, 1, 1, 2, 4)],
-        "down": [(128, 2, 2, 1, 1, 1, 6), (128, 2, 2, 1, 1, 2, 6), (256, 1, 2, 1, 1, 2, 4)],
-    },
+    1: [(8, 1, 4, 2, 8, 1, 0, 1, 1), (8, 1, 2, 2, 6, 2, 0, 1, 1)],
+    8: [(8, 1, 4, 2, 8, 1, 0, 1, 1), (8, 1, 2, 2, 6, 2, 0, 1, 1), (8, 1, 2, 2, 6, 2, 0, 1, 2)],
+    16: [(16, 1, 4, 2, 7, 1, 0, 1, 1), (16, 1, 2, 2, 5, 2, 0, 1, 1), (16, 1, 2, 2, 5, 2, 0, 1, 2), (16, 2, 2, 2, 7, 1, 0, 1, 1)],
+    32: [(32, 1, 4, 2, 6, 1, 0, 1, 1), (32, 1, 4, 2, 6, 1, 0, 0, 1), (32, 2, 2, 2, 6, 1, 0, 0, 1), (32, 1, 2, 2, 3, 2, 0, 0, 2)],
+    64: [(64, 1, 4, 2, 5, 1, 0, 0, 1), (64, 1, 4, 2, 5, 1, 1, 0, 1), (64, 2, 2, 2, 5, 1, 0, 0, 1), (64, 1, 2, 2, 6, 1, 0, 1, 1)],
+    128: [(128, 2, 2, 1, 7, 1, 0, 0, 1), (128, 1, 3, 1, 6, 1, 0, 0, 1), (128, 1, 2, 1, 7, 1, 0, 0, 1)],
+    256: [(128, 2, 2, 1, 7, 1, 0, 0, 1), (256, 1, 2, 1, 4, 1, 0, 0, 1), (128, 1, 3, 1, 6, 1, 0, 0, 1)],
+    1024: [(128, 2, 2, 1, 7, 1, 0, 0, 1), (256, 1, 2, 1, 4, 1, 0, 0, 1), (128, 1, 3, 1, 6, 1, 0, 0, 1)],
 }  # fmt: skip
+ALSO_BF16 = {
+    (16, 3, 2, 1),
+    (16, 1, 4, 2, 7, 1, 0, 1, 1),
+    (64, 1, 4, 2, 5, 1, 0, 0, 1),
+    (128, 2, 2, 1, 7, 1, 0, 0, 1),
+}
 
 
 def kernels_for(shape: str, rows: int, affine: int) -> list[Kernel]:
-    """Of the own kernels, those that are tried at this shape and number of rows."""
-    found: list[Kernel] = []
-    if rows <= 32:
-        few = FEW_4096 if SHAPES[shape][1] == 4096 else FEW_14336
-        found += [Kernel("few", affine, config) for config in few[1 if rows <= 8 else 2 if rows <= 16 else 4]]
-    permuted = (0,) if affine or rows < 64 else (0, 2)
-    for config in TILES.get(rows, {}).get(shape, ()):
-        found += [Kernel("tile", affine, (*config, words)) for words in permuted]
+    """Those that are tried at this shape and number of rows."""
+    k = SHAPES[shape][1]
+    configs: list[tuple[str, tuple[int, ...]]] = [("few", c) for c in FEW] if rows <= 8 else []
+    configs += [("tile", c) for c in TILES[1 if rows < 8 else rows]]
+    found = []
+    for family, config in configs:
+        for bf16 in (0, 1) if config in ALSO_BF16 else (0,):
+            kernel = Kernel(family, affine, (*config, bf16))
+            fits = kernel.shared_bytes_for(rows, k) * kernel.values["EACH"] <= MAX_SHARED_BYTES - 1024
+            if fits and not (affine and kernel.values.get("PERMUTED")):
+                found.append(kernel)
     return found
 
 
-def all_kernels() -> list[Kernel]:
-    rows = (1, 8, 16, 32, 64, 128, 256, 1024)
-    own = {k for shape in SHAPES for m in rows for affine in (0, 1) for k in kernels_for(shape, m, affine)}
-    return [*sorted(own), Kernel("whole", 0), Kernel("whole", 1)]
+def all_kernels(all_rows: list[int]) -> list[Kernel]:
+    return sorted(
+        {k for shape in SHAPES for m in all_rows for affine in (0, 1) for k in kernels_for(shape, m, affine)}
+    )
 
 
-def compile_all(folder: Path, workers: int) -> dict[str, str]:
+def compile_all(folder: Path, all_rows: list[int], workers: int) -> dict[str, str]:
     """-> the complaint about each kernel's file that has one."""
     with ThreadPoolExecutor(workers) as pool:
-        kernels = all_kernels()
-        complaints = pool.map(lambda kernel: kernel.compile(folder), kernels)
-        return {kernel.file: text for kernel, text in zip(kernels, complaints, strict=True) if text}
+        kernels = all_kernels(all_rows)
+        read = pool.submit(compile_one, HERE / "w4_read.cu", folder / "read.cubin", {})
+        complaints = list(pool.map(lambda kernel: kernel.compile(folder), kernels))
+        found = {kernel.file: text for kernel, text in zip(kernels, complaints, strict=True) if text}
+        return found | ({"read": read.result()} if read.result() else {})
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        for name, complaint in compile_all(Path(scratch), 2).items():
+        rows = [*TILES]
+        for name, complaint in compile_all(Path(scratch), rows, 2).items():
             print(name, complaint)
-        print(f"{len(all_kernels())} kernels, {len(list(Path(scratch).iterdir()))} compiled")
+        print(f"{len(all_kernels(rows))} kernels, {len(list(Path(scratch).iterdir())) - 1} compiled")
