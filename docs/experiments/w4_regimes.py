@@ -341,8 +341,8 @@ def report(folder: Path, machine: str) -> None:
             for kinds in (("read",), ("few",), ("tile",), ("few", "tile")):
                 best: dict[str, tuple[float, float]] = {}
                 for r in fine:
-                    is_float16 = r["kind"] == "read" or not r["config"][-1]
-                    if (r["rows"], r["affine"]) == (rows, affine) and r["kind"] in kinds and is_float16:
+                    is_mine = (r["rows"], r["affine"]) == (rows, affine) and r["kind"] in kinds
+                    if is_mine and (r["kind"] == "read" or not r["config"][-1]):  # float16
                         pair = (r.get("plain_us", r["us"]), r["us"])
                         old = best.get(r["shape"], pair)
                         best[r["shape"]] = (min(old[0], pair[0]), min(old[1], pair[1]))
