@@ -24,6 +24,9 @@ MEETING = (
     (70, Sampling(1, prompt_logprobs=1, ignore_eos=True)),
 )
 
+# cuBLAS has tiles for each multiple of eight rows; behind many rows large tiles do for all
+FINE_ROWS, MANY_ROWS, COARSE_ROWS = 8, 1024, 128
+
 
 @torch.inference_mode()
 def warm_up(model: ModelInstance, num_tokens: int, num_requests: int) -> Engine:
@@ -44,8 +47,29 @@ def warm_up(model: ModelInstance, num_tokens: int, num_requests: int) -> Engine:
             engine.add(Submit(next(ids), [0] * min(length, num_tokens - 1), sampling))
             run(engine, model, 1)
         run(engine, model)
+    touch_kernels(model, num_tokens, num_requests)
     devices.synchronize(model.device)
     return engine
+
+
+@torch.inference_mode()
+def touch_kernels(model: ModelInstance, num_tokens: int, num_requests: int) -> None:
+    """Launches a library's kernels for other numbers of rows too.
+
+    At the first launch of each its code is loaded, for which the whole device is waited: a pause of some 50 ms
+    in the middle of other requests' answers.
+    """
+    layer = model.decoder.layers[0]
+    layers = [getattr(layer, name) for name in layer.paths]
+    served = [(linear, linear.group.in_features, num_tokens) for linear in layers]
+    served.append((model.decoder.head, model.config.hidden_size, num_requests))
+    for linear, in_features, most_rows in served:
+        if linear.chosen_by_rows:
+            x = torch.zeros(most_rows, in_features, dtype=model.dtype, device=model.device)
+            fine = range(FINE_ROWS, min(most_rows, MANY_ROWS + 1), FINE_ROWS)
+            coarse = range(MANY_ROWS + COARSE_ROWS, most_rows, COARSE_ROWS)
+            for num_rows in (*fine, *coarse, most_rows):
+                linear(x[:num_rows])
 
 
 def run(engine: Engine, model: ModelInstance, max_steps: int = 1 << 20) -> None:

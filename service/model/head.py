@@ -43,6 +43,7 @@ class FullHead(nn.Module):
         self.kernel = linear_kernel(weight, deterministic=deterministic)
         self.row_invariant = is_row_invariant(weight, deterministic=deterministic)
         self.bound = bind_linear(weight, deterministic=deterministic)
+        self.chosen_by_rows = weight.is_cuda and weight.itemsize == 2 and self.bound is None
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab], float32 on a CPU, on CUDA x's type: kernels there widen as they read."""
@@ -57,6 +58,7 @@ class Int8Head(nn.Module):
     codes: Tensor  # int8 [vocab, hidden]
     scales: Tensor  # x's dtype [vocab]
     kernel = "torch._weight_int8pack_mm"
+    chosen_by_rows = False
     row_invariant = False
 
     def __init__(self, weight: Tensor) -> None:

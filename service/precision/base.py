@@ -58,6 +58,7 @@ class QuantLinear(nn.Module, ABC):
     kernel: str = ""  # name of the kernel that serves this layer, for /version
     capturable: bool = True  # may it run inside a CUDA graph
     kernel_rows: tuple[int, ...] = ()  # most rows of each kernel but the last, where several serve
+    chosen_by_rows: bool = False  # a library has many kernels for it, and picks one by the number of rows
     row_invariant: bool = False  # a row's result, bit for bit, does not depend on the others of its call
 
     @abstractmethod

@@ -42,6 +42,7 @@ class FP8Linear(QuantLinear):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.bound = native.linear(self.codes, scales, bias) if self.is_native else None
+        self.chosen_by_rows = codes.is_cuda
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bound(x) if self.bound else fp8_linear(x, self.codes, self.scales, self.bias)
