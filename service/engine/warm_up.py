@@ -13,7 +13,10 @@ from service.engine.shortage import MIB, shortage
 from service.errors import PrecisionError
 from service.messages import Sampling, Submit
 from service.model.batch import BLOCK_TOKENS
+from service.model.decoder import DecoderLayer
+from service.model.head import FullHead, Int8Head
 from service.model.instance import ModelInstance
+from service.precision.base import QuantLinear
 
 # prompts that arrive one step apart, so that parts of prompts meet decoding rows: tokens, sampling
 MEETING = (
@@ -56,13 +59,16 @@ def warm_up(model: ModelInstance, num_tokens: int, num_requests: int) -> Engine:
 def touch_kernels(model: ModelInstance, num_tokens: int, num_requests: int) -> None:
     """Launches a library's kernels for other numbers of rows too.
 
-    At the first launch of each its code is loaded, for which the whole device is waited: a pause of some 50 ms
-    in the middle of other requests' answers.
+    At the first launch of each its code is loaded, and for that the whole device is waited: a pause of some
+    50 ms in the middle of other requests' answers.
     """
     layer = model.decoder.layers[0]
-    layers = [getattr(layer, name) for name in layer.paths]
-    served = [(linear, linear.group.in_features, num_tokens) for linear in layers]
-    served.append((model.decoder.head, model.config.hidden_size, num_requests))
+    assert isinstance(layer, DecoderLayer)
+    served: list[tuple[QuantLinear | FullHead | Int8Head, int, int]] = [
+        (model.decoder.head, model.config.hidden_size, num_requests)
+    ]
+    for linear in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj):
+        served.append((linear, linear.group.in_features, num_tokens))
     for linear, in_features, most_rows in served:
         if linear.chosen_by_rows:
             x = torch.zeros(most_rows, in_features, dtype=model.dtype, device=model.device)
