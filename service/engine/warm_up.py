@@ -67,8 +67,8 @@ def touch_kernels(model: ModelInstance, num_tokens: int, num_requests: int) -> N
     served: list[tuple[QuantLinear | FullHead | Int8Head, int, int]] = [
         (model.decoder.head, model.config.hidden_size, num_requests)
     ]
-    for linear in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj):
-        served.append((linear, linear.group.in_features, num_tokens))
+    for group in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj):
+        served.append((group, group.group.in_features, num_tokens))
     for linear, in_features, most_rows in served:
         if linear.chosen_by_rows:
             x = torch.zeros(most_rows, in_features, dtype=model.dtype, device=model.device)
