@@ -41,8 +41,8 @@ PROMPT_TOKENS = 64  # of the steps with prompts; their kernels are compiled for 
 MANY_TOKENS = 8192  # where the kernels of a deterministic linear are those for many rows
 NUM_BLOCKS = 2  # of a layer's cache, likewise
 NF4_BLOCK = 64  # weights under one absmax
-LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq"}  # precision -> Shapes.linears
-INT8_TOKENS = (1, 16, 32, 256, 257)  # of the steps with prompts that int8's linears tell apart
+LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq", "fp8": "fp8"}
+EIGHT_BIT_TOKENS = (1, 16, 32, 256, 257)  # of the steps with prompts that int8's and fp8's linears tell apart
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Shapes:
 
     config: ModelConfig
     dtype: torch.dtype  # of activations
-    linears: str  # `dense`, `awq` or, where no kernel of ours serves them, empty
+    linears: str  # `dense`, `awq`, `fp8` or, where no kernel of ours serves them, empty
     group_size: int  # of awq
     int8: Int8Kind | None
     dense_head: bool  # a 16-bit lm_head
@@ -170,8 +170,8 @@ def walk(shapes: Shapes, sizes: Iterable[int]) -> None:
     steps.prompts(PROMPT_TOKENS)
     if shapes.deterministic:
         steps.prompts(MANY_TOKENS)
-    if shapes.int8:
-        for num_tokens in INT8_TOKENS:
+    if shapes.int8 or shapes.linears == "fp8":
+        for num_tokens in EIGHT_BIT_TOKENS:
             steps.prompts(num_tokens)
     for num_rows in sizes:
         steps.decode(num_rows)
@@ -248,6 +248,8 @@ class Steps:
         is_biased = any(part.bias for part in parts)
         if self.shapes.linears == "dense":
             return self.dense(x, out_features, is_biased=is_biased)
+        if self.shapes.linears == "fp8":
+            return self.fp8(x, out_features, is_biased=is_biased)
         if self.shapes.int8 and name not in self.shapes.int8.skipped:
             return self.int8(x, out_features, self.shapes.int8, is_biased=is_biased)
         if self.shapes.int8:
@@ -279,6 +281,18 @@ class Steps:
             empty(num_groups, out_features, dtype=torch.float16),
             deterministic=self.shapes.deterministic,
         )
+
+    def fp8(self, x: Tensor, out_features: int, *, is_biased: bool) -> Tensor:
+        from service.kernels.fp8_linear.plan import FEW_ROWS
+        from service.kernels.fp8_linear.triton import few_rows, quantize_rows
+
+        rows, row_scales = quantize_rows(x)
+        if len(x) > FEW_ROWS:
+            return self.activations(len(x), out_features)
+        codes = empty(out_features, x.shape[1], dtype=torch.float8_e4m3fn)
+        scales = empty(out_features, dtype=torch.float32)
+        bias = self.activations(out_features) if is_biased else None
+        return few_rows(x, rows, row_scales, codes, scales, bias)
 
     def int8(self, x: Tensor, out_features: int, kind: Int8Kind, *, is_biased: bool) -> Tensor:
         from service.kernels.int8_linear.triton import int8_linear

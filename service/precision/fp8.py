@@ -11,6 +11,7 @@ from torch import Tensor
 
 from service.errors import PrecisionError
 from service.kernels.fp8_linear import fp8_linear, native, quantize_rows
+from service.kernels.fp8_linear.plan import FEW_ROWS, KERNEL_ROWS
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.source import InFlight, part_rows, read_bias, read_weight, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
@@ -37,12 +38,14 @@ class FP8Linear(QuantLinear):
         if self.is_native:
             self.kernel = "native.avx512.fp8_linear"
         else:
-            self.kernel = "torch.scaled_mm fp8" if group.device.type == "cuda" else "torch.fp8_linear"
+            on_cuda = f"triton.fp8_linear up to {FEW_ROWS} rows, torch.scaled_mm"
+            self.kernel = on_cuda if group.device.type == "cuda" else "torch.fp8_linear"
         self.register_buffer("codes", native.pack(codes) if self.is_native else codes)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.bound = native.linear(self.codes, scales, bias) if self.is_native else None
         self.chosen_by_rows = codes.is_cuda
+        self.kernel_rows = KERNEL_ROWS if codes.is_cuda else ()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bound(x) if self.bound else fp8_linear(x, self.codes, self.scales, self.bias)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from service.errors import PrecisionError
 from service.kernels.int8_linear import int8_linear, native
+from service.kernels.int8_linear.plan import KERNEL_ROWS
 from service.kernels.int8_rows import OutlierRule
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_checkpoint import bits_of, read_int8
@@ -101,6 +102,7 @@ class Int8Linear(QuantLinear):
             kernel = "bitsandbytes.int8_mixed_scaled_mm"
         else:
             kernel = "triton.int8_linear" if group.device.type == "cuda" else "torch.int8_linear"
+            self.kernel_rows = KERNEL_ROWS if group.device.type == "cuda" else ()
         rule = "row" if self.by_row else "batch"
         self.kernel = f"{kernel}, outliers by {rule}" if options.threshold else kernel
         self.register_buffer("codes", native.pack(codes) if self.is_native else codes)

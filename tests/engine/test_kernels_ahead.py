@@ -102,9 +102,11 @@ def test_a_start_launches_what_was_compiled_ahead(
 
 @pytest.mark.parametrize(
     ("family", "precision"),
-    [("llama", "int8"), ("qwen2", "int8"), ("qwen3", "int8:threshold=0,skip=down_proj")],
+    [("llama", "int8"), ("qwen2", "int8"), ("qwen3", "int8:threshold=0,skip=down_proj"), ("qwen2", "fp8")],
 )
-def test_int8_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, precision: str) -> None:
+def test_so_does_one_of_8_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, precision: str
+) -> None:
     """Steps of prompts have any number of rows, and not each kind of them is met before somebody waits."""
     monkeypatch.setattr("service.kernels.dense_linear.triton.MIN_WEIGHT_BYTES", 0)
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | FAMILIES[family]))
@@ -140,7 +142,9 @@ def test_so_does_a_deterministic_start(
     assert {kind[0] for kind in ahead - launched} <= {"fixed_kernel", "mass_kernel", "draw_kernel"}
 
 
-@pytest.mark.parametrize(("precision", "at_most"), [("fp16", 34), ("nf4", 33), ("awq", 39), ("int8", 64)])
+@pytest.mark.parametrize(
+    ("precision", "at_most"), [("fp16", 34), ("nf4", 33), ("awq", 39), ("int8", 64), ("fp8", 64)]
+)
 def test_few_kernels_serve_every_number_of_rows(precision: str, at_most: int) -> None:
     """Each takes half a second to compile; AWQ's linear was once compiled for each size that was captured."""
     folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"

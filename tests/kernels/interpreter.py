@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 
 @contextmanager
@@ -47,6 +48,7 @@ def interpreted(name: str) -> Iterator[ModuleType]:
         patch.setattr(InterpreterBuilder, "create_dot", dot_of_any_type)
         patch.setattr(InterpreterBuilder, "create_si_to_fp", int_to_float)
         patch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
+        patch.setattr(InterpreterBuilder, "create_fp_to_fp", to_e4m3)
         with np.errstate(over="ignore"):  # an exponential that is infinite is no accident
             yield module
 
@@ -116,7 +118,7 @@ def called_by_a_kernel(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def dot_of_any_type(builder: object, a: Any, b: Any, total: Any, precision: object, imprecise: object) -> Any:
-    """tl.dot of the interpreter, which (3.6) multiplies bfloat16's bits as integers, and int8 in int8."""
+    """tl.dot of the interpreter, which (3.6) multiplies bfloat16's and fp8's bits, and int8 in int8."""
     from triton.runtime.interpreter import TensorHandle
 
     if total.data.dtype == np.int32:  # exact in float64, which numpy multiplies faster than integers
@@ -148,7 +150,21 @@ def rounded(builder: Any, source: Any, target: Any) -> Any:
     return TensorHandle(nearest.astype(np.uint16), target.scalar)
 
 
+def to_e4m3(builder: Any, source: Any, target: Any, mode: object) -> Any:
+    """float32 to the nearest 8-bit float, ties to even, where the interpreter keeps the integer part."""
+    from triton.language import float8e4nv, float32
+    from triton.runtime.interpreter import TensorHandle
+
+    assert target.scalar == float8e4nv
+    assert source.dtype.scalar == float32
+    codes = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+    return TensorHandle(codes.view(torch.uint8).numpy(), target.scalar)
+
+
 def as_float32(handle: Any) -> np.ndarray:
     if handle.dtype.scalar.name == "bf16":
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    if handle.dtype.scalar.name == "fp8e4nv":
+        codes = torch.from_numpy(np.ascontiguousarray(handle.data))
+        return codes.view(torch.float8_e4m3fn).float().numpy()
     return handle.data.astype(np.float32)

@@ -1,7 +1,8 @@
 """x against 8-bit floats (E4M3): rows of x and rows of the weight each have one scale (W8A8, dynamic).
 
-precision/fp8 --x, codes, scales--> y = (xq @ wq.T) * x_scales * scales + bias. On CUDA torch's scaled matmul
-computes it, on a CPU our own kernel (native.py) or the reference. Source: arXiv 2209.05433, section 3.
+precision/fp8 --x, codes, scales--> y = (xq @ wq.T) * x_scales * scales + bias. On CUDA few rows are
+multiplied in Triton, more by torch's scaled matmul; on a CPU our own kernel (native.py) or the reference
+computes it. Source: arXiv 2209.05433, section 3.
 """
 
 import torch
@@ -12,16 +13,15 @@ from service.kernels.fp8_linear.reference import LARGEST, quantize_rows
 
 __all__ = ["LARGEST", "fp8_linear", "quantize_rows"]
 
+if torch.cuda.is_available():
+    from service.kernels.fp8_linear import triton as cuda
+
 
 def fp8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """[T, in], float8_e4m3fn [out, in], float32 [out], [out] or None -> [T, out] in x's dtype.
 
     On CUDA in and out are multiples of 16 and x is bfloat16.
     """
-    if not x.is_cuda:
-        return reference.fp8_linear(x, codes, scales, bias)
-    rows, row_scales = quantize_rows(x)
-    y: Tensor = torch._scaled_mm(
-        rows, codes.t(), row_scales[:, None], scales[None, :], bias=bias, out_dtype=x.dtype
-    )
-    return y
+    if x.is_cuda:
+        return cuda.fp8_linear(x, codes, scales, bias)
+    return reference.fp8_linear(x, codes, scales, bias)

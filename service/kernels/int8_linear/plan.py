@@ -45,16 +45,17 @@ BLOCKS = (
     (256, (Block(64, 128, 128, 8, 4), Block(64, 128, 128, 8, 4), Block(128, 128, 128, 8, 4))),
     (1 << 31, (Block(128, 128, 128, 8, 4),) * 3),
 )
+KERNEL_ROWS = tuple(sorted({*PLACES, *(most for most, _ in (*TILES, *BLOCKS[:-1]))}))  # most rows of each
 
 
 def tile_for(num_rows: int, in_features: int, out_features: int) -> Tile:
     """Of up to FEW_ROWS rows."""
-    return next(tiles for most, tiles in TILES if num_rows <= most)[_shape(in_features, out_features)]
+    return next(tiles for most, tiles in TILES if num_rows <= most)[shape_of(in_features, out_features)]
 
 
 def block_for(num_rows: int, in_features: int, out_features: int) -> Block:
     """Of any number of rows."""
-    return next(blocks for most, blocks in BLOCKS if num_rows <= most)[_shape(in_features, out_features)]
+    return next(blocks for most, blocks in BLOCKS if num_rows <= most)[shape_of(in_features, out_features)]
 
 
 def splits_of(in_features: int, out_features: int, tile: Tile) -> int:
@@ -65,5 +66,6 @@ def splits_of(in_features: int, out_features: int, tile: Tile) -> int:
     return splits
 
 
-def _shape(in_features: int, out_features: int) -> int:
+def shape_of(in_features: int, out_features: int) -> int:
+    """Which of a row's three: 0 narrow and shallow, 1 deep, 2 wide."""
     return 2 if out_features >= WIDE else int(in_features >= DEEP)

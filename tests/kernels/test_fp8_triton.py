@@ -1,0 +1,82 @@
+"""E4M3 linears in Triton's interpreter: codes of the definition bit for bit, sums to bfloat16's rounding."""
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from service.kernels.fp8_linear import reference
+from service.kernels.fp8_linear.plan import tile_for
+from service.kernels.int8_linear.plan import Tile, splits_of
+from tests.kernels.interpreter import interpreted
+from tests.kernels.test_paged_attention import relative_rms
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[ModuleType]:
+    with interpreted("service.kernels.fp8_linear.triton") as module:
+        yield module
+
+
+def rows_of(num_rows: int, width: int) -> Tensor:
+    x = torch.randn(num_rows, width, generator=torch.Generator().manual_seed(num_rows + width)) * 3
+    x[:, 5] *= 40
+    return x.bfloat16()
+
+
+def weight_of(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(out_features + in_features)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    bias = torch.randn(out_features, generator=generator).bfloat16()
+    return *reference.quantize_rows(weight), bias
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 16), (3, 2100), (66, 40)])
+def test_codes_are_the_definition_s(kernels: ModuleType, num_rows: int, width: int) -> None:
+    x = rows_of(num_rows, width)
+    x[0, :3] = torch.tensor([448.0, 17.0, -19.0])  # ties of E4M3 where the scale is 1
+    x[0, 3:] /= 100
+    x[-1] = 0 if num_rows > 1 else x[-1]
+    codes, scales = kernels.quantize_rows(x)
+    want, want_scales = reference.quantize_rows(x)
+    assert torch.equal(codes.view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(scales, want_scales)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "out_features", "in_features", "splits"),
+    [(1, 70, 208, 0), (5, 130, 2096, 0), (17, 64, 512, 2), (64, 64, 1040, 4)],
+)
+def test_few_rows(
+    kernels: ModuleType, num_rows: int, out_features: int, in_features: int, splits: int
+) -> None:
+    codes, scales, bias = weight_of(out_features, in_features)
+    x = rows_of(num_rows, in_features)
+    rows, row_scales = reference.quantize_rows(x)
+    for added in (bias, None):
+        tile = Tile(64, 128, 4, 2) if splits else None
+        got = kernels.few_rows(x, rows, row_scales, codes, scales, added, tile, splits)
+        assert got.dtype == torch.bfloat16
+        assert relative_rms(got, reference.fp8_linear(x, codes, scales, added)) < 6e-3
+    assert not kernels.arrivals(x.device).any(), "the next launch counts from zero"
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_row_shows_and_spares_the_others(kernels: ModuleType, broken: float) -> None:
+    codes, scales, _ = weight_of(64, 208)
+    x = rows_of(3, 208)
+    want = kernels.fp8_linear(x, codes, scales, None)
+    x[1, 9] = broken
+    with np.errstate(invalid="ignore"):
+        y = kernels.fp8_linear(x, codes, scales, None)
+    assert not torch.isfinite(y[1]).any()
+    assert torch.equal(y[::2], want[::2])
+
+
+def test_the_measured_shapes_take_the_measured_tiles() -> None:
+    shapes = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+    for num_rows in (1, 16, 64):
+        assert [splits_of(*shape, tile_for(num_rows, *shape)) for shape in shapes] == [2, 2, 1, 2]
