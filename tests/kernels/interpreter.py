@@ -4,12 +4,15 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from tests.kernels import ptx
 
 
 @contextmanager
@@ -49,6 +52,7 @@ def interpreted(name: str) -> Iterator[ModuleType]:
         patch.setattr(InterpreterBuilder, "create_si_to_fp", int_to_float)
         patch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
         patch.setattr(InterpreterBuilder, "create_fp_to_fp", to_e4m3)
+        patch.setattr(InterpreterBuilder, "create_inline_asm", inline_assembly, raising=False)
         with np.errstate(over="ignore"):  # an exponential that is infinite is no accident
             yield module
 
@@ -159,6 +163,29 @@ def to_e4m3(builder: Any, source: Any, target: Any, mode: object) -> Any:
     assert source.dtype.scalar == float32
     codes = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
     return TensorHandle(codes.view(torch.uint8).numpy(), target.scalar)
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What a kernel's assembly gives, by output."""
+
+    outputs: list[np.ndarray]
+    shape: tuple[int, ...]
+    types: list[Any]
+
+    def get_result(self, number: int) -> Any:
+        from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+        kind = self.types[number].scalar
+        data = self.outputs[number].view(_get_np_dtype(kind)).reshape(self.shape)
+        return TensorHandle(data, kind)
+
+
+def inline_assembly(
+    builder: Any, asm: str, constraints: str, handles: list[Any], types: list[Any], is_pure: bool, pack: int
+) -> Assembled:
+    outputs = ptx.run(asm, constraints, [handle.data for handle in handles])
+    return Assembled(outputs, handles[0].data.shape, types)
 
 
 def as_float32(handle: Any) -> np.ndarray:

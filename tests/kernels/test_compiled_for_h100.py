@@ -16,12 +16,13 @@ import json, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from service.kernels.add_rms_norm.triton import add_rms_norm_kernel
+from service.kernels.coded_attention.triton import coded_decode_kernel, coded_prefill_kernel
 from service.kernels.dense_linear.triton import STAGES, TILE_IN, TILE_OUT, stream_kernel
 from service.kernels.fixed_linear.triton import FEW, MANY, fixed_kernel
 from service.kernels.paged_attention.triton import decode_kernel, prefill_kernel
 from service.kernels.sample_likely.triton import collect_kernel, settle_kernel, weigh_kernel
 
-def ptx(kernel, constants, num_warps, num_stages):
+def ptx(kernel, constants, num_warps, num_stages, codes="*fp16"):
     types = {"num_rows": "i32", "window": "i32", "max_blocks": "i32", "eps": "fp32", "scale": "fp32"}
     types |= {"softcap": "fp32", "in_features": "i32", "share": "i32", "out_features": "i32"}
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "starts_ptr", "tiles_ptr", "arrived_ptr"), "*i32")
@@ -33,6 +34,7 @@ def ptx(kernel, constants, num_warps, num_stages):
     types |= dict.fromkeys(("temperature_ptr", "highest_ptr", "stretches_ptr", "least_ptr"), "*fp32")
     types |= dict.fromkeys(("edges_ptr", "sums_ptr", "last_edges_ptr", "last_sums_ptr"), "*fp32")
     types |= {"first_sums_ptr": "*fp32"}
+    types |= {"keys_ptr": codes, "values_ptr": codes, "scales_ptr": "*bf16"}
     signature = {name: types.get(name, "*fp16") for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     divisible = {
@@ -47,6 +49,12 @@ def ptx(kernel, constants, num_warps, num_stages):
 heads = {"GROUP": 4, "KV_HEADS": 8, "DIM": 128, "PAGE": 16, "CAPPED": False, "WIDTH": 128, "TILE": 64}
 heads |= {"IS_DEPENDENT": True}
 tiles = {"TILE_OUT": TILE_OUT, "TILE_IN": TILE_IN, "LINE": 64, "PREFETCHED": 1024, "IS_DEPENDENT": True}
+coded = heads | {"HALF": 64}
+del coded["WIDTH"]
+def coded_decode(number, codes):
+    shape = {"CODES": number, "TILE": 128, "SPLITS": 4, "LEAST": 0, "ROWS": 16}
+    return ptx(coded_decode_kernel, coded | shape, 4, 3, codes)
+
 def fixed(tiles, is_apart):
     shape = {"ROWS": tiles.rows, "TILE_OUT": tiles.outputs, "TILE_IN": tiles.inputs, "IS_DEPENDENT": True}
     kind = {"BIASED": False, "SPLITS": 2, "APART": is_apart, "WHOLE": True}
@@ -59,6 +67,11 @@ print(json.dumps({
     "collect": ptx(collect_kernel, rows, 8, 3),
     "settle": ptx(settle_kernel, rows | {"WIDTH": 32, "ID_BITS": 17}, 8, 3),
     "decode": ptx(decode_kernel, heads | {"SPLITS": 4, "LEAST": 0, "ROWS": 16}, 4, 3),
+    "coded_decode": coded_decode(1, "*i8"),
+    "coded_decode_fp8": coded_decode(2, "*fp8e4nv"),
+    "coded_prefill": ptx(
+        coded_prefill_kernel, coded | {"CODES": 1, "FIXED": False, "ROWS": 128}, 8, 3, "*i8"
+    ),
     "prefill": ptx(prefill_kernel, heads | {"FIXED": False, "ROWS": 128}, 8, 3),
     "stream": ptx(stream_kernel, tiles | {"BIASED": False, "SPLITS": 4, "ROWS": 16}, 4, STAGES),
     "fixed": fixed(FEW, True),
@@ -84,6 +97,9 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ("kernel", "product"),
     [
         ("decode", "mma.sync"),
+        ("coded_decode", "mma.sync"),
+        ("coded_decode_fp8", "mma.sync"),
+        ("coded_prefill", "wgmma.mma_async"),
         ("prefill", "wgmma.mma_async"),
         ("stream", "wgmma.mma_async"),
         ("fixed", "wgmma.mma_async"),
@@ -91,11 +107,14 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ],
 )
 def test_tensor_cores_and_wide_copies(ptx: dict[str, str], kernel: str, product: str) -> None:
-    """Keys, values and weights travel 16 bytes at a time; only page numbers are narrower."""
+    """Keys, values and weights travel 16 bytes at a time; only page numbers and scales are narrower."""
     assert product in ptx[kernel]
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", ptx[kernel])
     assert copies.count("0x10") >= 16
-    assert set(copies) <= ({"0x10", "0x4"} if kernel in ("decode", "prefill") else {"0x10"})
+    narrow = {"0x4"} if "decode" in kernel or "prefill" in kernel else set()
+    if kernel == "coded_prefill":  # codes of a prompt's values, 8 bytes
+        narrow.add("0x8")
+    assert set(copies) <= {"0x10", *narrow}
 
 
 def test_one_instruction_adds_up_few_rows_and_many(ptx: dict[str, str]) -> None:
@@ -107,7 +126,20 @@ def test_one_instruction_adds_up_few_rows_and_many(ptx: dict[str, str]) -> None:
     assert len(products["fixed"]) == 1
 
 
-@pytest.mark.parametrize("kernel", ["decode", "prefill", "stream", "fixed", "fixed_many", "norm"])
+@pytest.mark.parametrize("kernel", ["coded_decode", "coded_decode_fp8"])
+def test_codes_become_operands_in_registers(ptx: dict[str, str], kernel: str) -> None:
+    """Between the copies and the products of a decode no code is stored again, and bytes go by pairs."""
+    text = ptx[kernel]
+    stored = re.findall(r"st\.shared\S*", text)
+    assert len(stored) < 40  # maxima, sums and weights alone; a tile of values in float16 would take 64 more
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" in text
+    assert len(re.findall(r"prmt\.b32", text)) >= 64
+    assert ("cvt.rn.f16x2.e4m3x2" in text) is (kernel == "coded_decode_fp8")
+
+
+@pytest.mark.parametrize(
+    "kernel", ["decode", "coded_decode", "prefill", "coded_prefill", "stream", "fixed", "fixed_many", "norm"]
+)
 def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], kernel: str) -> None:
     wait = ptx[kernel].index("griddepcontrol.wait")
     first = re.search(GLOBAL_ACCESS, ptx[kernel])

@@ -1,6 +1,6 @@
 """What every layer's attention of one step shares, computed once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,10 +25,23 @@ class AttentionPlan:
     deterministic: bool = False  # a row's result depends on its own sequence alone, bit for bit
     _gathered: dict[int, Gathered] = field(default_factory=dict)
     _tiles: dict[int, Tensor] = field(default_factory=dict)
+    _over_gathered: list["AttentionPlan"] = field(default_factory=list)  # one or none
 
     @property
     def num_sequences(self) -> int:
         return self.block_tables.shape[0]
+
+    def over_gathered(self) -> "AttentionPlan":
+        """The same over pages that were gathered one table behind another, made once a step."""
+        if not self._over_gathered:
+            tables = torch.arange(
+                self.block_tables.numel(), dtype=torch.int32, device=self.block_tables.device
+            )
+            plan = replace(
+                self, block_tables=tables.view(self.block_tables.shape), _gathered={}, _over_gathered=[]
+            )
+            self._over_gathered.append(plan)
+        return self._over_gathered[0]
 
     def gathered(self, window: int, kv_heads: int, block_tokens: int, dtype: torch.dtype) -> Gathered:
         """What a decode that gathers its pages needs of this window, made once a step: `gather_plan`."""

@@ -1,12 +1,13 @@
 """From qkv_proj to attention in one pass: norms of q and k, rotary embedding, K and V into their pages.
 
 qkv_proj --[T, (heads + 2 kv_heads) * head_dim]--> rotary_kv --q--> paged_attention. Source: arXiv 2104.09864.
+Into pages of 8-bit codes (kernels/kv_codes) K and V go with a scale for each token and head.
 """
 
 import torch
 from torch import Tensor
 
-from service.kernels.rotary_kv import native, reference
+from service.kernels.rotary_kv import coded, native, reference
 
 __all__ = ["rotary_kv", "rotary_kv_kernel"]
 
@@ -37,14 +38,18 @@ def rotary_kv(
     eps: float,
     key_cache: Tensor,
     value_cache: Tensor,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """-> q [T, heads, head_dim], contiguous; K and V are written.
 
     `qkv` [T, (heads + 2 kv_heads) * head_dim]; `cos` and `sin` float32 [positions, head_dim] as
     `RopeConfig.table` makes them, None for a layer without positions; `positions` and `slots` int64 [T];
-    `q_norm` and `k_norm` [head_dim] or None; caches [block, kv_head, token, head_dim].
-    Rotated in float32, rounded once.
+    `q_norm` and `k_norm` [head_dim] or None; caches [block, kv_head, token, head_dim]; `scales` of their
+    codes, bfloat16 [block, kv_head, token, 2], None where they hold values. Rotated in float32, rounded once.
     """
+    if scales is not None:
+        write = cuda.rotary_kv if qkv.is_cuda else coded.rotary_kv
+        return write(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache, scales)
     if qkv.is_cpu:  # past the dispatcher, which takes longer than a row's kernel
         return native.rotary_kv(qkv, cos, sin, positions, slots, q_norm, k_norm, eps, key_cache, value_cache)
     if qkv.is_cuda:
@@ -53,10 +58,10 @@ def rotary_kv(
     return q
 
 
-def rotary_kv_kernel(dtype: torch.dtype, device: torch.device, head_dim: int) -> str:
+def rotary_kv_kernel(dtype: torch.dtype, device: torch.device, head_dim: int, is_coded: bool = False) -> str:
     """Name of what serves, for /version."""
     if device.type == "cuda":
         return "triton.rotary_kv"
-    return (
-        "native.avx512.rotary_kv" if device.type == "cpu" and native.has_kernel(dtype, head_dim) else "torch"
-    )
+    if device.type == "cpu" and native.has_kernel(dtype, head_dim):
+        return "native.avx512.rotary_kv" + (", coded by torch" if is_coded else "")
+    return "torch"

@@ -1,12 +1,14 @@
 """From qkv_proj to attention on CUDA: one program for a few heads of a token, whichever of q, k, v they are.
 
-A head is held as its two halves, which is what the rotation mixes.
+A head is held as its two halves, which is what the rotation mixes. K and V are written as they are or,
+CODES, as 8-bit codes and their scales (kernels/kv_codes).
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.kv_codes.triton import codes_of, quantized
 from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
 
 HEADS = 8  # of one program
@@ -24,9 +26,11 @@ def rotary_kv_kernel(  # type: ignore[no-untyped-def]
     q_ptr,  # [T, Q_HEADS, DIM]
     keys_ptr,  # [blocks, KV_HEADS, PAGE, DIM]
     values_ptr,
+    scales_ptr,  # bfloat16 [blocks, KV_HEADS, PAGE, 2], K's and V's, or anything without CODES
     eps,
     ROTATES: tl.constexpr,
     NORMS: tl.constexpr,
+    CODES: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -71,9 +75,13 @@ def rotary_kv_kernel(  # type: ignore[no-untyped-def]
     tl.store(q_ptr + target, left, mask=is_q[:, None] & inside)
     tl.store(q_ptr + target + DIM // 2, right, mask=is_q[:, None] & inside)
     kv_heads = (heads - Q_HEADS) % KV_HEADS
-    place = ((slot // PAGE) * KV_HEADS + kv_heads) * (PAGE * DIM) + (slot % PAGE) * DIM
-    target = place[:, None] + columns[None, :]
+    place = ((slot // PAGE) * KV_HEADS + kv_heads) * PAGE + slot % PAGE
+    target = place[:, None] * DIM + columns[None, :]
     is_k = (heads >= Q_HEADS) & (heads < Q_HEADS + KV_HEADS)
+    if CODES:
+        left, right, scales = quantized(left, right, CODES)
+        is_kv = (heads >= Q_HEADS) & (heads < Q_HEADS + 2 * KV_HEADS)
+        tl.store(scales_ptr + 2 * place + is_v, scales, mask=is_kv)
     tl.store(keys_ptr + target, left, mask=is_k[:, None] & inside)
     tl.store(keys_ptr + target + DIM // 2, right, mask=is_k[:, None] & inside)
     tl.store(values_ptr + target, left, mask=is_v[:, None] & inside)
@@ -91,6 +99,7 @@ def rotary_kv(
     eps: float,
     key_cache: Tensor,
     value_cache: Tensor,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """See the package; rounded where the reference rounds."""
     _, kv_heads, page, head_dim = key_cache.shape
@@ -105,9 +114,12 @@ def rotary_kv(
     launch(
         rotary_kv_kernel,
         (tokens, cdiv(all_heads, HEADS)),
-        (qkv, *table, positions, slots, *norms, q, key_cache, value_cache),
+        (qkv, *table, positions, slots, *norms, q, key_cache, value_cache, q if scales is None else scales),
         (eps,),
-        (cos is not None, q_norm is not None, q_heads, kv_heads, head_dim, page, columns, HEADS),
+        (
+            cos is not None, q_norm is not None, codes_of(key_cache.dtype), q_heads, kv_heads, head_dim, page,
+            columns, HEADS,
+        ),
         num_warps=2,
-    )
+    )  # fmt: skip
     return q
