@@ -53,7 +53,12 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where the model runs.")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Type of activations and KV cache in the quantized modes."
+        "auto", description="Type of activations, and of an `auto` KV cache, in the quantized modes."
+    )
+    kv_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto",
+        description="Type of the KV cache, in every precision. `auto`: that of activations; `int8`, `fp8` "
+        "(E4M3): codes of 8 bits with a scale for each token and head.",
     )
     head: Literal["16bit", "int8"] = Field("16bit", description="Precision of lm_head.")
     calibration: str = Field(

@@ -101,6 +101,11 @@ def runs_behind(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def has_e4m3(device: torch.device) -> bool:
+    """Does it convert to and from 8-bit floats of this format? A CPU does, in torch."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def synchronize(device: torch.device) -> None:
     """Return when all work given to the device is done."""
     if device.type == "cuda":

@@ -26,6 +26,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     precision: str  # `name[:option=value,...]`, or `auto`
     device: Literal["auto", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # activations of the quantized modes
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"  # of the KV cache; `auto`: that of activations
     max_context_tokens: int = 0  # 0: what config.json allows
     max_batch_tokens: int = 0  # tokens in one step, prefill and decode together; 0: by device
     max_batch_requests: int = 0  # requests decoding at once; 0: by device
@@ -129,7 +130,8 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     model_path: str
     architecture: str
     precision: str  # canonical
-    dtype: str  # of activations and KV cache
+    dtype: str  # of activations
+    kv_dtype: str  # of the KV cache: as `dtype`, or int8, fp8
     device: str  # cpu, cuda:0
     device_name: str
     torch_version: str

@@ -60,7 +60,7 @@ class Family:
 
 _FAMILIES = (
     Family("halftone_build_info", "gauge",
-           ("version", "dtype", "device", "device_name", "torch_version", "architecture"),
+           ("version", "dtype", "kv_dtype", "device", "device_name", "torch_version", "architecture"),
            "", "1; what is served and on what."),
     Family("halftone_kernel_info", "gauge", ("layer", "kernel"), "", "1; kernel that serves a layer class."),
     Family("halftone_engine_up", "gauge", (), "", "1 while the engine is ready, else 0."),
@@ -244,6 +244,7 @@ class Metrics:
             (
                 __version__,
                 info.dtype,
+                info.kv_dtype,
                 info.device,
                 info.device_name,
                 info.torch_version,

@@ -201,6 +201,7 @@ class FakeEngine:
             architecture="FakeForCausalLM",
             precision=precision,
             dtype="bf16",
+            kv_dtype="bf16" if self.config.kv_dtype == "auto" else self.config.kv_dtype,
             device="cpu",
             device_name="fake",
             torch_version="none",

@@ -90,6 +90,7 @@ def result_of(
         "halftone": __version__,
         "model_path": info.model_path,
         "precision": info.precision,
+        "kv_dtype": info.kv_dtype,
         "device": info.device_name,
         "torch": info.torch_version,
         "weight_bytes": info.weight_bytes,
@@ -105,7 +106,8 @@ def result_of(
 
 def table_of(result: dict[str, Any]) -> Table:
     caption = NO_VERDICT if result["random_weights"] else result["protocol"]
-    table = Table(title=f"{result['precision']} on {result['device']}", caption=caption)
+    title = f"{result['precision']} on {result['device']}, KV cache in {result['kv_dtype']}"
+    table = Table(title=title, caption=caption)
     table.add_column("weights", justify="right")
     table.add_column("perplexity", justify="right")
     row = [megabytes(result["weight_bytes"]), f"{result['perplexity']:.3f}"]

@@ -113,7 +113,8 @@ def ready_lines(host: Host, info: EngineInfo) -> str:
             f"  model      {settings.name} ({size})",
             f"  precision  {info.precision} on {info.device} ({info.device_name}), activations {info.dtype}",
             f"  weights    {megabytes(info.weight_bytes)}{drawn}",
-            f"  KV cache   {info.kv_tokens:,} tokens; up to {info.max_context_tokens:,} in one request",
+            f"  KV cache   {info.kv_tokens:,} tokens in {info.kv_dtype}; "
+            f"up to {info.max_context_tokens:,} in one request",
             *([] if has_text else ["  tokenizer  none: prompts and answers are token ids"]),
             *([f"  metrics    {host.metrics_url}/metrics"] if settings.metrics_port else []),
             *([] if settings.is_local or settings.api_keys else [OPEN_TO_ALL.format(settings.host)]),

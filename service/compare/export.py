@@ -134,6 +134,7 @@ def notes(report: Report) -> list[str]:
         f"tokens/s: closed loop with {widest} streams. Perplexity and KL (nats per token, against "
         f"{report.reference}): {report.text.name}, {report.text.protocol}.",
         "KV tokens gained: what the weight bytes saved against the reference would hold in the KV cache.",
+        *([report.kv_note] if report.kv_note else []),
         "Decode vs prefill: perplexity of the same tokens, ± standard error of the paired difference over "
         f"windows; (!) is more than {100 * MAX_DISAGREEMENT:g} % and more than {MIN_STANDARD_ERRORS:g} "
         "standard errors.",
@@ -224,6 +225,7 @@ def comma_separated(report: Report) -> str:
         "error": lambda row: row.error,
         "weight_bytes": lambda row: row.memory and row.memory.weight_bytes,
         "kv_bytes": lambda row: row.memory and row.memory.kv_bytes,
+        "kv_dtype": lambda row: row.kv_dtype,
         "peak_load_bytes": lambda row: row.memory and row.memory.peak_load_bytes,
         "peak_bytes": lambda row: row.memory and row.memory.peak_bytes,
         "peak_without_kv_bytes": lambda row: row.memory and row.memory.peak_without_kv_bytes,

@@ -118,6 +118,7 @@ async def measure(job: Job, advance: Advance) -> Measured:
         quantize_seconds=quantize_seconds,
         loads=loads,
         dtype=info.dtype,
+        kv_dtype=info.kv_dtype,
         kernels=info.kernels,
         calibration=info.calibration,
         seconds=time.monotonic() - started_s,

@@ -154,7 +154,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         described("Making the checkpoint of this mode, in an engine before the measured one; 0: none made"),
     ] = 0.0
     loads: list[Load] = msgspec.field(default_factory=list)
-    dtype: Annotated[str, described("Of activations and KV cache")] = ""
+    dtype: Annotated[str, described("Of activations")] = ""
+    kv_dtype: Annotated[str, described("Of the KV cache: as `dtype`, or int8, fp8")] = ""
     kernels: dict[str, str] = msgspec.field(default_factory=dict)
     calibration: dict[str, str] = msgspec.field(default_factory=dict)
     seconds: Annotated[float, described("That this row took to measure")] = 0.0
@@ -233,6 +234,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     def reference_row(self) -> Row | None:
         """The row that others are told against; None where it failed or is still to come."""
         return next((row for row in self.rows if row.ok and row.precision == self.reference), None)
+
+    @property
+    def kv_note(self) -> str:
+        """What KL is against where the rows' KV caches hold 8-bit codes; empty where they do not."""
+        base = self.reference_row
+        if base is None or base.kv_dtype not in ("int8", "fp8"):
+            return ""
+        return (
+            f"The KV cache of every row holds {base.kv_dtype}; KL is against {self.reference} with a cache "
+            f"in {base.dtype}, so in the row of {self.reference} it is what the cache costs. Prompts read "
+            "their own keys and values from the cache too: prefill sees that cost as decode does."
+        )
 
 
 def schema() -> dict[str, Any]:

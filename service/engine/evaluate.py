@@ -121,9 +121,8 @@ class Evaluation:
         def progress(*_: object) -> None:
             self._tick(0)
 
-        config = msgspec.structs.replace(
-            self.config, deterministic=False
-        )  # it runs alone, and in any precision
+        # it runs alone, in any precision, and with the cache of that precision: what ours costs shall be seen
+        config = msgspec.structs.replace(self.config, deterministic=False, kv_dtype="auto")
         return load_model(config, self.message.reference, self.serving.model.device, progress)
 
     def _score_prefill(self, reference: ModelInstance | None) -> None:

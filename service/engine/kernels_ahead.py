@@ -25,6 +25,7 @@ from service.engine.penalties import MAX_BIASES
 from service.engine.state import NUM_WORDS
 from service.kernels import w4_linear
 from service.kernels.int8_rows import Live, OutlierRule
+from service.kernels.kv_codes import is_coded
 from service.kernels.shape_logits import NEUTRAL
 from service.messages import EngineConfig
 from service.model.batch import BLOCK_TOKENS
@@ -60,6 +61,7 @@ class Shapes:
 
     config: ModelConfig
     dtype: torch.dtype  # of activations
+    kv_dtype: torch.dtype
     linears: str  # `dense`, `awq`, `fp8` or, where no kernel of ours serves them, empty
     group_size: int  # of awq
     int8: Int8Kind | None
@@ -81,12 +83,18 @@ class Shapes:
 
 
 def shapes_of(
-    source: TensorSource, backend: Backend, config: EngineConfig, dtype: torch.dtype, max_requests: int
+    source: TensorSource,
+    backend: Backend,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    max_requests: int,
+    kv_dtype: torch.dtype | None = None,
 ) -> Shapes:
-    """What is known before any weight is read."""
+    """What is known before any weight is read. `kv_dtype` None: that of activations."""
     return Shapes(
         source.config,
         dtype,
+        kv_dtype or dtype,
         LINEARS.get(backend.name, ""),
         int((source.quantization or {}).get("group_size", 0)),
         int8_kind(backend) if backend.name == "int8" else None,
@@ -190,7 +198,10 @@ class Steps:
         self.rotary = sorted(set(config.rotary))
         self.max_blocks = -(-shapes.max_context_tokens // BLOCK_TOKENS)
         cache = (NUM_BLOCKS, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
-        self.keys = self.values = empty(*cache, dtype=shapes.dtype)
+        self.keys = self.values = empty(*cache, dtype=shapes.kv_dtype)
+        self.scales: Tensor | None = None
+        if is_coded(shapes.kv_dtype):
+            self.scales = empty(*cache[:-1], 2, dtype=torch.bfloat16)
         self.table = empty(1, config.head_dim, dtype=torch.float32)  # cos and sin
         self.norm = self.activations(config.hidden_size)
         self.head_norm = self.activations(config.head_dim) if config.qk_norm else None
@@ -220,6 +231,7 @@ class Steps:
 
     def layers(self, num_tokens: int, plan: Any) -> None:
         from service.kernels.add_rms_norm.triton import add_rms_norm
+        from service.kernels.coded_attention.triton import coded_attention
         from service.kernels.gated_silu.triton import gated_silu
         from service.kernels.paged_attention.triton import paged_attention
         from service.kernels.rotary_kv.triton import rotary_kv
@@ -233,9 +245,13 @@ class Steps:
             table = self.table if is_rotary else None
             q = rotary_kv(
                 self.linear("qkv_proj", x), table, table, numbers, numbers, self.head_norm, self.head_norm,
-                config.norm_eps, self.keys, self.values,
+                config.norm_eps, self.keys, self.values, self.scales,
             )  # fmt: skip
-            attended = paged_attention(q, self.keys, self.values, plan, config.attention_scale)
+            caches, scale = (self.keys, self.values), config.attention_scale
+            if self.scales is None:
+                attended = paged_attention(q, *caches, plan, scale)
+            else:
+                attended = coded_attention(q, *caches, self.scales, plan, scale)
             x = self.linear("o_proj", attended.view(num_tokens, -1))
             hidden, x = add_rms_norm(hidden, x, self.norm, config.norm_eps)
             delta = self.linear("down_proj", gated_silu(self.linear("gate_up_proj", x)))

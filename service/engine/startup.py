@@ -33,7 +33,8 @@ from service.precision.base import Backend
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # beside that of activations
+DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | KV_DTYPES).items()}
 CPU_KV_TOKENS = 16384  # where the user did not say; memory is the users' own there
 PROGRESS_INTERVAL_S = 0.1
 
@@ -79,6 +80,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     device = devices.resolve(config.device)
     if device.type == "cpu":
         choose_kernels(config)
+    check_kv_dtype(config, device)
     source, backend = open_model(config, config.precision, device, stages)
     if config.save and isinstance(source, RandomWeights):
         with told_shortage(device, "a tensor of the random weights"):
@@ -89,7 +91,8 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     ahead: KernelsAhead | None = None
     if is_gpu:
         cuda.keep_in(Path(config.cache_dir) if config.cache_dir else None)
-        shapes = shapes_of(source, backend, config, dtype, max_batch_requests)
+        kv_dtype = KV_DTYPES.get(config.kv_dtype)
+        shapes = shapes_of(source, backend, config, dtype, max_batch_requests, kv_dtype)
         ahead = KernelsAhead(shapes, batch_sizes(max_batch_requests))
     model = load(config, source, backend, device, stages, dtype)
     if ahead:
@@ -141,6 +144,16 @@ def choose_kernels(config: EngineConfig) -> None:
     native.choose(config.cpu_kernels)
     if config.cpu_kernels == "auto" and (reason := native.absence()):
         logger.warning("torch's CPU kernels serve: %s", reason)
+
+
+def check_kv_dtype(config: EngineConfig, device: torch.device) -> None:
+    """SettingError where this device has no instructions for it."""
+    if config.kv_dtype == "fp8" and not devices.has_e4m3(device):
+        raise SettingError(
+            f"setting `kv_dtype` = `fp8`: `{devices.device_name(device)}` cannot convert E4M3; GPUs of "
+            "compute capability 8.9 or newer can",
+            hint="`--kv-dtype int8` takes as many bytes and runs here",
+        )
 
 
 def load_model(
@@ -199,6 +212,7 @@ def load(
             head=config.head,
             max_context_tokens=config.max_context_tokens,
             deterministic=config.deterministic,
+            kv_dtype=KV_DTYPES.get(config.kv_dtype),
             tokenizer=Path(config.tokenizer) if config.tokenizer else None,
             progress=progress,
         )
@@ -266,10 +280,10 @@ def num_kv_blocks(config: EngineConfig, model: ModelInstance, graph_bytes: int) 
 def make_kv(config: EngineConfig, model: ModelInstance, graph_bytes: int) -> PagedKV:
     """The cache that requests share, and block 0 beside it."""
     num_blocks = num_kv_blocks(config, model, graph_bytes)
-    told = f"a KV cache of {num_blocks * BLOCK_TOKENS} tokens"
+    told = f"a KV cache of {num_blocks * BLOCK_TOKENS} tokens in {DTYPE_NAMES[model.kv_dtype]}"
     with told_shortage(model.device, told, lambda: (num_blocks + 1) * model.kv_block_bytes):
         kv = model.new_kv(num_blocks + 1)
-        for tensor in (*kv.keys, *kv.values):
+        for tensor in kv.tensors:
             tensor.zero_()  # makes a CPU's pages resident now, so that memory is what the ledger says
     return kv
 
@@ -297,6 +311,7 @@ def engine_info(
         architecture=model.config.architecture,
         precision=model.backend.canonical,
         dtype=DTYPE_NAMES[model.dtype],
+        kv_dtype=DTYPE_NAMES[model.kv_dtype],
         device=str(model.device),
         device_name=devices.device_name(model.device),
         torch_version=str(torch.__version__),

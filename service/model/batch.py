@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from service.kernels.kv_codes import is_coded
+
 BLOCK_TOKENS = 16
 
 
@@ -29,9 +31,10 @@ class StepBatch:
 
 
 class PagedKV:
-    """K and V of every layer, each one tensor [block, kv_head, token, head_dim].
+    """K and V of every layer, each one tensor [block, kv_head, token, head_dim], of values or of 8-bit codes.
 
-    Block 0 is never handed out: padding rows of a fixed-size batch write there.
+    Codes have their scales beside them: bfloat16 [block, kv_head, token, 2] a layer, K's and V's; values have
+    None. Block 0 is never handed out: padding rows of a fixed-size batch write there.
     """
 
     def __init__(
@@ -46,6 +49,19 @@ class PagedKV:
         shape = (num_blocks, num_kv_heads, BLOCK_TOKENS, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.scales: list[Tensor | None] = [
+            torch.zeros(*shape[:-1], 2, dtype=torch.bfloat16, device=device) if is_coded(dtype) else None
+            for _ in range(num_layers)
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.keys, *self.values, *(scales for scales in self.scales if scales is not None)]
 
     @property
     def num_blocks(self) -> int:
@@ -53,4 +69,4 @@ class PagedKV:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from service.errors import PrecisionError
 from service.kernels.add_rms_norm import add_rms_norm
+from service.kernels.coded_attention import coded_attention
 from service.kernels.dense_linear import pack_weight
 from service.kernels.gated_silu import gated_silu
 from service.kernels.int8_rows import Live
@@ -138,7 +139,8 @@ class DecoderLayer(nn.Module):
     def _attend(self, qkv: Tensor, step: Step) -> Tensor:
         """Packed q, k, v [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
         config, batch = self.config, step.batch
-        keys, values = step.kv.keys[self.index], step.kv.values[self.index]
+        kv, plan = step.kv, step.attention
+        keys, values, scales = kv.keys[self.index], kv.values[self.index], kv.scales[self.index]
         q = rotary_kv(
             qkv,
             step.cos if self.rotary else None,
@@ -150,8 +152,13 @@ class DecoderLayer(nn.Module):
             config.norm_eps,
             keys,
             values,
+            scales,
         )
-        attended = paged_attention(q, keys, values, step.attention, config.attention_scale, self.window)
+        scale, window = config.attention_scale, self.window
+        if scales is None:
+            attended = paged_attention(q, keys, values, plan, scale, window)
+        else:
+            attended = coded_attention(q, keys, values, scales, plan, scale, window)
         return attended.reshape(-1, config.num_heads * config.head_dim)
 
     def _show(self, observe: Observe, group: str, x: Tensor) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from service.errors import PrecisionError
 from service.kernels.add_rms_norm import add_rms_norm_kernel
+from service.kernels.coded_attention import coded_attention_kernel
 from service.kernels.gated_silu import gated_silu_kernel
+from service.kernels.kv_codes import is_coded
 from service.kernels.paged_attention import attention_kernel
 from service.kernels.rotary_kv import rotary_kv_kernel
 from service.model.batch import PagedKV, StepBatch
@@ -30,7 +32,12 @@ class ModelInstance:
     """What an engine runs: `forward(batch, kv)`."""
 
     def __init__(
-        self, checkpoint: TensorSource, backend: Backend, decoder: Decoder, device: torch.device
+        self,
+        checkpoint: TensorSource,
+        backend: Backend,
+        decoder: Decoder,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.path = checkpoint.path
         self.random_weights = checkpoint.random_weights
@@ -40,6 +47,7 @@ class ModelInstance:
         self.decoder = decoder
         self.device = device
         self.dtype = decoder.dtype
+        self.kv_dtype = kv_dtype or decoder.dtype
 
     @classmethod
     def load(
@@ -52,14 +60,16 @@ class ModelInstance:
         head: Literal["16bit", "int8"] = "16bit",
         max_context_tokens: int = 0,
         deterministic: bool = False,
+        kv_dtype: torch.dtype | None = None,
         tokenizer: Path | None = None,
         progress: Progress | None = None,
     ) -> "ModelInstance":
         """Folder, or a source of tensors -> verified, quantized and loaded model.
 
-        `dtype` None: what the backend wants here. `tokenizer`: folder of one that is not the checkpoint's.
-        Raises CheckpointError for a folder that is not exactly what its config.json says, PrecisionError
-        for one that this backend does not read, and for a backend that cannot be `deterministic` here.
+        `dtype` None: what the backend wants here. `kv_dtype` None: that of activations. `tokenizer`: folder
+        of one that is not the checkpoint's. Raises CheckpointError for a folder that is not exactly what its
+        config.json says, PrecisionError for one that this backend does not read, and for a backend that
+        cannot be `deterministic` here.
         """
         checkpoint = source if isinstance(source, TensorSource) else Checkpoint(source)
         if not backend.accepts(checkpoint.quantization):
@@ -86,7 +96,7 @@ class ModelInstance:
             )
         if progress:
             progress("load", checkpoint.num_bytes, checkpoint.num_bytes, "bytes")
-        return cls(checkpoint, backend, decoder, device)
+        return cls(checkpoint, backend, decoder, device, kv_dtype)
 
     def forward(self, batch: StepBatch, kv: PagedKV, observe: Observe | None = None) -> Tensor:
         """-> logits [R, vocab], any float type, a row for each of `batch.logit_rows`."""
@@ -97,7 +107,7 @@ class ModelInstance:
         """An empty cache for this model."""
         config = self.config
         return PagedKV(
-            config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, self.dtype, self.device
+            config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, self.kv_dtype, self.device
         )
 
     @property
@@ -132,14 +142,14 @@ class ModelInstance:
         """Layer class or op between layers -> the kernel that serves it, of the first layer."""
         first, head_dim = self.layers()[0], self.config.head_dim
         group = self.config.num_heads // self.config.num_kv_heads
+        codes = is_coded(self.kv_dtype)
+        attention = coded_attention_kernel if codes else attention_kernel
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
         return names | {
             "lm_head": self.decoder.head.kernel,
-            "attention": attention_kernel(
-                self.dtype, self.device, head_dim, group, self.decoder.deterministic
-            ),
+            "attention": attention(self.dtype, self.device, head_dim, group, self.decoder.deterministic),
             "add_rms_norm": add_rms_norm_kernel(self.dtype, self.device),
-            "rotary_kv": rotary_kv_kernel(self.dtype, self.device, head_dim),
+            "rotary_kv": rotary_kv_kernel(self.dtype, self.device, head_dim, codes),
             "gated_silu": gated_silu_kernel(self.dtype, self.device),
         }
 

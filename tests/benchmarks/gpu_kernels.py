@@ -1,16 +1,17 @@
 """Microseconds of every own kernel of a step on this GPU, against the time in which its bytes can be read.
 
-    python -m tests.benchmarks.gpu_kernels [--rows 1,16,64,256] [--sweep]
+    python -m tests.benchmarks.gpu_kernels [--rows 1,16,64,256] [--sweep] [--only kv8]
 
 Shapes are Llama-3.1-8B's at 640 tokens of context, in float16. Each figure is the median of captured replays
 over 32 copies of weights and pages, so that nothing stays in the L2 cache. `--sweep` also tries other shapes
-of tiles than those that the kernels choose, which is where their constants come from.
+of tiles than those that the kernels choose, which is where their constants come from. `--only kv8`: attention
+over 8-bit codes of K and V beside that over 16 bits.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from service.kernels import launch
 from service.kernels.add_rms_norm import add_rms_norm
+from service.kernels.coded_attention import triton as coded
 from service.kernels.dense_linear import dense_linear
 from service.kernels.dense_linear import triton as linear
 from service.kernels.fixed_linear import triton as fixed
 from service.kernels.gated_silu import gated_silu
 from service.kernels.greedy import greedy
-from service.kernels.paged_attention import decode_plan, paged_attention, plan_attention
+from service.kernels.kv_codes import is_coded
+from service.kernels.paged_attention import AttentionPlan, decode_plan, paged_attention, plan_attention
 from service.kernels.paged_attention import triton as attention
 from service.kernels.rotary_kv import rotary_kv
 from service.kernels.sample import sample
@@ -41,6 +44,15 @@ LINEARS = {
     "lm_head": (HIDDEN, VOCAB),
 }
 ATTENTION_SHAPES = ((32, 3), (64, 2), (64, 3), (64, 4))  # of a decode: keys in a tile, stages
+CODED_SHAPES = (
+    (64, 4, 3),
+    (64, 2, 3),
+    (128, 4, 2),
+    (128, 4, 3),
+    (128, 4, 4),
+    (128, 8, 3),
+)  # keys, warps, stages
+CODED_PREFILL_SHAPES = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3))
 PREFILL_SHAPES = ((128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2))
 STREAM_SHAPES = ((64, 128, 4), (64, 256, 3), (64, 128, 6), (128, 128, 4))  # outputs, inputs, stages
 HALF, CUDA = torch.float16, torch.device("cuda")
@@ -138,6 +150,93 @@ def decode(rows: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> 
                 got = microseconds(attend(splits))
                 show(rows, f"decode {shape} splits {splits}", got, num_bytes)
     attention.decode_shape = usual
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Copies of a cache of one type, and what attends to them."""
+
+    keys: Tensor  # [copies, blocks, KV_HEADS, PAGE, HEAD_DIM]
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def random(cls, copies: int, blocks: int, dtype: torch.dtype) -> "Coded":
+        shape = (copies, blocks, KV_HEADS, PAGE, HEAD_DIM)
+        keys, values = (torch.randint(-100, 100, shape, device=CUDA, dtype=torch.int8) for _ in range(2))
+        scales = torch.full((*shape[:-1], 2), 0.01, device=CUDA, dtype=torch.bfloat16)
+        return cls(keys.half().to(dtype), values.half().to(dtype), scales)
+
+    @property
+    def name(self) -> str:
+        return str(self.keys.dtype).removeprefix("torch.")
+
+    @property
+    def token_bytes(self) -> int:
+        """Of K and V."""
+        codes = is_coded(self.keys.dtype)
+        return 2 * KV_HEADS * (HEAD_DIM + 2 if codes else 2 * HEAD_DIM)
+
+    def attend(self, i: int, q: Tensor, plan: AttentionPlan) -> Tensor:
+        if is_coded(self.keys.dtype):
+            caches = self.keys[i], self.values[i], self.scales[i]
+            return coded.coded_attention(q, *caches, plan, HEAD_DIM**-0.5)
+        return attention.paged_attention(q, self.keys[i], self.values[i], plan, HEAD_DIM**-0.5)
+
+
+def kv8(rows: int, context: int, sweep: bool) -> None:
+    """A decode over caches of each type."""
+    pages = context // PAGE
+    copies = LAYERS if rows * context <= 1 << 16 else 4  # each many times the L2
+    tables = (torch.randperm(rows * pages, device=CUDA, dtype=torch.int32) + 1).view(rows, pages)
+    tables = F.pad(tables, (0, 8192 // PAGE - pages))
+    plan = decode_plan(tables, torch.full((rows,), context, dtype=torch.int32, device=CUDA))
+    q = torch.randn(rows, HEADS, HEAD_DIM, device=CUDA, dtype=HALF)
+    for dtype in (HALF, torch.int8, torch.float8_e4m3fn):
+        cache = Coded.random(copies, rows * pages + 1, dtype)
+        num_bytes = rows * context * cache.token_bytes
+
+        def timed(cache: Coded = cache) -> float:
+            return microseconds(lambda i: cache.attend(i, q, plan), copies)
+
+        show(rows, f"decode behind {context} in {cache.name}", timed(), num_bytes)
+        usual = coded.decode_shape
+        for shape in CODED_SHAPES if sweep and is_coded(dtype) else ():
+            coded.decode_shape = lambda *_, found=shape: found
+            show(rows, f"decode behind {context} in {cache.name} {shape}", timed(), num_bytes)
+        coded.decode_shape = usual
+
+
+def kv8_prefill(chunk: int, earlier: int, sweep: bool) -> None:
+    pages = -(-(chunk + earlier) // PAGE)
+    tables = (torch.randperm(pages, device=CUDA, dtype=torch.int32) + 1).view(1, pages)
+    q = torch.randn(chunk, HEADS, HEAD_DIM, device=CUDA, dtype=HALF)
+    qkv = torch.randn(chunk, QKV, device=CUDA, dtype=HALF)
+    slots, positions = torch.arange(chunk, device=CUDA), torch.arange(chunk, device=CUDA)
+    cos, sin = torch.rand(2, chunk, HEAD_DIM, device=CUDA)
+    for dtype in (HALF, torch.int8, torch.float8_e4m3fn):
+        cache = Coded.random(4, pages + 1, dtype)
+
+        def timed(cache: Coded = cache) -> float:
+            plan = plan_attention(tables, [0, chunk], [chunk + earlier], 0)
+            # copied to the device before the capture, which could not
+            for module in (attention, coded):
+                plan.tiles(module.prefill_shape(HEAD_DIM, HALF)[0] // (HEADS // KV_HEADS))
+            return microseconds(lambda i: cache.attend(i, q, plan), 4)
+
+        def written(i: int, cache: Coded = cache) -> Tensor:
+            scales = cache.scales[i] if is_coded(cache.keys.dtype) else None
+            caches = cache.keys[i], cache.values[i], scales
+            return rotary_kv(qkv, cos, sin, positions, slots, None, None, 1e-5, *caches)
+
+        show(chunk, f"prefill behind {earlier} in {cache.name}", timed())
+        usual = coded.prefill_shape
+        for shape in CODED_PREFILL_SHAPES if sweep and is_coded(dtype) else ():
+            coded.prefill_shape = lambda *_, found=shape: found
+            show(chunk, f"prefill behind {earlier} in {cache.name} {shape}", timed())
+        coded.prefill_shape = usual
+        if not earlier:
+            show(chunk, f"rotary_kv into {cache.name}", microseconds(written, 4))
 
 
 def layers(rows: int, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -239,9 +338,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="1,16,64,256")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--only", choices=["kv8"])
     arguments = parser.parse_args()
     all_rows = [int(rows) for rows in arguments.rows.split(",")]
     print(torch.cuda.get_device_name())
+    for rows in all_rows:
+        for context in (CONTEXT, 2 * CONTEXT):
+            kv8(rows, context, arguments.sweep)
+    for chunk, earlier in ((1024, 0), (1024, 8192)):
+        kv8_prefill(chunk, earlier, arguments.sweep)
+    if arguments.only:
+        return
     blocks = max(*all_rows, 16) * (CONTEXT // PAGE) + 1
     shape = (LAYERS, blocks, KV_HEADS, PAGE, HEAD_DIM)
     keys, values = (list(torch.randn(shape, device=CUDA, dtype=HALF).unbind()) for _ in range(2))

@@ -114,6 +114,7 @@ def row(
         loads=loads,
         load_seconds={"import": 1.0, "load": 2.5},
         dtype="bf16",
+        kv_dtype="bf16",
         kernels={"qkv_proj": "torch"},
         seconds=10.0,
     )
@@ -163,6 +164,17 @@ def three() -> Report:
         row("nf4", 115_000_000, 23.9, disagreement=0.004),
         Row(precision="awq:bits=3", status="failed", error="`<script>` has no kernel\n  hint: none"),
     )
+
+
+def test_an_8_bit_cache_is_told_in_every_form(three: Report) -> None:
+    """With what its cost is seen against; a report of 16-bit caches says nothing of it."""
+    coded = report(*(msgspec.structs.replace(one, kv_dtype="int8") for one in three.rows[:2]))
+    told = "The KV cache of every row holds int8; KL is against bf16 with a cache in bf16"
+    for shown in (coded, three):
+        for text in (render_page(shown), markdown(shown)):
+            assert (told in text) is (shown is coded)
+    header, first, *_ = comma_separated(coded).splitlines()
+    assert dict(zip(header.split(","), first.split(","), strict=True))["kv_dtype"] == "int8"
 
 
 def test_the_shipped_schema_is_the_types(three: Report) -> None:

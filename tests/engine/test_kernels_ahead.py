@@ -29,7 +29,7 @@ from tests.tiny_models import make_checkpoint
 pytest.importorskip("triton")
 
 CPU = torch.device("cpu")
-MAX_REQUESTS, BATCH_TOKENS, CONTEXT_TOKENS = 40, 256, 4096
+MAX_REQUESTS, BATCH_TOKENS, CONTEXT_TOKENS = 40, 512, 4096
 SHAPE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -65,13 +65,19 @@ class RunsOnce:
 
 
 def whole_start(
-    source: RandomWeights, precision: str, monkeypatch: pytest.MonkeyPatch, deterministic: bool = False
+    source: RandomWeights,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    deterministic: bool = False,
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """As startup has it, with a device that is only said to be a GPU."""
     monkeypatch.setattr(devices, "runs_behind", lambda device: True)
     monkeypatch.setattr(devices, "GraphPool", RunsOnce)
     backend = load_backend(precision)
-    model = ModelInstance.load(source, backend, CPU, torch.float16, deterministic=deterministic)
+    model = ModelInstance.load(
+        source, backend, CPU, torch.float16, deterministic=deterministic, kv_dtype=kv_dtype
+    )
     warm_up(model, BATCH_TOKENS, MAX_REQUESTS).runner.rehearse()
     limits = Limits(CONTEXT_TOKENS, BATCH_TOKENS, MAX_REQUESTS, model.config.vocab_size)
     kv = model.new_kv(CONTEXT_TOKENS // BLOCK_TOKENS + 1)
@@ -119,6 +125,26 @@ def test_so_does_one_of_8_bits(
         whole_start(source, precision, monkeypatch)
     assert launched <= ahead
     assert {kind[0] for kind in ahead - launched} <= {"few_rows_kernel", "many_rows_kernel"}
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_so_does_a_start_with_a_coded_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool, kv_dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("service.kernels.dense_linear.triton.MIN_WEIGHT_BYTES", 0)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | FAMILIES["qwen3"]))
+    source = RandomWeights(tmp_path, CPU, Draw())
+    config = EngineConfig(model_path="", precision="fp16", deterministic=deterministic)
+    shapes = shapes_of(source, load_backend("fp16"), config, torch.float16, MAX_REQUESTS, kv_dtype)
+    with recorded() as ahead:
+        walk(shapes, batch_sizes(MAX_REQUESTS))
+    with recorded() as launched, tensors_on_it():
+        whole_start(source, "fp16", monkeypatch, deterministic, kv_dtype)
+    assert launched <= ahead
+    names = {name for name, *_ in launched}
+    assert {"coded_decode_kernel", "coded_prefill_kernel", "rotary_kv_kernel"} <= names
+    assert not names & {"decode_kernel", "prefill_kernel"}
 
 
 @pytest.mark.parametrize(("family", "precision"), [("llama", "fp16"), ("qwen2", "fp16"), ("qwen2", "awq")])

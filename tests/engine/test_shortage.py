@@ -111,4 +111,7 @@ def test_a_cache_that_finds_no_room(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(ModelInstance, "new_kv", full)
     message = told(folder, precision="bf16", kv_tokens=tokens)
-    assert f"a KV cache of {tokens} tokens: needed {(tokens // 16 + 1) * block_bytes // MIB} MiB" in message
+    assert (
+        f"a KV cache of {tokens} tokens in bf16: needed {(tokens // 16 + 1) * block_bytes // MIB} MiB"
+        in message
+    )

@@ -14,7 +14,7 @@ from service.model.instance import ModelInstance
 def answers(model: ModelInstance, content: float) -> dict[int, list[int]]:
     """Six requests of several lengths over a cache full of this."""
     kv = model.new_kv(40)
-    for pages in (*kv.keys, *kv.values):
+    for pages in kv.tensors:
         pages[1:] = content
     engine = Engine(model, kv, Limits(200, 64, 8, model.config.vocab_size), torch.device("cpu"))
     for id in range(6):

@@ -31,14 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def filled(model: ModelInstance, seed: int = 1) -> PagedKV:
     """A cache with something in every block."""
     kv = model.new_kv(NUM_BLOCKS)
-    for tensor in (*kv.keys, *kv.values):
+    for tensor in kv.tensors:
         tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed)))
     return kv
 
 
 def copied(model: ModelInstance, kv: PagedKV) -> PagedKV:
     other = model.new_kv(NUM_BLOCKS)
-    for to, tensor in zip((*other.keys, *other.values), (*kv.keys, *kv.values), strict=True):
+    for to, tensor in zip(other.tensors, kv.tensors, strict=True):
         to.copy_(tensor)
     return other
 
