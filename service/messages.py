@@ -195,6 +195,8 @@ class StepStats(msgspec.Struct, array_like=True):
     peak_bytes: dict[str, int] | None = None  # phase (load, prefill, decode) -> peak bytes
     # of each request that ended: seconds in queue, prefill and decode, as far as it came
     ended_phase_seconds: list[list[float]] = msgspec.field(default_factory=list)
+    # `layer class.number` -> numbers that int8 multiplied in 16 bits, and all; now and then, from a GPU
+    outliers: dict[str, list[int]] | None = None
 
 
 class Step(msgspec.Struct, tag="step", array_like=True):

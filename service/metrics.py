@@ -103,6 +103,10 @@ _FAMILIES = (
     Family("halftone_requests_running", "gauge", (), "", "Requests in the engine's batch."),
     Family("halftone_requests_waiting", "gauge", (), "", "Requests that the engine has not started."),
     Family("halftone_preemptions_total", "counter", (), "", "Requests put back for room in the KV cache."),
+    Family("halftone_int8_outliers_total", "counter", ("layer", "index"), "",
+           "Activations that int8 multiplied in 16 bits, by layer class and number; counted on a GPU."),
+    Family("halftone_int8_activations_total", "counter", ("layer", "index"), "",
+           "All activations that int8 multiplied, likewise; the outliers' part of them is the 16-bit share."),
     Family("halftone_kv_cache_usage_ratio", "gauge", (), "", "Share of the KV cache in use, 0 to 1."),
     Family("halftone_kv_cache_tokens", "gauge", ("state",), "",
            "Tokens in the KV cache by state: used, reusable (held only for their prefix), capacity."),
@@ -217,6 +221,10 @@ class Metrics:
             self._add("halftone_tokens_total", stats.num_cached_tokens, "cached")
         if stats.num_preemptions:
             self._add("halftone_preemptions_total", stats.num_preemptions)
+        for name, (outliers, activations) in (stats.outliers or {}).items():
+            layer, _, index = name.rpartition(".")
+            self._add("halftone_int8_outliers_total", outliers, layer, index)
+            self._add("halftone_int8_activations_total", activations, layer, index)
         for seconds_in_phases in stats.ended_phase_seconds:
             for histogram, seconds in zip(self._phases, seconds_in_phases, strict=False):  # as far as it came
                 histogram.observe(seconds)

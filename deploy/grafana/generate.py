@@ -18,9 +18,9 @@ def quantile(share: float, histogram: str) -> str:
     return f"histogram_quantile({share}, sum by (le, precision) ({buckets}))"
 
 
-def rate(counter: str, more: str = "") -> str:
+def rate(counter: str, more: str = "", by: str = "precision") -> str:
     labels = f"{SELECTED}, {more}" if more else SELECTED
-    return f"sum by (precision) (rate(halftone_{counter}{{{labels}}}[$__rate_interval]))"
+    return f"sum by ({by}) (rate(halftone_{counter}{{{labels}}}[$__rate_interval]))"
 
 
 def gauge(name: str, more: str = "", by: str = "precision") -> str:
@@ -140,6 +140,14 @@ def precision_side_by_side() -> list[dict[str, Any]]:
         panel("Requests ended by reason", "reqps", by_reason("requests_total", "finish_reason")),
         panel("Requests refused by reason", "reqps", by_reason("requests_rejected_total", "reason")),
         panel("Preemptions", "ops", {"{{precision}}": rate("preemptions_total")}),
+        panel(
+            "Activations in 16 bits, by layer class (int8)",
+            "percentunit",
+            {
+                "{{precision}} {{layer}}": f"{rate('int8_outliers_total', by='precision, layer')} / "
+                f"{rate('int8_activations_total', by='precision, layer')}"
+            },
+        ),
         row("Engine"),
         panel("Ready", "short", {"{{precision}}": gauge("engine_up")}, width=6, kind="stat"),
         panel("Restarts", "short", {"{{precision}}": gauge("engine_restarts_total")}, width=6, kind="stat"),

@@ -66,10 +66,12 @@ def main() -> NoReturn:
 
 def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:
     """Until the front is gone: take what has come, then one step, or one evaluation when nobody waits."""
+    from service.engine.outliers import OutlierWatch
     from service.engine.peaks import PeakWatch
 
     engine = serving.engine
     peaks = PeakWatch(serving.model.device, serving.info.peak_load_bytes)
+    outliers = OutlierWatch(serving.model.outlier_counts(), serving.model.device)
     evaluations: deque[Evaluate] = deque()
     gc.collect()
     gc.freeze()  # else every full collection walks all of torch's modules in the middle of a step
@@ -86,13 +88,16 @@ def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:
         if engine.has_work:
             step = engine.step()
             step.stats.peak_bytes = peaks.after(step.stats)
+            step.stats.outliers = outliers.look()
             link.send(step)
         elif evaluations:
             from service.engine.evaluate import Evaluation
 
             Evaluation(evaluations.popleft(), serving, config, link.send).run()
         elif not messages:
-            link.send(engine.heartbeat())
+            step = engine.heartbeat()
+            step.stats.outliers = outliers.look()
+            link.send(step)
 
 
 def set_threads(num_threads: int) -> None:

@@ -153,6 +153,19 @@ class ModelInstance:
             "gated_silu": gated_silu_kernel(self.dtype, self.device),
         }
 
+    def outlier_counts(self) -> dict[str, Tensor]:
+        """`layer class.number` -> int64 [2] on the device, of the layers that count (precision/base)."""
+        linears = {
+            f"{name}.{index}": getattr(layer, name)
+            for index, layer in enumerate(self.layers())
+            for name in GROUPS
+        }
+        return {
+            name: linear.outlier_counts
+            for name, linear in linears.items()
+            if linear.outlier_counts is not None
+        }
+
     @property
     def is_capturable(self) -> bool:
         """May a decode step of it run inside a CUDA graph?"""

@@ -61,6 +61,8 @@ class QuantLinear(nn.Module, ABC):
     chosen_by_rows: bool = False  # a library has many kernels for it, and picks one by the number of rows
     row_invariant: bool = False  # a row's result, bit for bit, does not depend on the others of its call
 
+    outlier_counts: Tensor | None = None  # int64 [2]: numbers multiplied in 16 bits so far, and all
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in_features] -> [tokens, out_features of all parts, in order]; bias included."""

@@ -109,6 +109,8 @@ class Int8Linear(QuantLinear):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         counts = torch.zeros(2, dtype=torch.int64, device=group.device)
+        if group.device.type == "cuda" and is_ours:
+            self.outlier_counts = counts
         self.rule = OutlierRule(native.in_float16(options.threshold), self.by_row, counts)
         told = self.codes, scales, bias, options.threshold
         self.bound = native.linear(*told, self.by_row) if self.is_native else None

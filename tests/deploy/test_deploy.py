@@ -132,7 +132,7 @@ def test_panel_is_valid_and_its_metrics_are_ours(title: str, expression: str) ->
         for family in catalogue()
         for suffix in SUFFIXES[family.type]
     }
-    names = re.findall(r"halftone_[a-z_]+", expression)
+    names = re.findall(r"halftone_[a-z0-9_]+", expression)
     assert names, title
     for name in names:
         assert name in labels, f"{title}: `{name}` is not exported"

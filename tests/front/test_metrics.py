@@ -186,6 +186,15 @@ def test_another_engine_takes_up_the_counts_of_the_last() -> None:
     assert value(metrics, "halftone_model_load_seconds", stage="load", precision="nf4") == 0.5
 
 
+def test_outliers_are_added_up_by_layer() -> None:
+    metrics = Metrics("demo", "int8")
+    metrics.step(StepStats(outliers={"down_proj.3": [2, 100], "o_proj.0": [0, 50]}))
+    metrics.step(StepStats(outliers={"down_proj.3": [1, 100]}))
+    assert value(metrics, "halftone_int8_outliers_total", layer="down_proj", index="3") == 3
+    assert value(metrics, "halftone_int8_activations_total", layer="down_proj", index="3") == 200
+    assert value(metrics, "halftone_int8_outliers_total", layer="o_proj", index="0") == 0
+
+
 def test_each_stage_of_a_load_stands_until_another_engine_starts() -> None:
     metrics = Metrics("demo", "auto")
     metrics.loading("load", 100, 400, "bytes")
