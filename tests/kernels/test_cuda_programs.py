@@ -152,7 +152,7 @@ class Library:
 class Loaded:
     """A kernel that no driver has loaded."""
 
-    name, threads, shared_bytes, handle = "twice", 96, 1024, ctypes.c_void_p(7)
+    name, threads, handle = "twice", 96, ctypes.c_void_p(7)
 
 
 @pytest.mark.parametrize("dependent", [False, True])
@@ -161,14 +161,14 @@ def test_a_launch_tells_what_its_arguments_are_now(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(driver, "driver", lambda: library)
     number, factor = ctypes.c_int(1), ctypes.c_float(0.5)
     launch = driver.Launch(Loaded(), [number, factor], dependent=dependent)  # type: ignore[arg-type]
-    launch(3, 40)
+    launch(3, 1024, 40)
     number.value = 9
     launch.replace(1, ctypes.c_float(2.5))
-    launch(5, 41)
+    launch(5, 2048, 41)
     attributes = [(6, 1)] if dependent else []
     assert library.launches == [
         (3, 96, 1024, 40, (1, 0.5), attributes),
-        (5, 96, 1024, 41, (9, 2.5), attributes),
+        (5, 96, 2048, 41, (9, 2.5), attributes),
     ]
 
 
@@ -177,7 +177,7 @@ def test_a_refused_launch_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(driver, "driver", lambda: library)
     launch = driver.Launch(Loaded(), [ctypes.c_int(), ctypes.c_float()], dependent=False)  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match="twice: 700"):
-        launch(1, 0)
+        launch(1, 0, 0)
 
 
 def test_structures_are_as_large_as_the_driver_s() -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -19,10 +20,9 @@ STREAM = 77
 
 class Kernel:
     handle = ctypes.c_void_p(1)
-    resident = 132
 
     def __init__(self, variant: Variant) -> None:
-        self.name, self.threads, self.shared_bytes = variant.name, variant.threads, variant.shared_bytes
+        self.name, self.threads = variant.name, variant.threads
 
 
 class Driver:
@@ -33,7 +33,7 @@ class Driver:
         self.maps: list[tuple[Any, ...]] = []
 
     def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
-        addresses = (ctypes.c_void_p * 11).from_address(arguments)
+        addresses = (ctypes.c_void_p * 13).from_address(arguments)
         self.launches.append(
             (driver.Config.from_buffer_copy(driver.Config.from_address(config)), list(addresses))
         )
@@ -55,6 +55,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(driver, "driver", lambda: found)
     monkeypatch.setattr(cuda, "load", Kernel)
     monkeypatch.setattr(cuda, "_x_maps", {})
+    monkeypatch.setattr(cuda, "_workspaces", {})
+    monkeypatch.setattr(cuda, "multiprocessors", lambda: 13)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
     return found
 
@@ -76,7 +78,7 @@ def integer(address: int) -> int:
 
 @pytest.mark.parametrize("kind", ["affine", "nf4"])
 def test_few_rows(library: Driver, kind: Kind) -> None:
-    """codes, scales, zeros, nested absmax, map, x, y, rows, N, parts."""
+    """codes, scales, zeros, nested absmax, map, x, y, rows, N twice, K, parts."""
     multiply, weight = bound(kind)
     x = torch.randn(5, IN).half()
     y = multiply(x)
@@ -91,35 +93,37 @@ def test_few_rows(library: Driver, kind: Kind) -> None:
         x.data_ptr(),
         y.data_ptr(),
     ]
-    assert [integer(address) for address in told[7:9]] == [5, 256]
-    assert Parts.from_address(told[9]).count == 3
+    assert [integer(address) for address in told[7:11]] == [5, 256, 256, IN]
+    assert Parts.from_address(told[11]).count == 3
     variant = multiply.rows[0].variant
     assert isinstance(variant, Few)
-    assert (config.grid_x, config.block_x, config.shared_bytes) == (16, variant.threads, variant.shared_bytes)
+    assert (config.grid_x, config.block_x) == (13, variant.threads)
+    assert config.shared_bytes == variant.shared_bytes_for(5, IN)
     assert config.stream == STREAM
-    assert config.num_attributes == 0, "it does not await its predecessor"
 
 
 @pytest.mark.parametrize("kind", ["affine", "nf4"])
 def test_many_rows(library: Driver, kind: Kind) -> None:
-    """Maps of x and codes, then scales, zeros, nested absmax, map, y, rows, N, K, parts."""
+    """Maps of x and codes; scales, zeros, nested absmax, map, y, sums, flags, rows, N twice, K, parts."""
     multiply, weight = bound(kind)
     x = torch.randn(50, IN).half()
     y = multiply(x)
     multiply(x)
     codes, rows = library.maps
-    variant = multiply.rows[3].variant
+    variant = next(row.variant for row in multiply.rows if row.max_rows == 64)
     assert isinstance(variant, Tile)
     assert rows == (6, x.data_ptr(), [IN, 50], [2 * IN], [64, 64], 3)
     box = [variant.ks * 128, variant.outputs // 16]
     assert codes == (2, weight.codes.data_ptr(), [IN * 2, 16], [IN * 8], box, 0)
     config, told = library.launches[0]
     assert pointers(told, range(2, 3)) == [weight.scales.data_ptr()]
-    assert pointers(told, range(6, 7)) != [0]
-    assert [integer(address) for address in told[7:10]] == [50, 256, IN]
+    workspace = cuda.workspace_on(weight.codes.device)
+    of_others = [workspace.sums.data_ptr(), workspace.flags[0].data_ptr()]
+    assert pointers(told, range(7, 9)) == of_others
+    assert [integer(address) for address in told[9:13]] == [50, 256, 256, IN]
     assert y.shape == (50, 256)
-    clusters = variant.clusters(50, 256, 132)
-    assert config.grid_x == clusters * variant.blocks_of_cluster
+    assert config.grid_x == 13 * variant.each, "all blocks at once, whatever the work"
+    assert workspace.sums.numel() >= config.grid_x * variant.sums_of_block
 
 
 def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
@@ -127,7 +131,7 @@ def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
     for num_rows in (1, 8, 9, 16, 17, 64, 65, 129, 256, 257, 5000):
         multiply(torch.zeros(num_rows, IN, dtype=torch.float16))
         wanted = next(r.variant for r in multiply.rows if r.max_rows is None or num_rows <= r.max_rows)
-        assert library.launches[-1][0].shared_bytes == wanted.shared_bytes
+        assert library.launches[-1][0].shared_bytes == wanted.shared_bytes_for(num_rows, IN)
         assert library.launches[-1][0].block_x == wanted.threads
     before = len(library.launches)
     assert multiply(torch.zeros(0, IN, dtype=torch.float16)).shape == (0, 256)
@@ -167,12 +171,20 @@ def test_parts_say_where_each_begins() -> None:
     assert list(parts.offset)[:3] == source.nested.offsets.tolist()
 
 
-def test_a_kernel_that_awaits_its_predecessor_may_come_early(
-    library: Driver, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dependent", [True, False])
+def test_a_kernel_comes_before_its_predecessor_ends_where_that_is_on(
+    library: Driver, monkeypatch: pytest.MonkeyPatch, dependent: bool
 ) -> None:
-    x = torch.zeros(1, IN, dtype=torch.float16)
-    for awaits, dependent in ((True, True), (True, False), (False, True)):
-        monkeypatch.setattr(Few, "awaits_predecessor", awaits)
-        monkeypatch.setattr(launching, "DEPENDENT", dependent)
-        bound("affine")[0](x)
-        assert library.launches[-1][0].num_attributes == int(awaits and dependent)
+    monkeypatch.setattr(launching, "DEPENDENT", dependent)
+    for num_rows in (1, 64):
+        bound("affine")[0](torch.zeros(num_rows, IN, dtype=torch.float16))
+        assert library.launches[-1][0].num_attributes == int(dependent)
+
+
+def test_layers_of_a_device_share_what_blocks_leave(monkeypatch: pytest.MonkeyPatch, library: Driver) -> None:
+    """And it is given back with the last of them."""
+    monkeypatch.setattr(cuda, "_workspaces", WeakValueDictionary())
+    first, second = bound("affine")[0], bound("nf4")[0]
+    assert first._workspace is second._workspace
+    del first, second
+    assert not cuda._workspaces

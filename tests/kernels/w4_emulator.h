@@ -31,13 +31,14 @@ struct Meeting {
     uint64_t round = 0;
     void* slot[128];
 };
-struct Wgmma { float* d; const uint32_t* a; uint64_t b; int add, n; };
+struct Wgmma { float* d; const uint32_t* a; uint64_t b; int add, n; uint64_t a_at = 0; void (*act)(void**) = nullptr; };
 struct Group { std::vector<Wgmma> open; std::deque<std::vector<Wgmma>> done; };
 struct Barrier { int expected = 0, pending = 0; long bytes = 0; uint32_t phase = 0; };
 struct Block {
     char* memory;
     int rank, index;
     std::vector<Meeting> warps, groups, block;
+    std::map<int, Meeting> named;
     std::map<uint32_t, Barrier> barriers;
 };
 struct Fiber {
@@ -49,6 +50,8 @@ struct Fiber {
     std::vector<std::function<void()>> open_copies;
     std::deque<std::vector<std::function<void()>>> copies;
     Group wgmmas;
+    std::vector<std::function<void()>> stores;
+    bool awaited = false;  // its predecessor
     uint64_t cluster_round = 0;
 };
 inline ucontext_t scheduler;
@@ -105,12 +108,22 @@ inline void copies_wait() {
         for (auto& c : me->copies.front()) c();
 }
 
-inline float half(uint16_t bits) { _Float16 v; memcpy(&v, &bits, 2); return float(v); }
-inline uint16_t bits_of(_Float16 v) { uint16_t b; memcpy(&b, &v, 2); return b; }
+inline float to_float(uint16_t bits) { _Float16 v; memcpy(&v, &bits, 2); return float(v); }
+inline float bits_to_float(uint32_t bits) { float v; memcpy(&v, &bits, 4); return v; }
+#if BF16
+inline float half(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
+inline uint16_t bits_of(float v) {  // to the nearest, ties to even
+    uint32_t b;
+    memcpy(&b, &v, 4);
+    return v != v ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
+}
+#else
+inline float half(uint16_t bits) { return to_float(bits); }
+inline uint16_t bits_of(float v) { _Float16 h = (_Float16)v; uint16_t b; memcpy(&b, &h, 2); return b; }
+#endif
 template <class F>
 inline uint32_t each_half(uint32_t a, uint32_t b, uint32_t c, F f) {
-    return bits_of((_Float16)f(half(a), half(b), half(c))) |
-           uint32_t(bits_of((_Float16)f(half(a >> 16), half(b >> 16), half(c >> 16)))) << 16;
+    return bits_of(f(half(a), half(b), half(c))) | uint32_t(bits_of(f(half(a >> 16), half(b >> 16), half(c >> 16)))) << 16;
 }
 inline uint32_t subtract(uint32_t a, uint32_t b) { return each_half(a, b, 0, [](float x, float y, float) { return x - y; }); }
 inline uint32_t multiply(uint32_t a, uint32_t b) { return each_half(a, b, 0, [](float x, float y, float) { return x * y; }); }
@@ -118,11 +131,10 @@ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
     return each_half(a, b, c, [](double x, double y, double z) { return x * y + z; });
 }
 inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
-inline uint32_t to_halves(float low, float high) {
-    return bits_of((_Float16)low) | uint32_t(bits_of((_Float16)high)) << 16;
-}
-inline float to_float(uint16_t bits) { return half(bits); }
+inline uint32_t to_pair(float low, float high) { return bits_of(low) | uint32_t(bits_of(high)) << 16; }
 inline uint32_t look_up(uint32_t address) { uint32_t v; memcpy(&v, at_shared(address), 4); return v; }
+template <int TABLE>
+inline uint32_t look_up_at(uint32_t offset) { uint32_t v; memcpy(&v, me->block->memory + TABLE + offset, 4); return v; }
 inline float look_up_float(uint32_t address) { float v; memcpy(&v, at_shared(address), 4); return v; }
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = uint64_t(b) << 32 | a;
@@ -131,6 +143,8 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return out;
 }
 inline uint4 load_global16(const void* p) { uint4 v; memcpy(&v, p, 16); return v; }
+inline void demand_awaited();
+inline uint4 load_fresh16(const void* p) { demand_awaited(); return load_global16(p); }
 inline float load_global(const float* p) { return *p; }
 
 inline float shuffle_xor(float v, int mask) {
@@ -188,6 +202,25 @@ inline void store_matrices(uint32_t address, const uint32_t* r) {
     });
 }
 
+// Between launches and between blocks. What a thread stores for others arrives no sooner than its fence.
+inline void release_successor() {}
+inline void await_predecessor() { me->awaited = true; }
+inline void demand_awaited() {
+    if (!me->awaited) { printf("touches what its predecessor may still use\n"); abort(); }
+}
+inline void hold(float&) {}
+inline void store_partial(float* to, float4 v) { demand_awaited(), me->stores.push_back([=] { memcpy(to, &v, 16); }); }
+inline float4 load_partial(const float* from) { float4 v; memcpy(&v, from, 16); return v; }
+inline void fence_device() {
+    for (auto& store : me->stores) store();
+    me->stores.clear();
+}
+inline uint32_t flag_value(const uint32_t* flag) { demand_awaited(); return *(volatile const uint32_t*)flag; }
+inline void flag_publish(uint32_t* flag, uint32_t value) { *(volatile uint32_t*)flag = value; }
+inline void flag_await(const uint32_t* flag, uint32_t value) { while (flag_value(flag) != value) yield(); }
+template <int THREADS>
+inline void sync_first() { meet(me->block->block[1], 0, THREADS, nullptr, [](void**) {}); }
+
 inline void cluster_arrive() {
     me->cluster_round = cluster_meeting.round;
     if (++cluster_meeting.arrived == threads_of_block * cluster_size) cluster_meeting.arrived = 0, cluster_meeting.round++;
@@ -225,6 +258,7 @@ constexpr uint64_t READ_ONCE = 0, KEEP = 0;
 inline void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks, uint64_t) {
     const uint64_t* m = map->opaque;
     const long size = m[4];
+    if (m[7]) demand_awaited();  // x
     if (mine(to) % (m[7] ? 1024 : 128)) { printf("misaligned box\n"); abort(); }
     for (int rank = 0; ranks >> rank; rank++) {
         if (!(ranks >> rank & 1)) continue;
@@ -264,7 +298,9 @@ inline void wgmma_wait() {
         for (const Wgmma& mine : me->wgmmas.done.front())
             meet(me->block->groups[me->thread / 128], lane, 128, (void*)&mine, [](void** all) {
                 Wgmma& first = *(Wgmma*)all[0];
-                if (first.b >> 62 != 1 || (first.b >> 32 & 0x3fff) != 64) { printf("descriptor?\n"); abort(); }
+                if (first.act) return first.act(all);
+                const int wide = first.b >> 62 == 1;  // rows of 128 bytes, else of 64; 8 of them are a group
+                if ((first.b >> 32 & 0x3fff) != (wide ? 64 : 32)) { printf("descriptor?\n"); abort(); }
                 const uint32_t base = (first.b & 0x3fff) << 4;
                 static float A[64][16], B[256][16];
                 for (int l = 0; l < 128; l++)
@@ -274,8 +310,8 @@ inline void wgmma_wait() {
                                 half(((Wgmma*)all[l])->a[r] >> 16 * e);
                 for (int n = 0; n < first.n; n++)
                     for (int k = 0; k < 16; k++) {
-                        uint32_t at = base + n / 8 * 1024 + n % 8 * 128 + 2 * k;
-                        at ^= (at >> 7 & 7) << 4;
+                        uint32_t at = base + (wide ? n * 128 : n * 64) + 2 * k;
+                        at ^= (at >> 7 & (wide ? 7 : 3)) << 4;
                         uint16_t bits;
                         memcpy(&bits, me->block->memory + at, 2);  // a descriptor means the block it is in
                         B[n][k] = half(bits);
@@ -294,7 +330,13 @@ inline void wgmma_wait() {
 }
 
 inline std::function<void()> emulated_kernel;
-// Runs `kernel` over a grid, one cluster after the other.
+inline uint32_t emulated_order = 0;  // 0: all blocks of a cluster in step; else a seed by which blocks are held up
+inline bool is_held_up() {
+    if (!emulated_order) return false;
+    emulated_order = emulated_order * 1664525 + 1013904223;
+    return emulated_order >> 30;  // three times in four
+}
+// Runs `kernel` over a grid, one cluster after the other. Blocks that wait for each other are one cluster here.
 inline void emulate(int grid, int cluster, int threads, std::function<void()> kernel) {
     constexpr size_t MEMORY = 1 << 18, STACK = 1 << 16;
     emulated_grid = {grid};
@@ -310,7 +352,7 @@ inline void emulate(int grid, int cluster, int threads, std::function<void()> ke
             b.memory = (char*)aligned_alloc(1 << 16, MEMORY);
             memset(b.memory, 0xff, MEMORY);  // every half a NaN
             b.rank = rank, b.index = first + rank;
-            b.warps.resize(threads / 32), b.groups.resize(threads / 32), b.block.resize(1);
+            b.warps.resize(threads / 32), b.groups.resize(threads / 32), b.block.resize(2);
             for (int t = 0; t < threads; t++) {
                 Fiber& f = fibers.emplace_back();
                 f.stack.resize(STACK);
@@ -322,12 +364,16 @@ inline void emulate(int grid, int cluster, int threads, std::function<void()> ke
             }
         }
         for (size_t left = fibers.size(); left;)
-            for (Fiber& f : fibers)
-                if (!f.over) {
+            for (int rank = 0; rank < cluster; rank++) {
+                if (is_held_up()) continue;
+                for (int t = 0; t < threads; t++) {
+                    Fiber& f = fibers[size_t(rank) * threads + t];
+                    if (f.over) continue;
                     me = &f;
                     swapcontext(&scheduler, &f.context);
                     left -= f.over;
                 }
+            }
         for (Block& b : blocks) free(b.memory);
     }
 }

@@ -18,7 +18,7 @@ from service.errors import DeviceError
 from service.kernels.cuda.cubins import Program, cubin
 
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_*
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
 WITHOUT_ASKING = 48 << 10  # bytes of shared memory that every kernel may have
 # CU_TENSOR_MAP_DATA_TYPE_*, _SWIZZLE_*, _L2_PROMOTION_L2_256B
 MAP_TYPES = {torch.int32: 2, torch.float16: 6, torch.bfloat16: 9}
@@ -93,45 +93,31 @@ def driver() -> Driver:
     return Driver()
 
 
-class Kernel:
-    """A loaded kernel with the shape of its blocks."""
+@cache
+def multiprocessors() -> int:
+    """Of the current device."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(properties.multi_processor_count)
 
-    def __init__(self, program: Program, threads: int, shared_bytes: int, cluster: int) -> None:
-        self.name, self.threads, self.shared_bytes, self.cluster = (
-            program.kernel,
-            threads,
-            shared_bytes,
-            cluster,
-        )
+
+class Kernel:
+    """A loaded kernel; its blocks have this many threads and at most these bytes of dynamic shared memory."""
+
+    def __init__(self, program: Program, threads: int, most_shared_bytes: int) -> None:
+        self.name, self.threads = program.kernel, threads
         code, here = cubin(program), driver()
         here.use_context()
         module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
         here.call("cuModuleLoadData", ctypes.byref(module), code)
         here.call("cuModuleGetFunction", ctypes.byref(self.handle), module, program.kernel.encode())
-        if shared_bytes > WITHOUT_ASKING:
-            here.call("cuFuncSetAttribute", self.handle, MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
-        self.resident = self._resident_clusters()
-
-    def _resident_clusters(self) -> int:
-        """Clusters (or blocks, where there are none) that the whole device holds at once."""
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        if self.cluster == 1:
-            return int(properties.multi_processor_count)  # the kernels take a multiprocessor whole
-        attribute = Attribute(id=CLUSTER_DIMENSION)
-        attribute.value[0], attribute.value[1], attribute.value[2] = self.cluster, 1, 1
-        config = Config(
-            properties.multi_processor_count * self.cluster, 1, 1, self.threads, 1, 1, self.shared_bytes,
-            None, ctypes.pointer(attribute), 1,
-        )  # fmt: skip
-        count = ctypes.c_int()
-        driver().call("cuOccupancyMaxActiveClusters", ctypes.byref(count), self.handle, ctypes.byref(config))
-        return min(count.value, properties.multi_processor_count // self.cluster)
+        if most_shared_bytes > WITHOUT_ASKING:
+            here.call("cuFuncSetAttribute", self.handle, MAX_DYNAMIC_SHARED_BYTES, most_shared_bytes)
 
 
 @cache
-def kernel_of(program: Program, threads: int, shared_bytes: int, cluster: int) -> Kernel:
+def kernel_of(program: Program, threads: int, most_shared_bytes: int) -> Kernel:
     """Compiled and loaded; twice at most where two threads ask at once."""
-    return Kernel(program, threads, shared_bytes, cluster)
+    return Kernel(program, threads, most_shared_bytes)
 
 
 class Launch:
@@ -147,8 +133,7 @@ class Launch:
         self._attribute = Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
         self._config = Config(
-            1, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, None, ctypes.pointer(self._attribute),
-            int(dependent),
+            1, 1, 1, kernel.threads, 1, 1, 0, None, ctypes.pointer(self._attribute), int(dependent),
         )  # fmt: skip
         self._told = ctypes.addressof(self._config), kernel.handle, ctypes.addressof(self._pointers), None
 
@@ -157,8 +142,9 @@ class Launch:
         self._arguments[number] = argument
         self._pointers[number] = ctypes.addressof(argument)
 
-    def __call__(self, num_blocks: int, stream: int) -> None:
-        self._config.grid_x, self._config.stream = num_blocks, stream
+    def __call__(self, num_blocks: int, shared_bytes: int, stream: int) -> None:
+        config = self._config
+        config.grid_x, config.shared_bytes, config.stream = num_blocks, shared_bytes, stream
         if code := self._launch(*self._told):
             driver().check(self._kernel.name, code)
 

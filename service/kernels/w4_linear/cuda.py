@@ -11,21 +11,49 @@ import ctypes
 from bisect import bisect_left
 from ctypes import c_float, c_int, c_void_p
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from service import device as devices
 from service.kernels import launch as launching
 from service.kernels.cuda import Kernel, Launch, TensorMap, kernel_of
-from service.kernels.cuda.driver import SWIZZLE_128, SWIZZLE_NONE, tensor_map
+from service.kernels.cuda.driver import SWIZZLE_128, SWIZZLE_NONE, multiprocessors, tensor_map
 from service.kernels.w4_linear.layout import BLOCK_ROWS, NESTED_BLOCK, Weight
-from service.kernels.w4_linear.plan import MAX_PARTS, Row
-from service.kernels.w4_linear.variants import Tile, Variant
+from service.kernels.w4_linear.plan import MAX_PARTS, Row, most_sums
+from service.kernels.w4_linear.variants import Few, Tile, Variant, most_shared_bytes
 
 MAX_MAPS = 4096  # that are kept: 128 bytes each
 ALIGNMENT = 16  # bytes, of x
 
-_x_maps: dict[tuple[int, int, int, int], TensorMap] = {}  # (address, rows, columns, rows of a box) -> map
+_x_maps: dict[tuple[Any, ...], TensorMap] = {}  # (address, rows, columns, type, rows of a box) -> map
+
+
+class Workspace:
+    """Where blocks of w4_tile leave for each other what they have of a tile. All launches are on one stream.
+
+    A launch raises each flag of its grid by one, so that nothing is reset and a captured launch can be
+    repeated; grids of one size share their flags.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.blocks = multiprocessors()
+        self.sums = torch.empty(self.blocks * most_sums(), dtype=torch.float32, device=device)
+        # of one block a multiprocessor, of two
+        self.flags = torch.zeros(2, 2 * self.blocks, dtype=torch.int32, device=device)
+
+
+# one for a device while a layer has it: made while layers are built, for memory that is taken while a graph
+# is captured would be the graph's
+_workspaces: WeakValueDictionary[torch.device, Workspace] = WeakValueDictionary()
+
+
+def workspace_on(device: torch.device) -> Workspace:
+    found = _workspaces.get(device)
+    if found is None:
+        found = _workspaces[device] = Workspace(device)
+    return found
 
 
 class Parts(ctypes.Structure):
@@ -52,49 +80,54 @@ def parts_of(weight: Weight) -> Parts:
 
 def load(variant: Variant) -> Kernel:
     """Compiled and on the device."""
-    return kernel_of(variant.program, variant.threads, variant.shared_bytes, variant.blocks_of_cluster)
+    most = most_shared_bytes(variant.each) if isinstance(variant, Few) else variant.shared_bytes
+    return kernel_of(variant.program, variant.threads, most)
 
 
 class Call:
     """One weight under one variant; arguments are in the order of the kernel's signature."""
 
-    def __init__(self, weight: Weight, parts: Parts, variant: Variant) -> None:
-        self.variant, self.kernel = variant, load(variant)
-        self.out_features, self.in_features = weight.out_features, weight.in_features
+    def __init__(self, weight: Weight, parts: Parts, variant: Variant, workspace: Workspace) -> None:
+        self.variant = variant
+        out_features, self.in_features = weight.out_features, weight.in_features
         nested = weight.nested
         absent = c_void_p(0)
         scales = _pointer(weight.scales)
         zeros = absent if weight.zeros is None else _pointer(weight.zeros)
         of_nested = [absent, absent] if nested is None else [_pointer(nested.absmax), _pointer(nested.map)]
         self.x, self.y, self.rows = c_void_p(), c_void_p(), c_int()
+        # outputs as packed, and in y
+        numbers = [self.rows, *map(c_int, (out_features, out_features, self.in_features)), parts]
+        self.num_blocks = workspace.blocks * variant.each
         told: list[Any]
         if isinstance(variant, Tile):
             maps = [TensorMap(), _code_map(weight, variant)]  # the first is each call's
-            told = [*maps, scales, zeros, *of_nested, self.y, self.rows]
-            told += [c_int(self.out_features), c_int(self.in_features), parts]
+            flags = workspace.flags[variant.each - 1]
+            told = [*maps, scales, zeros, *of_nested, self.y, _pointer(workspace.sums), _pointer(flags)]
         else:
-            told = [_pointer(weight.codes), scales, zeros, *of_nested, self.x, self.y, self.rows]
-            told += [c_int(self.out_features), parts]
-        dependent = launching.DEPENDENT and variant.awaits_predecessor
-        self.launch = Launch(self.kernel, told, dependent=dependent)
+            self.num_blocks = min(self.num_blocks, out_features // BLOCK_ROWS)
+            told = [_pointer(weight.codes), scales, zeros, *of_nested, self.x, self.y]
+        self.launch = Launch(load(variant), [*told, *numbers], dependent=launching.DEPENDENT)
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Both contiguous, x with at least a row."""
         num_rows, variant = x.shape[0], self.variant
         self.rows.value, self.x.value, self.y.value = num_rows, x.data_ptr(), y.data_ptr()
         if isinstance(variant, Tile):
-            self.launch.replace(0, _x_map(x, variant.tile // variant.share))
-        clusters = variant.clusters(num_rows, self.out_features, self.kernel.resident)
+            self.launch.replace(0, _x_map(x, variant.tile))
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-        self.launch(clusters * variant.blocks_of_cluster, stream)
+        self.launch(self.num_blocks, variant.shared_bytes_for(num_rows, self.in_features), stream)
 
 
 class Bound:
-    """x float16 [tokens, in] -> [tokens, out]; it keeps the tensors whose addresses it has told."""
+    """x [tokens, in] -> [tokens, out] in the same type; it keeps the tensors whose addresses it has told."""
 
     def __init__(self, weight: Weight, rows: tuple[Row, ...], dtype: torch.dtype) -> None:
         self.weight, self.rows, self.dtype = weight, rows, dtype
-        self._parts = parts_of(weight)  # waits for the device, which nothing may while a graph is captured
+        # here, not while a graph is captured: kernels read weights before they wait for their predecessors
+        devices.synchronize(weight.codes.device)
+        self._parts = parts_of(weight)
+        self._workspace = workspace_on(weight.codes.device)
         self._ends = [row.max_rows for row in rows if row.max_rows]
         self._calls: list[Call | None] = [None] * len(rows)
 
@@ -112,7 +145,7 @@ class Bound:
             call = self._calls[number]
             if call is None:
                 variant = self.rows[number].variant
-                call = self._calls[number] = Call(self.weight, self._parts, variant)
+                call = self._calls[number] = Call(self.weight, self._parts, variant, self._workspace)
             call(x, y)
         return y
 
@@ -123,7 +156,7 @@ def _pointer(tensor: Tensor) -> c_void_p:
 
 
 def _x_map(x: Tensor, box_rows: int) -> TensorMap:
-    key = (x.data_ptr(), x.shape[0], x.shape[1], box_rows)
+    key = (x.data_ptr(), x.shape[0], x.shape[1], x.dtype, box_rows)
     found = _x_maps.get(key)
     if found is None:
         if len(_x_maps) >= MAX_MAPS:

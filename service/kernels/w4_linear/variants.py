@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from service.kernels.cuda import Program
-from service.kernels.w4_linear.layout import AFFINE_GROUP, Kind
+from service.kernels.w4_linear.layout import Kind
 
 FOLDER = Path(__file__).parent
-MAX_SHARED_BYTES = 232448 - 1024  # dynamic, of a block; the first KiB is the system's
-NF4_TABLE = 65536  # address of the few kernel's table of pairs, as large as it
+SHARED_BYTES = 228 << 10  # of a multiprocessor
+SYSTEM_BYTES = 1 << 10  # of each block's, which are not its own
+NOT_DEFINED = ("kind", "each")  # fields that no kernel is compiled for
+
+
+def most_shared_bytes(each: int) -> int:
+    """Dynamic shared memory of a block, where so many share a multiprocessor."""
+    return SHARED_BYTES // each - SYSTEM_BYTES
 
 
 def rounded_up(value: int, step: int) -> int:
@@ -22,21 +28,27 @@ def rounded_up(value: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class Variant(ABC):
-    """Fields but `kind` are the kernel's definitions, in capitals."""
+    """Fields are the kernel's definitions, in capitals, but for `kind` and `each`.
+
+    The kernels wait themselves for the one before them, so that they may be placed while it works.
+    """
 
     kernel: ClassVar[str]
-    awaits_predecessor: ClassVar[bool] = False  # may it be placed while the kernel before it works
     kind: Kind
+    bf16: int  # activations are bfloat16, not float16
+    stages: int  # of the ring through which weights arrive
+    per_sm: int  # blocks that registers leave room for: two, and the next launch's wait beside this one's
+    each: int  # blocks of a launch on a multiprocessor
 
     @property
     def program(self) -> Program:
-        settings = {name.upper(): value for name, value in asdict(self).items() if name != "kind"}
+        settings = {name.upper(): value for name, value in asdict(self).items() if name not in NOT_DEFINED}
         known = {"AFFINE": int(self.kind == "affine"), "SHARED_BYTES": self.shared_bytes} | settings
         return Program(FOLDER / f"{self.kernel}.cu", self.kernel, tuple(known.items()))
 
     @property
     def name(self) -> str:
-        values = (str(getattr(self, field.name)) for field in fields(self) if field.name != "kind")
+        values = (str(getattr(self, field.name)) for field in fields(self))
         return f"{self.kernel} {'x'.join(values)}"
 
     @property
@@ -45,75 +57,53 @@ class Variant(ABC):
 
     @property
     @abstractmethod
-    def blocks_of_cluster(self) -> int: ...
-
-    @property
-    @abstractmethod
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
+        """Dynamic shared memory of a block, but for what grows with the rows."""
 
     @abstractmethod
-    def serves(self, out_features: int, in_features: int) -> bool: ...
-
-    @abstractmethod
-    def clusters(self, num_rows: int, out_features: int, resident: int) -> int:
-        """Clusters (or blocks) to launch, where `resident` of them run at once."""
+    def shared_bytes_for(self, num_rows: int, in_features: int) -> int: ...
 
 
 @dataclass(frozen=True)
 class Few(Variant):
-    """Weights stream once past up to 8 nt rows, which stay in registers."""
+    """Weights stream once past up to 8 rows; every block has all input features."""
 
     kernel = "w4_few"
-    cluster: int  # shares of the input features
-    kwarps: int  # warps of a share
-    rblocks: int  # blocks of 16 outputs at a time
-    chunks: int  # of 128 input features, of a warp
-    nt: int  # tiles of 8 rows
-    stages: int
+    warps: int
 
     @property
     def threads(self) -> int:
-        return self.kwarps * self.rblocks * 32
-
-    @property
-    def blocks_of_cluster(self) -> int:
-        return self.cluster
+        return self.warps * 32
 
     @property
     def shared_bytes(self) -> int:
-        warps = self.kwarps * self.rblocks
-        owned = -(-self.rblocks * 8 * self.nt // self.cluster)
-        ring = rounded_up(warps * self.stages * (1088 if self.kind == "affine" else 1136), 128)
-        sums = warps * max(2 * (8 * self.nt * 20 + 16) * 4, self.nt * 1024)
-        free = 1024 + rounded_up(2 * self.cluster * owned * 64, 128)
-        if self.kind == "affine":
-            return free + ring + sums - 1024
-        before, behind = (ring, sums) if free + ring <= NF4_TABLE else (sums, ring)
-        assert free + before <= NF4_TABLE, self
-        return 2 * NF4_TABLE + behind - 1024
+        chunk, table = (1072, 1024) if self.kind == "affine" else (1056, 34816)
+        return rounded_up(table + self.warps * self.stages * chunk, 128) - 1024
 
-    def serves(self, out_features: int, in_features: int) -> bool:
-        in_a_launch = self.cluster * self.kwarps * self.chunks * AFFINE_GROUP
-        return out_features % (16 * self.rblocks) == 0 and in_features == in_a_launch
+    def shared_bytes_for(self, num_rows: int, in_features: int) -> int:
+        return self.shared_bytes + num_rows * self.row_bytes(in_features)
 
-    def clusters(self, num_rows: int, out_features: int, resident: int) -> int:
-        return min(resident, out_features // (16 * self.rblocks))
+    def row_bytes(self, in_features: int) -> int:
+        """A row of activations, and twice its sums of each warp."""
+        return 128 * self.warps + 2 * in_features + 64
+
+    def max_rows(self, in_features: int) -> int:
+        """0 where not even one row fits."""
+        room = most_shared_bytes(self.each) - self.shared_bytes
+        return max(0, min(8, room // self.row_bytes(in_features)))
 
 
 @dataclass(frozen=True)
 class Tile(Variant):
-    """Tiles of 64 rt wgs outputs and `tile` rows on the tensor cores' warpgroups."""
+    """Tiles of 64 rt wgs outputs and `tile` rows on the tensor cores' warpgroups, cut over all blocks."""
 
     kernel = "w4_tile"
     tile: int
     rt: int  # of 64 outputs, of a warpgroup
     wgs: int  # warpgroups that multiply
     ks: int  # of 64 input features, of a stage
-    split: int  # shares of the input features
-    share: int  # neighbouring blocks that fetch their rows together
-    stages: int
-    permuted: int = 0  # of four words, those that NF4 decodes without its table
+    permuted: int  # of four words, those that NF4 decodes without its table
+    scaled_sums: int  # scales are applied to sums in float32, not to weights
 
     @property
     def outputs(self) -> int:
@@ -124,21 +114,17 @@ class Tile(Variant):
         return (self.wgs + 1) * 128
 
     @property
-    def blocks_of_cluster(self) -> int:
-        return self.split * self.share
-
-    @property
     def shared_bytes(self) -> int:
         affine = self.kind == "affine"
         scales = self.outputs * 5 // 2 if affine else self.outputs * self.ks
         stage = rounded_up(self.ks * self.tile * 128 + self.outputs * 32 * self.ks + scales, 1024)
-        ring = rounded_up(2304 + self.wgs * 4 * min(self.tile, 64) * 32, 1024) if affine else 65536
-        return ring + self.stages * stage - 1024
+        table = rounded_up((1280 if affine else 2304) + self.wgs * 4 * min(self.tile, 16) * 32, 1024)
+        return table + (0 if affine else 32768) + self.stages * stage - 1024
 
-    def serves(self, out_features: int, in_features: int) -> bool:
-        fits_outputs = out_features % (self.outputs * self.share) == 0
-        return fits_outputs and in_features % (AFFINE_GROUP * self.split) == 0
+    def shared_bytes_for(self, num_rows: int, in_features: int) -> int:
+        return self.shared_bytes
 
-    def clusters(self, num_rows: int, out_features: int, resident: int) -> int:
-        tiles = out_features // (self.outputs * self.share) * -(-num_rows // self.tile)
-        return tiles if self.split > 1 else min(resident, tiles)
+    @property
+    def sums_of_block(self) -> int:
+        """Float32 numbers that a block may leave for others: of two tiles that it has a part of."""
+        return 2 * self.outputs * self.tile

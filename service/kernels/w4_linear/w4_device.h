@@ -1,6 +1,16 @@
 // What the W4 kernels ask of the machine: PTX here, or its stand-in on a CPU (w4_emulator.h), so that the very same
 // kernels can be run and checked without a GPU. Needs no header of CUDA's.
 #pragma once
+#ifndef BF16  // activations and outputs are bfloat16, not float16
+#define BF16 0
+#endif
+#if BF16
+#define INPUTS ".bf16.bf16"
+#define PAIR "bf16x2"
+#else
+#define INPUTS ".f16.f16"
+#define PAIR "f16x2"
+#endif
 #ifdef __CUDACC__
 #include <stdint.h>
 #else
@@ -51,7 +61,7 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 DEVICE void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32" INPUTS ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -70,10 +80,16 @@ DEVICE void store_matrices(uint32_t address, const uint32_t* r) {
                  : "memory");
 }
 
-// arithmetic on pairs of float16 -------------------------------------------------------------------------------
+// arithmetic on pairs of the activations' type --------------------------------------------------------------------
 DEVICE uint32_t look_up(uint32_t address) {
     uint32_t v;
     asm("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+template <int TABLE>
+DEVICE uint32_t look_up_at(uint32_t offset) {
+    uint32_t v;
+    asm("ld.shared.b32 %0, [%1 + %2];" : "=r"(v) : "r"(offset), "n"(TABLE));
     return v;
 }
 DEVICE float look_up_float(uint32_t address) {
@@ -83,17 +99,17 @@ DEVICE float look_up_float(uint32_t address) {
 }
 DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
     uint32_t d;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    asm("sub.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 DEVICE uint32_t multiply(uint32_t a, uint32_t b) {
     uint32_t d;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    asm("mul.rn." PAIR " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
 DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    asm("fma.rn." PAIR " %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
 DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {  // (word & mask) | bits
@@ -102,18 +118,58 @@ DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {  // (word 
     return v;
 }
 DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
-DEVICE uint32_t to_halves(float low, float high) {
+DEVICE uint32_t to_pair(float low, float high) {
     uint32_t v;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    asm("cvt.rn." PAIR ".f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
     return v;
 }
-DEVICE float to_float(uint16_t bits) {
+DEVICE float to_float(uint16_t bits) {  // of float16, whatever the activations are
     float v;
     asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
     return v;
 }
+DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint4 load_fresh16(const void* p) {  // of what a predecessor wrote: stays behind the wait for it
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
 DEVICE uint4 load_global16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 DEVICE float load_global(const float* p) { return __ldg(p); }
+
+// between launches, and between the blocks of one ----------------------------------------------------------------
+// Programmatic dependent launch: from the first on, the next kernel's blocks may come wherever there is room for them;
+// nothing a predecessor wrote, or still reads, may be touched before the second is over.
+DEVICE void release_successor() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void await_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void store_partial(float* to, float4 v) {
+    asm volatile("st.global.cg.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+DEVICE float4 load_partial(const float* from) {  // past the L1, which does not hear of other blocks' stores
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEVICE uint32_t flag_value(const uint32_t* flag) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+    return v;
+}
+DEVICE void flag_publish(uint32_t* flag, uint32_t value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+DEVICE void flag_await(const uint32_t* flag, uint32_t value) {  // ends the kernel where it would wait for ever
+    for (int tries = 0; flag_value(flag) != value; tries++)
+        if (tries > 20000000) stop();
+}
+template <int THREADS>
+DEVICE void sync_first() {  // the first THREADS of a block
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
 
 // clusters ----------------------------------------------------------------------------------------------------
 DEVICE void cluster_arrive() {
@@ -193,6 +249,7 @@ template <int N>
 DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+DEVICE void hold(float& d) { asm volatile("" : "+f"(d)::"memory"); }  // reads of d stay behind the wait before this
 #include "w4_wgmma.h"
 #else
 #include "w4_emulator.h"
@@ -213,9 +270,14 @@ DEVICE uint64_t descriptor(uint32_t address) {
     return (uint64_t(1) << 62) | (uint64_t(64) << 32) | (uint64_t(1) << 16) | ((address & 0x3ffff) >> 4);
 }
 
-DEVICE uint32_t nf4_level(uint32_t code) {  // float16, four of the sixteen a constant
+DEVICE uint32_t nf4_level(uint32_t code) {  // four of the sixteen a constant
+#if BF16
+    const uint64_t low = code & 4 ? 0x0000bdbabe3dbe92ull : 0xbecabf06bf32bf80ull;
+    const uint64_t high = code & 4 ? 0x3f803f393f103ee2ull : 0x3ead3e7c3e253da3ull;
+#else
     const uint64_t low = code & 4 ? 0x0000add4b1eab48dull : 0xb652b833b992bc00ull;
     const uint64_t high = code & 4 ? 0x3c0039c93880370dull : 0x356833e031262d18ull;
+#endif
     return uint32_t((code & 8 ? high : low) >> (16 * (code & 3))) & 0xffff;
 }
 DEVICE uint32_t nf4_pair(uint32_t byte) { return nf4_level(byte & 15) | nf4_level(byte >> 4) << 16; }
@@ -230,11 +292,12 @@ DEVICE void fill_table(char* table, int thread, int threads) {
             *reinterpret_cast<uint4*>(table + (i >> 1) * 128 + (i & 1) * 64 + ((j + (i >> 1)) & 3) * 16) = four;
     }
 }
-DEVICE void decode_nf4(uint32_t word, uint32_t base, uint32_t* a) {  // base: table (a multiple of 32 KiB) + 4 lane
-    a[0] = look_up(and_or(word << 7, 0x7f80, base));
-    a[1] = look_up(and_or(word >> 1, 0x7f80, base));
-    a[2] = look_up(and_or(word >> 9, 0x7f80, base));
-    a[3] = look_up(and_or(word >> 17, 0x7f80, base));
+template <int TABLE>
+DEVICE void decode_nf4(uint32_t word, uint32_t bank, uint32_t* a) {  // bank: 4 lane
+    a[0] = look_up_at<TABLE>(and_or(word << 7, 0x7f80, bank));
+    a[1] = look_up_at<TABLE>(and_or(word >> 1, 0x7f80, bank));
+    a[2] = look_up_at<TABLE>(and_or(word >> 9, 0x7f80, bank));
+    a[3] = look_up_at<TABLE>(and_or(word >> 17, 0x7f80, bank));
 }
 // The same with entries 256 bytes apart (base: a multiple of 64 KiB + 4 lane): the byte is put into the address by one
 // instruction. The other half of an entry has room for another table of 256 words.
@@ -273,7 +336,18 @@ DEVICE void decode_nf4_permuted(uint32_t word, uint32_t* a) {
         a[2 * i] = permute(low, high, 0x5140), a[2 * i + 1] = permute(low, high, 0x7362);
     }
 }
-// Registers 0 and 2 hold row g, 1 and 3 row g + 8. 1024 + code, or 1024 + 16 code, less the zero: exact.
+// Registers 0 and 2 hold row g, 1 and 3 row g + 8. float16: 1024 + code, or 1024 + 16 code, less the zero; bfloat16:
+// 128 + code less the zero. Exact.
+#if BF16
+DEVICE void decode_affine(uint32_t word, uint32_t low_zero, uint32_t high_zero, uint32_t* a) {
+    a[0] = subtract(and_or(word, 0x000f000f, 0x43004300), low_zero);
+    a[1] = subtract(and_or(word >> 4, 0x000f000f, 0x43004300), high_zero);
+    a[2] = subtract(and_or(word >> 8, 0x000f000f, 0x43004300), low_zero);
+    a[3] = subtract(and_or(word >> 12, 0x000f000f, 0x43004300), high_zero);
+}
+DEVICE uint32_t low_zero_of(uint32_t zeros) { return (zeros & 15) * 0x10001u + 0x43004300u; }  // 128 + zero
+DEVICE uint32_t high_zero_of(uint32_t zeros) { return (zeros >> 4) * 0x10001u + 0x43004300u; }
+#else
 DEVICE void decode_affine(uint32_t word, uint32_t low_zero, uint32_t high_zero, uint32_t* a) {
     const uint32_t upper = word >> 8;
     a[0] = subtract(and_or(word, 0x000f000f, 0x64006400), low_zero);
@@ -283,6 +357,7 @@ DEVICE void decode_affine(uint32_t word, uint32_t low_zero, uint32_t high_zero, 
 }
 DEVICE uint32_t low_zero_of(uint32_t zeros) { return (zeros & 15) * 0x10001u + 0x64006400u; }     // 1024 + zero
 DEVICE uint32_t high_zero_of(uint32_t zeros) { return (zeros & 0xf0) * 0x10001u + 0xd400d400u; }  // -(64 + zero)
+#endif
 struct Part {
     int begin, first;
     float offset;

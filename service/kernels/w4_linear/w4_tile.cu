@@ -1,14 +1,19 @@
-// W4 linear for 17 rows and more: wgmma with the dequantized weights as the register operand. Computes y^T = W x^T, so
-// that weights are the 64-row side and R outputs x T activations rows are a tile; layout of weights: w4_layout.py.
+// W4 linear: wgmma with the dequantized weights as the register operand. Computes y^T = W x^T, so that weights are the
+// 64-row side and R outputs x T rows of activations are a tile; layout of weights: w4_layout.py.
 //
 //   producer (one thread): x [T][64 K] boxes under the 128-byte swizzle and codes [R/16][512 * KS bytes] boxes through
-//       tensor maps, scales (and zeros) of R outputs as plain bulk copies, into STAGES stages of KS * 64 K
+//       tensor maps, scales (and zeros) of R outputs as plain bulk copies, into STAGES stages of KS * 64 K; the first
+//       STAGES stages of weights before it waits for the kernel that writes x
 //   WGS consumer warpgroups: 64 * RT outputs each, a warp 16 of every 64. It reads its tile of codes (16 bytes a lane)
 //       and decodes the next 64 of K into one set of fragments while the tensor cores work on the other set.
 //
-// SPLIT > 1: a cluster shares a tile, each block has a share of K; partial sums go to the shared memory of the block
-// that owns their rows of activations and are added there in a fixed order. SPLIT == 1: persistent over tiles.
-// SHARE > 1: blocks of a cluster with neighbouring outputs and the same K; each fetches its part of x for all of them.
+// Work: one block a multiprocessor, all at once. Tiles that do not fill a round of the grid are cut by K: laid end to
+// end, every block takes an equal stretch, to 128 of K. Who has only a part of a tile leaves its sums in the workspace
+// and raises its flag; at the end everybody adds a share of each tile it had a part in, parts in the order of K, so that
+// bits do not depend on the run. Whole tiles come after the cut ones and hide the wait.
+//
+// A flag counts launches: a launch raises each by one, so nothing is reset, and a captured graph can be replayed. All
+// launches on one workspace have the same grid and follow each other on one stream.
 #include "w4_device.h"
 
 #ifndef AFFINE
@@ -18,254 +23,373 @@
 #define TILE 64
 #endif
 #ifndef RT
-#define RT 2
+#define RT 1
 #endif
 #ifndef WGS
-#define WGS 2
+#define WGS 4
 #endif
 #ifndef KS
 #define KS 2
 #endif
-#ifndef SPLIT
-#define SPLIT 1
-#endif
-#ifndef SHARE
-#define SHARE 1
-#endif
 #ifndef STAGES
 #define STAGES 4
+#endif
+#ifndef PER_SM
+#define PER_SM 1
 #endif
 #ifndef PERMUTED  // words of four that NF4 decodes without the table: shared memory is busy with wgmma
 #define PERMUTED 0
 #endif
-constexpr int CLUSTER = SPLIT * SHARE;
-#if SPLIT * SHARE > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
+#ifndef SCALED_SUMS  // scales are applied to the sums of 64 of K in float32, not to the weights
+#define SCALED_SUMS 0
 #endif
-constexpr int T = TILE, R = 64 * RT * WGS, THREADS = 128 * (WGS + 1), J = T / 8, CONSUMERS = WGS * 128;
+constexpr int T = TILE, R = 64 * RT * WGS, J = T / 8, WARPS = WGS * 4, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 128;
+constexpr int UNIT = 2 / KS;  // steps of the 128 K in which work is dealt
 constexpr int X_BYTES = T * 128, CODE_BYTES = R * 32 * KS;
 constexpr int SCALE_BYTES = AFFINE ? R * 2 : R * KS, ZERO_BYTES = AFFINE ? R / 2 : 0;
 constexpr int CODES = KS * X_BYTES, SCALES = CODES + CODE_BYTES, ZEROS = SCALES + SCALE_BYTES;
 constexpr int STAGE_BYTES = (ZEROS + ZERO_BYTES + 1023) / 1024 * 1024;
-constexpr uint32_t ARRIVING = KS * X_BYTES + CODE_BYTES + SCALE_BYTES + ZERO_BYTES;
 // addresses in shared memory; the first 1024 bytes are the system's
-constexpr int FULL = 1024, EMPTY = FULL + 8 * STAGES, MAP = 1280, OUT = MAP + 1024, TABLE = 32768;
-constexpr int OUT_ROWS = T < 64 ? T : 64, OUT_BYTES = OUT_ROWS * 32;
-constexpr int RING = AFFINE ? (OUT + WGS * 4 * OUT_BYTES + 1023) / 1024 * 1024 : 65536;
+constexpr int OUT_ROWS = T < 16 ? T : 16, OUT_BYTES = OUT_ROWS * 32;
+constexpr int FULL = 1024, EMPTY = FULL + 8 * STAGES, MAP = 1280, OUT = AFFINE ? MAP : MAP + 1024;
+constexpr int TABLE = (OUT + WARPS * OUT_BYTES + 1023) / 1024 * 1024, RING = TABLE + (AFFINE ? 0 : 32768);
 constexpr int END = RING + STAGES * STAGE_BYTES;
-constexpr int RECEIVED = SPLIT > 1 ? R * T * 4 : 0;  // in the place of the ring
-static_assert(OUT + WGS * 4 * OUT_BYTES <= 32768 && END <= 232448 + 1024 && RECEIVED <= STAGES * STAGE_BYTES);
-static_assert(J % SPLIT == 0 && STAGES * 16 <= 256);
-constexpr int CONSUMER_REGISTERS = WGS == 2 ? 232 : 152, PRODUCER_REGISTERS = WGS == 2 ? 40 : 56;
-
+static_assert(STAGES * 16 <= 256 && END * PER_SM <= 232448 + 1024);
+// of a thread; together no more than the launch gives, 65536 / PER_SM / THREADS down to eights for everyone
+constexpr int CONSUMER_REGISTERS = PER_SM == 2 ? (WGS == 1 ? 216 : 104) : WGS == 4 ? 112 : WGS == 3 ? 152 : 232;
+constexpr int PRODUCER_REGISTERS = PER_SM == 2 ? (WGS == 1 ? 40 : 32) : WGS == 4 ? 32 : WGS == 3 ? 56 : 40;
+static_assert(PERMUTED == 0 || !BF16);  // the permuted bytes are those of float16
+static_assert(PER_SM == 2 ? WGS <= 2 : WGS >= 2 && WGS <= 4);
+static_assert(X_BYTES % 1024 == 0 && CODE_BYTES % 128 == 0);
 
 #ifdef SHARED_BYTES
 static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
 #endif
 
-KERNEL __launch_bounds__(THREADS, 1) IN_CLUSTERS
+// A stretch of one tile: `units` of 128 K from unit `first`.
+struct Stretch {
+    int tile, first, units;
+};
+// What a block does, in order: its stretches of the cut tiles 0 .. cut, then whole tiles.
+struct Work {
+    int tile_units, cut, total, at, end, whole, tiles, blocks;
+    DEVICE Work(int tiles, int tile_units, int block, int blocks) : tile_units(tile_units), tiles(tiles), blocks(blocks) {
+        const int rounds = (tiles + blocks - 1) / blocks, rest = tiles - (rounds - 1) * blocks;
+        // 0.9 of full: the tail of whole tiles costs no more than the cuts would
+        cut = tiles * 10 >= rounds * blocks * 9 ? 0 : rounds == 1 ? tiles : rest + blocks;
+        total = cut * tile_units;
+        at = start(block), end = start(block + 1), whole = cut + block;
+    }
+    DEVICE int start(int block) const { return int(int64_t(total) * block / blocks); }
+    DEVICE int block_of(int unit) const { return int((int64_t(unit + 1) * blocks - 1) / total); }
+    DEVICE bool next(Stretch& s) {
+        if (at < end) {
+            const int tile = at / tile_units, first = at - tile * tile_units;
+            const int left = tile_units - first, mine = end - at;
+            s = {tile, first, left < mine ? left : mine};
+            at += s.units;
+            return true;
+        }
+        if (whole >= tiles) return false;
+        s = {whole, 0, tile_units};
+        whole += blocks;
+        return true;
+    }
+};
+// Step by step through a block's work, for the producer.
+struct Cursor {
+    Work work;
+    int row_tiles, n, m, step, left;
+    DEVICE Cursor(const Work& work, int row_tiles) : work(work), row_tiles(row_tiles), n(0), m(0), step(0), left(0) {}
+    DEVICE bool next() {
+        if (left == 0) {
+            Stretch s;
+            if (!work.next(s)) return false;
+            n = s.tile / row_tiles * R, m = s.tile % row_tiles * T;
+            step = s.first * UNIT - 1, left = s.units * UNIT;
+        }
+        step++, left--;
+        return true;
+    }
+};
+// A scale as factor of a pair of weights. bfloat16: in two parts, so that a product is rounded once.
+struct Factor {
+    uint32_t pair;
+#if BF16
+    uint32_t rest;
+#endif
+};
+DEVICE Factor factor_of(float scale) {
+#if BF16
+    const uint32_t pair = to_pair(scale, scale);
+    const float rest = scale - bits_to_float(pair << 16);
+    return {pair, to_pair(rest, rest)};
+#else
+    return {to_pair(scale, scale)};
+#endif
+}
+DEVICE uint32_t scaled(uint32_t weights, Factor factor) {
+#if BF16
+    return multiply_add(weights, factor.pair, multiply(weights, factor.rest));
+#else
+    return multiply(weights, factor.pair);
+#endif
+}
+
+// N: outputs as packed, a multiple of 32; width: of them in y, a multiple of 8. K: a multiple of 128.
+// workspace: float32 [gridDim.x][2][R * T]; flags: uint32 [gridDim.x], zero before the first launch.
+KERNEL __launch_bounds__(THREADS, PER_SM)
 w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const char* __restrict__ scales,
         const char* __restrict__ zeros, const float* __restrict__ nested, const float* __restrict__ map,
-        char* __restrict__ y, int rows, int N, int K, GRID_CONSTANT Parts parts) {
+        char* __restrict__ y, float* workspace, uint32_t* flags, int rows, int N, int width, int K,
+        GRID_CONSTANT Parts parts) {
     SHARED_MEMORY
     const uint32_t here = window_start(shared);
     char* window = shared - 1024;
-    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-    const int rank = blockIdx.x % CLUSTER / SHARE, neighbour = blockIdx.x % SHARE;
-    const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-    const int row_tiles = (rows + T - 1) / T, tiles = N / (R * SHARE) * row_tiles;
-    const int steps = K / 64 / KS / SPLIT, first_step = rank * steps;
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, block = blockIdx.x;
+    const int row_tiles = (rows + T - 1) / T;
+    Work work((N + R - 1) / R * row_tiles, K / 128, block, gridDim.x);
 
-    if (thread == 0) {
+    if (thread == CONSUMERS) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(here + FULL + 8 * i, 1);
-            barrier_init(here + EMPTY + 8 * i, WGS * 4 * SHARE);
+            barrier_init(here + EMPTY + 8 * i, WARPS);
         }
         barriers_visible();
     }
-    if (!AFFINE) {
-        fill_table(window + TABLE, thread, THREADS);
-        for (int i = thread; i < 256; i += THREADS) reinterpret_cast<float*>(window + MAP)[i] = load_global(map + i);
-    }
+    release_successor();
     sync_block();
-    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
 
-    if (warp >= WGS * 4) {
+    if (warp >= WARPS) {
         registers_lower<PRODUCER_REGISTERS>();
         if (thread == CONSUMERS) {
+            auto fetch_weights = [&](const Cursor& at, int stage) {
+                const uint32_t full = here + FULL + 8 * stage, to = here + RING + stage * STAGE_BYTES;
+                const int outputs = N - at.n < R ? N - at.n : R;
+                barrier_expect(full, KS * X_BYTES + CODE_BYTES + (AFFINE ? outputs * 5 / 2 : outputs * KS));
+                copy_box(to + CODES, &code_map, at.step * KS * 128, at.n / 16, full, row_tiles == 1 ? READ_ONCE : KEEP);
+                if (AFFINE) {
+                    const size_t from = size_t(at.step * KS / 2) * N + at.n;
+                    copy_bulk(to + SCALES, scales + from * 2, outputs * 2, full);
+                    copy_bulk(to + ZEROS, zeros + from / 2, outputs / 2, full);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < KS; i++)
+                        copy_bulk(to + SCALES + i * R, scales + size_t(at.step * KS + i) * N + at.n, outputs, full);
+                }
+            };
+            auto fetch_x = [&](const Cursor& at, int stage) {
+                const uint32_t to = here + RING + stage * STAGE_BYTES;
+#pragma unroll
+                for (int i = 0; i < KS; i++)
+                    copy_box(to + i * X_BYTES, &x_map, (at.step * KS + i) * 64, at.m, here + FULL + 8 * stage, KEEP);
+            };
+            Cursor ahead(work, row_tiles), at(work, row_tiles);
+            int fetched = 0;
+            while (fetched < STAGES && ahead.next()) fetch_weights(ahead, fetched++);
+            await_predecessor();
+            for (int i = 0; i < fetched; i++) at.next(), fetch_x(at, i);
             uint32_t stage = 0, phase = 0;
-            for (int tile = cluster; tile < tiles; tile += clusters) {
-                const int n = (tile / row_tiles * SHARE + neighbour) * R, m = tile % row_tiles * T;
-#pragma unroll 1
-                for (int step = first_step; step < first_step + steps; step++) {
-                    barrier_wait(here + EMPTY + 8 * stage, phase ^ 1);
-                    const uint32_t full = here + FULL + 8 * stage, to = here + RING + stage * STAGE_BYTES;
-                    barrier_expect(full, ARRIVING);
-                    copy_box(to + CODES, &code_map, step * KS * 128, n / 16, full, row_tiles == 1 ? READ_ONCE : KEEP);
-#pragma unroll
-                    for (int i = 0; i < KS; i++) {
-                        if (SHARE == 1) copy_box(to + i * X_BYTES, &x_map, (step * KS + i) * 64, m, full, KEEP);
-                        else
-                            copy_box_to_many(to + i * X_BYTES + neighbour * (X_BYTES / SHARE), &x_map, (step * KS + i) * 64,
-                                             m + neighbour * (T / SHARE), full, ((1 << SHARE) - 1) << (rank * SHARE), KEEP);
-                    }
-                    if (AFFINE) {
-                        const size_t at = size_t(step * KS / 2) * N + n;
-                        copy_bulk(to + SCALES, scales + at * 2, SCALE_BYTES, full);
-                        copy_bulk(to + ZEROS, zeros + at / 2, ZERO_BYTES, full);
-                    } else {
-#pragma unroll
-                        for (int i = 0; i < KS; i++)
-                            copy_bulk(to + SCALES + i * R, scales + size_t(step * KS + i) * N + n, R, full);
-                    }
+            if (fetched == STAGES)
+                while (at.next()) {
+                    barrier_wait(here + EMPTY + 8 * stage, phase);
+                    fetch_weights(at, stage);
+                    fetch_x(at, stage);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
-            }
         }
-        sync_warp();
-        if (SPLIT > 1) cluster_arrive(), cluster_wait();  // a cluster's barrier counts every thread
-        if (CLUSTER > 1) cluster_arrive(), cluster_wait();  // nobody leaves before the others' last word
-    } else {
-        registers_raise<CONSUMER_REGISTERS>();
-        const int g = lane >> 2, group = warp >> 2, quarter = warp & 3, all_tiles = K / 64;
-        const uint32_t base = here + TABLE + lane * 4;
-        const float* levels = reinterpret_cast<const float*>(window + MAP);
-        uint32_t stage = 0, phase = 0, done = 0;  // `done`: the stage given back next
-        float sum[RT][J * 4];
-        uint32_t set[2][RT][4][4];
+        return;
+    }
 
-        auto give_back = [&]() {  // to whoever fills it
-            if (SHARE == 1) {
-                if (lane == 0) barrier_arrive(here + EMPTY + 8 * done);
-            } else if (lane < SHARE)
-                barrier_arrive_at(here + EMPTY + 8 * done, rank * SHARE + lane);
-            if (++done == STAGES) done = 0;
-        };
-        for (int tile = cluster; tile < tiles; tile += clusters) {
-            const int n = (tile / row_tiles * SHARE + neighbour) * R, m = tile % row_tiles * T;
-            int absmax_at[RT];
-            float offset[RT];
-#pragma unroll
-            for (int r = 0; r < RT; r++) {
-                const int block = n / 16 + (group * RT + r) * 4 + quarter;
-                absmax_at[r] = AFFINE ? 0 : first_absmax(parts, block, all_tiles) + g * all_tiles;
-                offset[r] = AFFINE ? 0 : part_of(parts, block).offset;
-            }
-            // Codes of 64 K -> fragments, scaled in float16.
-            auto decode = [&](int k_tile, int i, uint32_t (*fragments)[4][4]) {
-                const char* from = window + RING + stage * STAGE_BYTES;
-#pragma unroll
-                for (int r = 0; r < RT; r++) {
-                    const int block = (group * RT + r) * 4 + quarter;
-                    const uint4 word = *reinterpret_cast<const uint4*>(from + CODES + (block * KS + i) * 512 + lane * 16);
-                    uint32_t low, high, low_zero = 0, high_zero = 0;
-                    if (AFFINE) {
-                        const uint32_t both = *reinterpret_cast<const uint32_t*>(from + SCALES + block * 32 + g * 4);
-                        const uint32_t packed = *reinterpret_cast<const uint8_t*>(from + ZEROS + block * 8 + g);
-                        low = (both & 0xffff) * 0x10001u, high = (both >> 16) * 0x10001u;
-                        low_zero = low_zero_of(packed), high_zero = high_zero_of(packed);
-                    } else {
-                        const uint32_t both = *reinterpret_cast<const uint16_t*>(from + SCALES + i * R + block * 16 + g * 2);
-                        const float outer_low = load_global(nested + ((absmax_at[r] + k_tile) >> 8));
-                        const float outer_high = load_global(nested + ((absmax_at[r] + 8 * all_tiles + k_tile) >> 8));
-                        const float a = levels[both & 255] * outer_low + offset[r];
-                        const float b = levels[both >> 8] * outer_high + offset[r];
-                        low = to_halves(a, a), high = to_halves(b, b);
-                    }
-                    const uint32_t words[4] = {word.x, word.y, word.z, word.w};
-#pragma unroll
-                    for (int s = 0; s < 4; s++) {
-                        uint32_t* a = fragments[r][s];
-                        if (AFFINE) decode_affine(words[s], low_zero, high_zero, a);
-                        else if (s < PERMUTED) decode_nf4_permuted(words[s], a);
-                        else decode_nf4(words[s], base, a);
-                        a[0] = multiply(a[0], low), a[1] = multiply(a[1], high);
-                        a[2] = multiply(a[2], low), a[3] = multiply(a[3], high);
-                    }
-                }
-            };
-            const int substeps = steps * KS;  // even
-            auto substep = [&](int at, int i, uint32_t (*fragments)[4][4]) {
-                if (i == 0) barrier_wait(here + FULL + 8 * stage, phase);
-                decode(first_step * KS + at, i, fragments);
-                wgmma_fence();
-                const uint64_t x = descriptor(here + RING + stage * STAGE_BYTES + i * X_BYTES);
-#pragma unroll
-                for (int r = 0; r < RT; r++)
-#pragma unroll
-                    for (int s = 0; s < 4; s++) wgmma<T>(sum[r], fragments[r][s], x + 2 * s, at > 0 || s > 0);
-                wgmma_commit();
-                if (i == KS - 1)
-                    if (++stage == STAGES) stage = 0, phase ^= 1;
-                wgmma_wait<1>();  // the one before this is over: its fragments and its stage are free
-                if (i == 0 && at > 0) {
-                    give_back();
-                }
-            };
-            for (int at = 0; at < substeps; at += 2) {
-                substep(at, 0, set[0]);
-                substep(at + 1, KS == 2 ? 1 : 0, set[1]);
-            }
-            wgmma_wait<0>();
-            give_back();
+    registers_raise<CONSUMER_REGISTERS>();
+    if (!AFFINE) {
+        fill_table(window + TABLE, thread, CONSUMERS);
+        for (int i = thread; i < 256; i += CONSUMERS) reinterpret_cast<float*>(window + MAP)[i] = load_global(map + i);
+        sync_first<CONSUMERS>();
+    }
+    const int g = lane >> 2, group = warp >> 2, quarter = warp & 3, all_tiles = K / 64;
+    const float* levels = reinterpret_cast<const float*>(window + MAP);
+    uint32_t stage = 0, phase = 0, done = 0;  // `done`: the stage given back next
+    float sum[RT][J * 4], part[SCALED_SUMS ? 2 : 1][RT][J * 4];
+    float scale[2][RT][2];
+    uint32_t set[2][RT][4][4], zero[RT][2];
+    float outer[RT][2], offset[RT];
+    int absmax_at[RT];
 
-            // [16 outputs][8 rows of activations] pieces, transposed in the warp's own shared memory: 32 bytes a row
-            const uint32_t out = OUT + warp * OUT_BYTES;
-            auto stage_piece = [&](int row, const float* v) {
-                const int at = row + (lane & 7);
-                store_two_transposed(here + out + at * 32 + (((lane >> 3) ^ (at >> 2)) & 1) * 16, to_halves(v[0], v[1]), to_halves(v[2], v[3]));
-            };
-            auto write_rows = [&](int count, int row, int column) {
-                sync_warp();
-                for (int i = lane; i < count * 2; i += 32) {
-                    const int at = i >> 1, half = i & 1;
-                    const uint4 v = *reinterpret_cast<const uint4*>(window + out + at * 32 + ((half ^ (at >> 2)) & 1) * 16);
-                    if (row + at < rows) *reinterpret_cast<uint4*>(y + (size_t(row + at) * N + column + half * 8) * 2) = v;
-                }
-                sync_warp();
-            };
-            if (SPLIT == 1) {
+    auto give_back = [&]() {
+        if (lane == 0) barrier_arrive(here + EMPTY + 8 * done);
+        if (++done == STAGES) done = 0;
+    };
+    // Codes of 64 K -> fragments; their scales are applied here, or left in `scales_here`.
+    auto decode = [&](int k_tile, int i, bool is_first, uint32_t (*fragments)[4][4], float (*scales_here)[2]) {
+        const char* from = window + RING + stage * STAGE_BYTES;
 #pragma unroll
-                for (int r = 0; r < RT; r++) {
-                    const int column = n + (group * RT + r) * 64 + quarter * 16;
-#pragma unroll
-                    for (int j = 0; j < J; j++) {
-                        stage_piece(j * 8 % OUT_ROWS, &sum[r][j * 4]);
-                        if ((j + 1) * 8 % OUT_ROWS == 0) write_rows(OUT_ROWS, m + (j + 1) * 8 - OUT_ROWS, column);
-                    }
+        for (int r = 0; r < RT; r++) {
+            const int place = (group * RT + r) * 4 + quarter;
+            const uint4 word = *reinterpret_cast<const uint4*>(from + CODES + (place * KS + i) * 512 + lane * 16);
+            if (AFFINE) {
+                if (i == 0) {
+                    const uint32_t both = *reinterpret_cast<const uint32_t*>(from + SCALES + place * 32 + g * 4);
+                    const uint32_t packed = *reinterpret_cast<const uint8_t*>(from + ZEROS + place * 8 + g);
+                    scales_here[r][0] = to_float(both & 0xffff), scales_here[r][1] = to_float(both >> 16);
+                    zero[r][0] = low_zero_of(packed), zero[r][1] = high_zero_of(packed);
+                } else {
+                    scales_here[r][0] = scale[0][r][0], scales_here[r][1] = scale[0][r][1];
                 }
             } else {
-                constexpr int OWNED = J / SPLIT;  // pieces of 8 rows that a block adds
-                cluster_arrive(), cluster_wait();  // every ring of the cluster is read
+                const uint32_t both = *reinterpret_cast<const uint16_t*>(from + SCALES + i * R + place * 16 + g * 2);
+                const int low = absmax_at[r] + k_tile, high = low + 8 * all_tiles;
+                if (is_first || (low & 255) == 0) outer[r][0] = load_global(nested + (low >> 8));
+                if (is_first || (high & 255) == 0) outer[r][1] = load_global(nested + (high >> 8));
+                scales_here[r][0] = levels[both & 255] * outer[r][0] + offset[r];
+                scales_here[r][1] = levels[both >> 8] * outer[r][1] + offset[r];
+            }
+            const Factor low = factor_of(scales_here[r][0]), high = factor_of(scales_here[r][1]);
+            const uint32_t words[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
-                for (int r = 0; r < RT; r++)
-#pragma unroll
-                    for (int j = 0; j < J; j++)
-                        store_remote(here + RING + (((rank * RT + r) * OWNED + j % OWNED) * CONSUMERS + thread) * 16, j / OWNED * SHARE + neighbour,
-                                     make_float4(sum[r][j * 4], sum[r][j * 4 + 1], sum[r][j * 4 + 2], sum[r][j * 4 + 3]));
-                cluster_arrive(), cluster_wait();
-#pragma unroll
-                for (int r = 0; r < RT; r++) {
-                    const int column = n + (group * RT + r) * 64 + quarter * 16;
-                    const int row = m + rank * OWNED * 8;
-#pragma unroll
-                    for (int j = 0; j < OWNED; j++) {
-                        float total[4] = {};
-#pragma unroll
-                        for (int share = 0; share < SPLIT; share++) {
-                            const float4 v = *reinterpret_cast<const float4*>(
-                                window + RING + (((share * RT + r) * OWNED + j) * CONSUMERS + thread) * 16);
-                            total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
-                        }
-                        stage_piece(j * 8 % OUT_ROWS, total);
-                        if ((j + 1) * 8 % OUT_ROWS == 0) write_rows(OUT_ROWS, row + (j + 1) * 8 - OUT_ROWS, column);
-                    }
-                    if (OWNED * 8 % OUT_ROWS) write_rows(OWNED * 8 % OUT_ROWS, row + OWNED * 8 / OUT_ROWS * OUT_ROWS, column);
+            for (int s = 0; s < 4; s++) {
+                uint32_t* a = fragments[r][s];
+                if (AFFINE) decode_affine(words[s], zero[r][0], zero[r][1], a);
+                else if (s < PERMUTED) decode_nf4_permuted(words[s], a);
+                else decode_nf4<TABLE>(words[s], lane * 4, a);
+                if (!SCALED_SUMS) {
+                    a[0] = scaled(a[0], low), a[1] = scaled(a[1], high);
+                    a[2] = scaled(a[2], low), a[3] = scaled(a[3], high);
                 }
             }
         }
-        if (CLUSTER > 1 && SPLIT == 1) cluster_arrive(), cluster_wait();
+    };
+    auto add_part = [&](float (*from)[J * 4], float (*by)[2]) {
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+            for (int i = 0; i < J * 4; i++) hold(from[r][i]), sum[r][i] += from[r][i] * by[r][i >> 1 & 1];
+    };
+    // Substep `at` of a stretch, its `odd` known to the compiler; 64 of K.
+    auto substep = [&](int at, int odd, int first_tile) {
+        const int i = KS == 2 ? odd : 0;
+        if (i == 0) barrier_wait(here + FULL + 8 * stage, phase);
+        decode(first_tile + at, i, at == 0, set[odd], scale[odd]);
+        const uint64_t x = descriptor(here + RING + stage * STAGE_BYTES + i * X_BYTES);
+        wgmma_fence();
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+            for (int s = 0; s < 4; s++)
+                if (SCALED_SUMS) wgmma<T>(part[SCALED_SUMS ? odd : 0][r], set[odd][r][s], x + 2 * s, s > 0);
+                else wgmma<T>(sum[r], set[odd][r][s], x + 2 * s, at > 0 || s > 0);
+        wgmma_commit();
+        if (i == KS - 1)
+            if (++stage == STAGES) stage = 0, phase ^= 1;
+        wgmma_wait<1>();  // the one before this is over: its fragments and its stage are free
+        if (SCALED_SUMS && at > 0) add_part(part[SCALED_SUMS ? 1 - odd : 0], scale[1 - odd]);
+        if (i == 0 && at > 0) give_back();
+    };
+
+    // [16 outputs][8 rows of activations] pieces, transposed in the warp's own shared memory: 32 bytes a row
+    const uint32_t out = OUT + warp * OUT_BYTES;
+    auto stage_piece = [&](int row, const float* v) {
+        const int at = row + (lane & 7);
+        store_two_transposed(here + out + at * 32 + (((lane >> 3) ^ (at >> 2)) & 1) * 16, to_pair(v[0], v[1]), to_pair(v[2], v[3]));
+    };
+    auto write_rows = [&](int count, int row, int column) {
+        sync_warp();
+        if (lane < count * 2) {
+            const int at = lane >> 1, half = lane & 1;
+            const uint4 v = *reinterpret_cast<const uint4*>(window + out + at * 32 + ((half ^ (at >> 2)) & 1) * 16);
+            if (row + at < rows && column + half * 8 < width)
+                *reinterpret_cast<uint4*>(y + (size_t(row + at) * width + column + half * 8) * 2) = v;
+        }
+        sync_warp();
+    };
+
+    int inner_tile = -1, outer_tile = -1;  // tiles of which this block has a part: from an inner unit on, from the first
+    bool raised = work.cut == 0;
+    uint32_t mark = 0;  // of this launch
+    auto raise = [&]() {
+        await_predecessor();
+        mark = flag_value(flags + block) + 1;
+        fence_device();
+        sync_first<CONSUMERS>();
+        if (thread == 0) flag_publish(flags + block, mark);
+        raised = true;
+    };
+    Stretch s;
+    while (work.next(s)) {
+        const int n = s.tile / row_tiles * R, m = s.tile % row_tiles * T;
+#pragma unroll
+        for (int r = 0; r < RT; r++) {
+            const int row_block = n / 16 + (group * RT + r) * 4 + quarter;
+            absmax_at[r] = AFFINE || row_block * 16 >= N ? 0 : first_absmax(parts, row_block, all_tiles) + g * all_tiles;
+            offset[r] = AFFINE ? 0 : part_of(parts, row_block).offset;
+            if (SCALED_SUMS) {
+#pragma unroll
+                for (int i = 0; i < J * 4; i++) sum[r][i] = 0;
+            }
+        }
+        for (int at = 0; at < s.units * 2; at += 2) {
+            substep(at, 0, s.first * 2);
+            substep(at + 1, 1, s.first * 2);
+        }
+        wgmma_wait<0>();
+        if (SCALED_SUMS) add_part(part[SCALED_SUMS ? 1 : 0], scale[1]);
+        give_back();
+
+        await_predecessor();  // which may still read y, or add its own parts
+        if (s.units == work.tile_units) {
+#pragma unroll
+            for (int r = 0; r < RT; r++) {
+                const int column = n + (group * RT + r) * 64 + quarter * 16;
+#pragma unroll
+                for (int j = 0; j < J; j++) {
+                    stage_piece(j * 8 % OUT_ROWS, &sum[r][j * 4]);
+                    if ((j + 1) * 8 % OUT_ROWS == 0) write_rows(OUT_ROWS, m + (j + 1) * 8 - OUT_ROWS, column);
+                }
+            }
+        } else {
+            const int slot = s.first == 0;
+            if (slot) outer_tile = s.tile;
+            else inner_tile = s.tile;
+            float* to = workspace + size_t(block * 2 + slot) * (R * T) + thread * 4;
+#pragma unroll
+            for (int r = 0; r < RT; r++)
+#pragma unroll
+                for (int j = 0; j < J; j++)
+                    store_partial(to + (r * J + j) * CONSUMERS * 4,
+                                  make_float4(sum[r][j * 4], sum[r][j * 4 + 1], sum[r][j * 4 + 2], sum[r][j * 4 + 3]));
+        }
+        if (!raised && work.at == work.end) raise();
+    }
+    if (!raised) raise();
+
+#pragma unroll 1
+    for (int slot = 0; slot < 2; slot++) {
+        const int tile = slot ? outer_tile : inner_tile;
+        if (tile < 0) continue;
+        const int first = work.block_of(tile * work.tile_units), last = work.block_of((tile + 1) * work.tile_units - 1);
+        const int sharers = last - first + 1;
+        for (int i = lane; i < sharers; i += 32) flag_await(flags + first + i, mark);
+        sync_warp();
+        const int n = tile / row_tiles * R, m = tile % row_tiles * T;
+        // an item: 8 rows of a warp's 16 outputs
+        for (int item = block - first + warp * sharers; item < RT * J * WARPS; item += sharers * WARPS) {
+            const int from_warp = item % WARPS, r = item / WARPS / J, j = item / WARPS % J;
+            const float* from = workspace + item * 128 + lane * 4;
+            float total[4] = {};
+            for (int begin = 0; begin < sharers; begin += 8) {
+                float4 v[8];
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int sharer = begin + i;
+                    v[i] = make_float4(0, 0, 0, 0);
+                    if (sharer < sharers)  // of the first the sums from the tile's first unit on
+                        v[i] = load_partial(from + size_t((first + sharer) * 2 + (sharer == 0)) * (R * T));
+                }
+#pragma unroll
+                for (int i = 0; i < 8; i++) total[0] += v[i].x, total[1] += v[i].y, total[2] += v[i].z, total[3] += v[i].w;
+            }
+            stage_piece(0, total);
+            write_rows(8, m + j * 8, n + ((from_warp >> 2) * RT + r) * 64 + (from_warp & 3) * 16);
+        }
     }
 }
