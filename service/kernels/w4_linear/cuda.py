@@ -88,8 +88,10 @@ class Call:
     """One weight under one variant; arguments are in the order of the kernel's signature."""
 
     def __init__(self, weight: Weight, parts: Parts, variant: Variant, workspace: Workspace) -> None:
-        self.variant = variant
-        out_features, self.in_features = weight.out_features, weight.in_features
+        out_features, in_features = weight.out_features, weight.in_features
+        self.box_rows = variant.tile if isinstance(variant, Tile) else 0
+        self.shared_bytes = variant.shared_bytes_for(0, in_features)
+        self.row_bytes = variant.shared_bytes_for(1, in_features) - self.shared_bytes
         nested = weight.nested
         absent = c_void_p(0)
         scales = _pointer(weight.scales)
@@ -97,7 +99,7 @@ class Call:
         of_nested = [absent, absent] if nested is None else [_pointer(nested.absmax), _pointer(nested.map)]
         self.x, self.y, self.rows = c_void_p(), c_void_p(), c_int()
         # outputs as packed, and in y
-        numbers = [self.rows, *map(c_int, (out_features, out_features, self.in_features)), parts]
+        numbers = [self.rows, *map(c_int, (out_features, out_features, in_features)), parts]
         self.num_blocks = workspace.blocks * variant.each
         told: list[Any]
         if isinstance(variant, Tile):
@@ -111,12 +113,12 @@ class Call:
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Both contiguous, x with at least a row."""
-        num_rows, variant = x.shape[0], self.variant
+        num_rows = x.shape[0]
         self.rows.value, self.x.value, self.y.value = num_rows, x.data_ptr(), y.data_ptr()
-        if isinstance(variant, Tile):
-            self.launch.replace(0, _x_map(x, variant.tile))
+        if self.box_rows:
+            self.launch.replace(0, _x_map(x, self.box_rows))
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-        self.launch(self.num_blocks, variant.shared_bytes_for(num_rows, self.in_features), stream)
+        self.launch(self.num_blocks, self.shared_bytes + num_rows * self.row_bytes, stream)
 
 
 class Bound:
@@ -124,6 +126,7 @@ class Bound:
 
     def __init__(self, weight: Weight, rows: tuple[Row, ...], dtype: torch.dtype) -> None:
         self.weight, self.rows, self.dtype = weight, rows, dtype
+        self.in_features, self.out_features = weight.in_features, weight.out_features
         # here, not while a graph is captured: kernels read weights before they wait for their predecessors
         devices.synchronize(weight.codes.device)
         self._parts = parts_of(weight)
@@ -135,11 +138,11 @@ class Bound:
         num_rows, columns = x.shape
         # the kernels check nothing: another type or width would read what is not x's
         assert x.dtype is self.dtype, x.dtype
-        assert columns == self.weight.in_features, (columns, self.weight.in_features)
+        assert columns == self.in_features, (columns, self.in_features)
         x = x.contiguous()
         if x.data_ptr() % ALIGNMENT:
             x = x.clone()
-        y = x.new_empty(num_rows, self.weight.out_features)
+        y = x.new_empty(num_rows, self.out_features)
         if num_rows:
             number = bisect_left(self._ends, num_rows)
             call = self._calls[number]

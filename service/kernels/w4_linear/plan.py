@@ -8,6 +8,7 @@ docs/experiments.md, section 6.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,17 +18,72 @@ from service.kernels.w4_linear.variants import Few, Tile, Variant, most_shared_b
 MAX_PARTS = 4  # of a merged layer, as w4_device.h has it
 OUTPUTS = 32  # that the outputs are a multiple of: scales are fetched so
 DTYPES = (torch.float16, torch.bfloat16)  # of activations
-# w4_few: warps, stages, blocks that registers leave room for, blocks of a launch on a multiprocessor
-FEW = (16, 3, 2, 1)
-# w4_tile by the most rows: tile, rt, wgs, ks, stages, blocks of registers, scaled sums, blocks of a launch
-TILES: tuple[tuple[int | None, tuple[int, ...]], ...] = (
-    (8, (8, 1, 4, 2, 8, 1, 1, 1)),
-    (16, (16, 1, 4, 2, 7, 1, 1, 1)),
-    (32, (32, 1, 4, 2, 6, 1, 1, 1)),
-    (64, (64, 1, 4, 2, 5, 1, 0, 1)),
-    (128, (128, 2, 2, 1, 7, 1, 0, 1)),
-    (None, (256, 1, 2, 1, 4, 1, 0, 1)),
+
+
+class FewSettings(NamedTuple):
+    warps: int
+    stages: int
+    per_sm: int
+    each: int
+
+
+class TileSettings(NamedTuple):
+    tile: int
+    rt: int
+    wgs: int
+    ks: int
+    stages: int
+    per_sm: int
+    scaled_sums: int
+    whole_from: int
+
+
+class Table(NamedTuple):
+    few: tuple[FewSettings, ...]  # in turn, each for as many rows as it takes
+    tiles: tuple[tuple[int | None, TileSettings], ...]  # by the most rows
+
+
+FEW, TILE_OF_8 = FewSettings(16, 3, 2, 1), TileSettings(8, 1, 2, 2, 6, 2, 1, 90)
+NARROW = Table(
+    (FEW,),
+    (
+        (8, TILE_OF_8),
+        (16, TileSettings(16, 1, 4, 2, 7, 1, 1, 90)),
+        (32, TileSettings(32, 1, 4, 2, 6, 1, 0, 90)),
+        (64, TileSettings(64, 1, 2, 2, 6, 1, 1, 90)),
+        (256, TileSettings(128, 1, 3, 1, 6, 1, 0, 90)),
+        (None, TileSettings(256, 1, 2, 1, 4, 1, 0, 70)),
+    ),
 )
+# As many outputs as nearly fill the device with tall tiles: to leave some of it idle costs less than to cut.
+MANY_ROWS = (
+    (64, TileSettings(64, 2, 2, 2, 5, 1, 0, 80)),
+    (128, TileSettings(128, 2, 2, 1, 7, 1, 0, 80)),
+    (None, TileSettings(256, 1, 2, 1, 4, 1, 0, 70)),
+)
+WIDE: dict[Kind, Table] = {
+    "affine": Table(
+        (FEW,),
+        (
+            (8, TILE_OF_8),
+            (16, TileSettings(16, 2, 2, 2, 7, 1, 0, 80)),
+            (32, TileSettings(32, 2, 2, 2, 6, 1, 0, 80)),
+            *MANY_ROWS,
+        ),
+    ),
+    # with few rows decoding takes the time, for which every multiprocessor is wanted
+    "nf4": Table(
+        (FewSettings(8, 4, 2, 2), FEW),
+        (
+            (8, TILE_OF_8),
+            (16, TileSettings(16, 1, 4, 2, 7, 1, 1, 90)),
+            (32, TileSettings(32, 1, 4, 2, 6, 1, 0, 90)),
+            *MANY_ROWS,
+        ),
+    ),
+}
+MOST_WIDE = 132 * 256  # outputs of tall tiles, one for each multiprocessor of the H100 that was measured
+LEAST_WIDE = 0.8 * MOST_WIDE
 
 
 @dataclass(frozen=True)
@@ -75,25 +131,32 @@ def refusal(shape: Shape) -> str:
 def plan(shape: Shape) -> tuple[Row, ...]:
     """For a shape that is not refused."""
     assert not refusal(shape), shape
-    few = few_of(shape)
-    rows = [Row(few.max_rows(shape.in_features), few)]
-    rows += [Row(max_rows, tile_of(shape, settings)) for max_rows, settings in TILES]
-    # where x is long, fewer of its rows fit into shared memory beside the weights' rings
-    served = [row for row in rows if row.max_rows != 0]
-    first = served[0].max_rows
-    return (served[0], *(row for row in served[1:] if row.max_rows is None or row.max_rows > (first or 0)))
+    table, rows, served = table_of(shape), list[Row](), 0
+    for few in table.few:
+        variant = few_of(shape, few)
+        most = variant.max_rows(shape.in_features)  # fewer where x is long: it lies in shared memory
+        if most > served:
+            rows.append(Row(most, variant))
+            served = most
+    for max_rows, tile in table.tiles:
+        if max_rows is None or max_rows > served:
+            rows.append(Row(max_rows, tile_of(shape, tile)))
+    return tuple(rows)
 
 
-def few_of(shape: Shape) -> Few:
-    warps, stages, per_sm, each = FEW
-    return Few(shape.kind, is_bf16(shape), stages, per_sm, each, warps)
+def table_of(shape: Shape) -> Table:
+    is_wide = LEAST_WIDE <= shape.out_features <= MOST_WIDE
+    return WIDE[shape.kind] if is_wide else NARROW
 
 
-def tile_of(shape: Shape, settings: tuple[int, ...]) -> Tile:
-    tile, rt, wgs, ks, stages, per_sm, scaled_sums, each = settings
-    common = (shape.kind, is_bf16(shape), stages, per_sm, each)
-    found = Tile(*common, tile, rt, wgs, ks, 0, scaled_sums)
-    assert found.shared_bytes <= most_shared_bytes(each), found
+def few_of(shape: Shape, few: FewSettings) -> Few:
+    return Few(shape.kind, is_bf16(shape), few.stages, few.per_sm, few.each, few.warps)
+
+
+def tile_of(shape: Shape, tile: TileSettings) -> Tile:
+    rest = (tile.tile, tile.rt, tile.wgs, tile.ks, tile.scaled_sums, tile.whole_from)
+    found = Tile(shape.kind, is_bf16(shape), tile.stages, tile.per_sm, 1, *rest)
+    assert found.shared_bytes <= most_shared_bytes(1), found
     return found
 
 
@@ -102,7 +165,7 @@ def is_bf16(shape: Shape) -> int:
 
 
 def most_sums() -> int:
-    """Float32 numbers that a block of any of the table's variants leaves for others."""
+    """Float32 numbers that a block of any of the tables' variants leaves for others."""
     example = Shape("affine", (OUTPUTS,), AFFINE_GROUP, AFFINE_GROUP, torch.float16)
-    tiles = [tile_of(example, settings) for _, settings in TILES]
-    return max(tile.each * tile.sums_of_block for tile in tiles)
+    tables = (NARROW, *WIDE.values())
+    return max(tile_of(example, tile).sums_of_block for table in tables for _, tile in table.tiles)

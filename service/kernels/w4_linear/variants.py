@@ -102,8 +102,8 @@ class Tile(Variant):
     rt: int  # of 64 outputs, of a warpgroup
     wgs: int  # warpgroups that multiply
     ks: int  # of 64 input features, of a stage
-    permuted: int  # of four words, those that NF4 decodes without its table
     scaled_sums: int  # scales are applied to sums in float32, not to weights
+    whole_from: int = 90  # per cent of the device that whole tiles fill, from which on none is cut
 
     @property
     def outputs(self) -> int:

@@ -43,6 +43,9 @@
 #ifndef SCALED_SUMS  // scales are applied to the sums of 64 of K in float32, not to the weights
 #define SCALED_SUMS 0
 #endif
+#ifndef WHOLE_FROM  // per cent of the rounds' room that whole tiles fill, from which on none is cut
+#define WHOLE_FROM 90
+#endif
 constexpr int T = TILE, R = 64 * RT * WGS, J = T / 8, WARPS = WGS * 4, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 128;
 constexpr int UNIT = 2 / KS;  // steps of the 128 K in which work is dealt
 constexpr int X_BYTES = T * 128, CODE_BYTES = R * 32 * KS;
@@ -75,8 +78,8 @@ struct Work {
     int tile_units, cut, total, at, end, whole, tiles, blocks;
     DEVICE Work(int tiles, int tile_units, int block, int blocks) : tile_units(tile_units), tiles(tiles), blocks(blocks) {
         const int rounds = (tiles + blocks - 1) / blocks, rest = tiles - (rounds - 1) * blocks;
-        // 0.9 of full: the tail of whole tiles costs no more than the cuts would
-        cut = tiles * 10 >= rounds * blocks * 9 ? 0 : rounds == 1 ? tiles : rest + blocks;
+        // so full: the tail of whole tiles costs no more than the cuts would
+        cut = tiles * 100 >= rounds * blocks * WHOLE_FROM ? 0 : rounds == 1 ? tiles : rest + blocks;
         total = cut * tile_units;
         at = start(block), end = start(block + 1), whole = cut + block;
     }
