@@ -254,11 +254,11 @@ inline void bytes_landed(Block& block, uint32_t barrier, long bytes) {
     settle(b);
 }
 constexpr uint64_t READ_ONCE = 0, KEEP = 0;
-// opaque: base, columns, rows, bytes of a row, bytes of an element, box columns, box rows, swizzled
+// opaque: base, columns, rows, bytes of a row, bytes of an element, box columns, box rows, swizzled (0, 1, 2)
 inline void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks, uint64_t) {
     const uint64_t* m = map->opaque;
     const long size = m[4];
-    if (m[7]) demand_awaited();  // x
+    if (m[7] == 1) demand_awaited();  // x; weights under the swizzle say 2
     if (mine(to) % (m[7] ? 1024 : 128)) { printf("misaligned box\n"); abort(); }
     for (int rank = 0; ranks >> rank; rank++) {
         if (!(ranks >> rank & 1)) continue;

@@ -1,0 +1,369 @@
+"""16-bit linears of few rows on Llama-3.1-8B's shapes: every variant of w16_stream.cu built, checked and timed.
+
+python docs/experiments/w16_stream.py --out FOLDER [--rows 1,16,32,64,128,256]
+
+Beside them cuBLAS, our Triton kernel where it serves, and a kernel that only reads the same bytes. Checked against
+float64 with a poisoned output, on ragged shapes too, twice for the same bits, and for them once more after all that was
+timed; timed in CUDA graphs with weights rotated past the L2, each launch waiting for the one before: plainly, and as a
+dependent launch (PDL). A chain is the four linears of a layer, each on the output of the one before, layer after layer.
+A worker process runs them: one that dies or hangs costs that variant, and the next worker goes on.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from w16_variants import IN_BFLOAT16, Variant, all_variants, compile_all, variants_for
+
+SHAPES = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "lm_head": (128256, 4096),
+}
+LAYER = ("qkv", "o", "gate_up", "down")
+ROWS = (1, 16, 32, 64, 128, 256)
+MAX_ROWS = 256
+RAGGED = (1544, 1096)  # outputs and inputs that no tile divides
+ROTATED_BYTES, TIMED_BYTES = 192 << 20, 2 << 30  # of weights: different ones, and in one graph
+LAYERS = 8  # of a chain
+LARGEST_ERROR = {0: 6e-4, 1: 4e-3}  # relative, in norm; by BF16
+SILENT_SECONDS = 20  # of a worker, before it counts as hung
+FATAL = ("illegal", "launch failure", "trap", "unspecified", "misaligned", "uncorrectable", "instruction")
+
+
+def list_tasks(all_rows: list[int]) -> list[dict[str, Any]]:
+    tasks: list[dict[str, Any]] = [{"kind": "read", "rows": 0, "variant": -1}]
+    tasks += [{"kind": "bfloat16", "rows": v.tile, "variant": all_variants().index(v)} for v in IN_BFLOAT16]
+    for rows in all_rows:
+        tasks += [
+            {"kind": "own", "rows": rows, "variant": all_variants().index(v)} for v in variants_for(rows)
+        ]
+        tasks.append({"kind": "cublas", "rows": rows, "variant": -1})
+        if rows <= 64:
+            tasks.append({"kind": "triton", "rows": rows, "variant": -1})
+    return tasks
+
+
+class Launcher:
+    """A variant on the device; binds operands to launches on torch's current stream."""
+
+    def __init__(self, folder: Path, variant: Variant) -> None:
+        import torch
+        from w4_driver import Driver, Function, multiprocessors
+
+        self.driver, self.variant = Driver(), variant
+        cubin = folder / variant.file
+        self.function = Function(self.driver, cubin, "w16_stream", variant.threads, variant.shared_bytes)
+        self.grid = multiprocessors() // variant.share * variant.share * variant.per_sm
+        self.flags = torch.zeros(self.grid, dtype=torch.int32, device="cuda")
+        self.workspace = torch.full(
+            (self.grid, 2, variant.outputs * variant.tile), float("nan"), device="cuda"
+        )
+
+    def map_of(self, matrix: Any, box_rows: int) -> Any:
+        """A tensor map of a [rows, columns] whose rows may lie apart; boxes of 64 columns under the swizzle."""
+        import torch
+
+        room = ctypes.create_string_buffer(192)
+        place = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
+        kind = {torch.float16: 6, torch.bfloat16: 9}[matrix.dtype]
+        rows, columns = matrix.shape
+        self.driver.call(
+            "cuTensorMapEncodeTiled", ctypes.byref(place), kind, 2, ctypes.c_void_p(matrix.data_ptr()),
+            (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(matrix.stride(0) * 2),
+            (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1), 0, 3, 3, 0)  # fmt: skip
+        return place
+
+    def bind(self, x: Any, w: Any, y: Any, bias: Any = None) -> Callable[[bool], None]:
+        """y = x @ w.T + bias, as a dependent launch or a plain one. The caller keeps the tensors."""
+        v, (rows, k), n = self.variant, x.shape, w.shape[0]
+        pointers = [
+            ctypes.c_void_p(t if t is None else t.data_ptr()) for t in (bias, y, self.workspace, self.flags)
+        ]
+        maps = [self.map_of(x, v.tile // v.share), self.map_of(w, v.outputs)]
+        arguments = [*maps, *pointers, *(ctypes.c_int(number) for number in (rows, n, k))]
+        return self.function.bind(self.grid, v.shared_bytes, arguments)
+
+
+class Worker:
+    """Weights of all shapes on the device; every task writes a line to the results."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+
+        self.torch, self.folder = torch, folder
+        torch.manual_seed(int.from_bytes(os.urandom(4)))
+        self.weights: dict[str, list[Any]] = {}
+        self.want: dict[str, Any] = {}
+        self.x = {k: torch.randn(MAX_ROWS, k, device="cuda").half() for k in {k for _, k in SHAPES.values()}}
+        for name, (n, k) in SHAPES.items():
+            first = (torch.randn(n, k, device="cuda") / k**0.5).half()
+            copies = max(1 if name == "lm_head" else 2, ROTATED_BYTES // first.nbytes)
+            self.weights[name] = [first, *(first.clone() for _ in range(copies - 1))]
+            parts = [self.x[k].double() @ part.double().t() for part in first.split(16384)]
+            self.want[name] = torch.cat(parts, dim=1)
+        self.launchers: dict[Variant, Launcher] = {}
+
+    def launcher(self, variant: Variant) -> Launcher:
+        if variant not in self.launchers:
+            self.launchers[variant] = Launcher(self.folder, variant)
+        return self.launchers[variant]
+
+    def time(self, launches: list[Callable[[], Any]]) -> float:
+        """Median microseconds of a launch; one graph replays all launches in turn."""
+        torch = self.torch
+        torch.cuda.synchronize()  # two launches on one workspace may not meet on two streams
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for launch in launches:
+                launch()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for launch in launches:
+                launch()
+        times = []
+        for i in range(12):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if i >= 3:
+                times.append(start.elapsed_time(end) * 1e3 / len(launches))
+        return statistics.median(times)
+
+    def repeated(self, name: str) -> list[Any]:
+        """Weights of a shape in turn, as many as one graph reads."""
+        weights = self.weights[name]
+        return weights * max(1, TIMED_BYTES // sum(w.nbytes for w in weights))
+
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        kind, rows = task["kind"], task["rows"]
+        if kind == "read":
+            return {"us": self.read()}
+        variant = all_variants()[task["variant"]]
+        if kind == "bfloat16":
+            return self.check_ragged(variant, rows)
+        if kind == "own":
+            return self.own(variant, rows)
+        return self.library(kind, rows)
+
+    def read(self) -> dict[str, float]:
+        from w4_driver import Driver, Function, multiprocessors
+
+        reader, times = Function(Driver(), self.folder / "read.cubin", "read_only", 512, 0), {}
+        out = self.torch.zeros(1, device="cuda", dtype=self.torch.int32)
+        for name in SHAPES:
+            told = [
+                [ctypes.c_void_p(w.data_ptr()), ctypes.c_void_p(out.data_ptr()), ctypes.c_uint64(w.nbytes)]
+                for w in self.repeated(name)
+            ]
+            times[name] = min(
+                self.time([partial(reader.bind(multiprocessors() * blocks, 0, a), False) for a in told])
+                for blocks in (1, 2, 4)
+            )
+        return times
+
+    def check_ragged(self, variant: Variant, rows: int) -> dict[str, Any]:
+        """A shape that nothing divides, a bias, one row fewer than y has."""
+        torch = self.torch
+        dtype = torch.bfloat16 if variant.bf16 else torch.float16
+        n, k = RAGGED
+        x, w = torch.randn(rows, k, device="cuda").to(dtype), torch.randn(n, k, device="cuda").to(dtype)
+        bias = torch.randn(n, device="cuda").to(dtype)
+        y = torch.full((rows + 1, n), float("nan"), device="cuda", dtype=dtype)
+        self.launcher(variant).bind(x, w, y, bias)(False)
+        want = x.double() @ w.double().t() + bias.double()
+        error = float((y[:rows].double() - want).norm() / want.norm())
+        fine = error <= LARGEST_ERROR[variant.bf16] and bool(y[rows].isnan().all())
+        return {"error": error, "right": fine}
+
+    def own(self, variant: Variant, rows: int) -> dict[str, Any]:
+        torch, launcher = self.torch, self.launcher(variant)
+        ragged = self.check_ragged(variant, max(1, rows - 3))
+        worst, right = 0.0, ragged["right"]
+        us: dict[str, float] = {}
+        plain: dict[str, float] = {}
+        for name, (n, k) in SHAPES.items():
+            y = torch.full((rows, n), float("nan"), device="cuda", dtype=torch.float16)
+            x, weights = self.x[k][:rows], self.repeated(name)
+            launches = [launcher.bind(x, w, y) for w in weights]
+            launches[0](False)
+            want = self.want[name][:rows]
+            worst = max(worst, float((y.double() - want).norm() / want.norm()))
+            first = y.clone()
+            plain[name] = self.time([partial(launch, False) for launch in launches])
+            us[name] = self.time([partial(launch, True) for launch in launches])
+            right = right and bool(torch.equal(first, y)) and worst <= LARGEST_ERROR[0]
+
+        def bind_dependent(x: Any, w: Any, y: Any) -> Callable[[], None]:
+            return partial(launcher.bind(x, w, y), True)
+
+        def bind_plain(x: Any, w: Any, y: Any) -> Callable[[], None]:
+            return partial(launcher.bind(x, w, y), False)
+
+        chains = [self.chain(bind, rows) for bind in (bind_dependent, bind_plain)]
+        told = {"ragged_error": ragged["error"], "error": worst, "right": right}
+        return {"us": us, "plain": plain, "chain": chains[0], "chain_plain": chains[1], **told}
+
+    def chain(self, bind: Callable[..., Callable[[], Any]], rows: int) -> float:
+        """Microseconds a layer, each linear on the output of the one before."""
+        y = {name: self.torch.zeros(rows, SHAPES[name][0], device="cuda").half() for name in LAYER}
+        y["down"].copy_(self.x[SHAPES["qkv"][1]][:rows])
+        launches, last = [], "down"
+        for layer in range(LAYERS):
+            for name in LAYER:
+                weights = self.weights[name]
+                x = y[last][:, : SHAPES[name][1]]
+                launches.append(bind(x, weights[layer % len(weights)], y[name]))
+                last = name
+        return self.time(launches) * len(LAYER)
+
+    def library(self, kind: str, rows: int) -> dict[str, Any]:
+        torch = self.torch
+        if kind == "triton":
+            sys.path.insert(0, str(Path(__file__).parents[2]))
+            from service.kernels.dense_linear.triton import stream_linear
+
+        us: dict[str, float] = {}
+        for name, (n, k) in SHAPES.items():
+            x = self.x[k][:rows]
+            y = torch.empty(rows, n, device="cuda", dtype=torch.float16)
+            launches: list[Callable[[], Any]] = [
+                partial(stream_linear, x, w, None) if kind == "triton" else partial(torch.mm, x, w.t(), out=y)
+                for w in self.repeated(name)
+            ]
+            us[name] = self.time(launches)
+        if kind == "triton":
+            return {"us": us}
+
+        def bind(x: Any, w: Any, y: Any) -> Callable[[], Any]:
+            return partial(torch.mm, x, w.t(), out=y)
+
+        return {"us": us, "chain": self.chain(bind, rows)}
+
+
+def work(folder: Path) -> None:
+    """Tasks of tasks.json that no line of results.jsonl tells of, in order."""
+    tasks = json.loads((folder / "tasks.json").read_text())
+    results = folder / "results.jsonl"
+    done = {line["task"] for line in read_lines(results)}
+    worker = Worker(folder)
+    with results.open("a") as out:
+        for number, task in enumerate(tasks):
+            if number in done:
+                continue
+            (folder / "now").write_text(str(number))
+            try:
+                line = worker.run(task)
+            except Exception as error:
+                line = {"failed": f"{type(error).__name__}: {error}"[:160]}
+            print(json.dumps({"task": number, **line}), file=out, flush=True)
+            if any(word in line.get("failed", "").lower() for word in FATAL):
+                sys.exit(3)  # the context is lost; the next process goes on
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def supervise(folder: Path, deadline: float) -> None:
+    """Workers until every task has its line or the time is over; a task that took its worker down fails."""
+    num_tasks, results = len(json.loads((folder / "tasks.json").read_text())), folder / "results.jsonl"
+    now = folder / "now"
+    while time.time() < deadline and len(read_lines(results)) < num_tasks:
+        now.write_text("-1")
+        process = subprocess.Popen([sys.executable, __file__, "--work", "--out", str(folder)])
+        last, silent_since, why = "", time.time(), ""
+        while process.poll() is None:
+            time.sleep(0.2)
+            state = now.read_text()
+            if state != last:
+                last, silent_since = state, time.time()
+            patience = SILENT_SECONDS * (3 if state == "-1" else 1)  # imports, weights, references
+            if time.time() > min(deadline, silent_since + patience):
+                why = "hung" if time.time() <= deadline else "out of time"
+                process.kill()
+                process.wait()
+        number = int(now.read_text() or -1)
+        if number < 0:
+            print(f"the worker ended with {process.returncode} before its first task")
+            return
+        if process.returncode and number not in {line["task"] for line in read_lines(results)}:
+            with results.open("a") as out:
+                line = {"task": number, "failed": why or f"ended with {process.returncode}"}
+                print(json.dumps(line), file=out)
+
+
+def report(folder: Path, machine: str) -> None:
+    tasks = json.loads((folder / "tasks.json").read_text())
+    results = [{**tasks[line["task"]], **line} for line in read_lines(folder / "results.jsonl")]
+    for r in results:
+        r["name"] = all_variants()[r["variant"]].label if r["variant"] >= 0 else r["kind"]
+    (folder / "w16_stream.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    if len(results) < len(tasks):
+        print(f"{len(tasks) - len(results)} of {len(tasks)} tasks had no time")
+    for r in results:
+        if "failed" in r or not r.get("right", True):
+            errors = f"error {r.get('error')}, ragged {r.get('ragged_error')}"
+            print(f"WRONG {r['name']} M={r['rows']}: {r.get('failed') or errors}")
+    print(f"{'M':>3} {'qkv':>6} {'o':>6} {'gate_up':>7} {'down':>6} {'layer':>7} {'chain':>7} {'lm_head':>7}"
+          " | without PDL: layer, chain | variant; microseconds")  # fmt: skip
+    fine = [r for r in results if "us" in r and r.get("right", True)]
+    for rows in sorted({r["rows"] for r in fine}):
+        here = [r for r in fine if r["rows"] == rows]
+        for r in sorted(here, key=lambda r: (r["kind"] == "own", r.get("chain", 0.0))):
+            us, plain = r["us"], r.get("plain")
+            layer = sum(us[name] for name in LAYER)
+            told = [f"{rows:3} {us['qkv']:6.1f} {us['o']:6.1f} {us['gate_up']:7.1f} {us['down']:6.1f}"]
+            told += [f"{layer:7.1f} {r.get('chain', float('nan')):7.1f} {us['lm_head']:7.1f} |"]
+            if plain:
+                told.append(f"{sum(plain[name] for name in LAYER):7.1f} {r['chain_plain']:7.1f} |")
+            print(*told, r["name"])
+        own = [r for r in here if r["kind"] == "own"]
+        if own:
+            best = {name: min(own, key=lambda r: r["us"][name]) for name in SHAPES}
+            layer = sum(best[name]["us"][name] for name in LAYER)
+            print(f"{rows:3} best of each shape {layer:.1f}:", "; ".join(f"{n} {r['us'][n]:.1f} {r['name']}" for n, r in best.items()))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--seconds", type=int, default=100, help="of the device, compilation included")
+    parser.add_argument("--work", action="store_true")
+    arguments = parser.parse_args()
+    folder: Path = arguments.out
+    if arguments.work:
+        work(folder)
+        return
+    start = time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.jsonl").unlink(missing_ok=True)
+    tasks = list_tasks([int(rows) for rows in arguments.rows.split(",")])
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    for name, complaint in compile_all(folder, os.cpu_count() or 1).items():
+        print(f"{name}: {complaint}")
+    print(f"compiled in {time.time() - start:.0f} s", flush=True)
+    supervise(folder, start + arguments.seconds)
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
+    machine = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    print(machine, f"{time.time() - start:.0f} s in all")
+    report(folder, machine)
+
+
+if __name__ == "__main__":
+    main()
