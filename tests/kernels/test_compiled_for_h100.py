@@ -19,10 +19,12 @@ from service.kernels.add_rms_norm.triton import add_rms_norm_kernel
 from service.kernels.coded_attention.triton import coded_decode_kernel, coded_prefill_kernel
 from service.kernels.dense_linear.triton import STAGES, TILE_IN, TILE_OUT, stream_kernel
 from service.kernels.fixed_linear.triton import FEW, MANY, fixed_kernel
+from service.kernels.fp8_linear import plan as fp8_plan, triton as fp8
+from service.kernels.int8_linear import plan as int8_plan, triton as int8
 from service.kernels.paged_attention.triton import decode_kernel, prefill_kernel
 from service.kernels.sample_likely.triton import collect_kernel, settle_kernel, weigh_kernel
 
-def ptx(kernel, constants, num_warps, num_stages, codes="*fp16"):
+def ptx(kernel, constants, num_warps, num_stages, codes="*fp16", **more_types):
     types = {"num_rows": "i32", "window": "i32", "max_blocks": "i32", "eps": "fp32", "scale": "fp32"}
     types |= {"softcap": "fp32", "in_features": "i32", "share": "i32", "out_features": "i32"}
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "starts_ptr", "tiles_ptr", "arrived_ptr"), "*i32")
@@ -34,7 +36,7 @@ def ptx(kernel, constants, num_warps, num_stages, codes="*fp16"):
     types |= dict.fromkeys(("temperature_ptr", "highest_ptr", "stretches_ptr", "least_ptr"), "*fp32")
     types |= dict.fromkeys(("edges_ptr", "sums_ptr", "last_edges_ptr", "last_sums_ptr"), "*fp32")
     types |= {"first_sums_ptr": "*fp32"}
-    types |= {"keys_ptr": codes, "values_ptr": codes, "scales_ptr": "*bf16"}
+    types |= {"keys_ptr": codes, "values_ptr": codes, "scales_ptr": "*bf16"} | more_types
     signature = {name: types.get(name, "*fp16") for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     divisible = {
@@ -60,6 +62,14 @@ def fixed(tiles, is_apart):
     kind = {"BIASED": False, "SPLITS": 2, "APART": is_apart, "WHOLE": True}
     return ptx(fixed_kernel, kind | shape, tiles.num_warps, tiles.num_stages)
 
+def few(kernel, plan, constants, codes, parts):
+    tile = plan.tile_for(16, 4096, 4096)
+    kind = {"BIASED": False, "SPLITS": 2, "ROWS": 16, "EVEN": True, "LINE": 128, "PREFETCHED": 1024}
+    shape = {"TILE_OUT": tile.outputs, "TILE_IN": tile.inputs, "IS_DEPENDENT": True}
+    types = {"codes_ptr": codes, "weight_ptr": codes, "row_scales_ptr": "*fp32", "scales_ptr": "*fp32"}
+    types["parts_ptr"] = parts
+    return ptx(kernel, kind | shape | constants, tile.num_warps, tile.num_stages, **types)
+
 norm = {"ADDS": True, "WIDTH": 4096, "COLUMNS": 4096, "ROWS": 1, "IS_DEPENDENT": True}
 rows = {"CHUNKS": 32, "PADDED": 32, "CHUNK": 4096, "IS_DEPENDENT": True}
 print(json.dumps({
@@ -76,6 +86,8 @@ print(json.dumps({
     "stream": ptx(stream_kernel, tiles | {"BIASED": False, "SPLITS": 4, "ROWS": 16}, 4, STAGES),
     "fixed": fixed(FEW, True),
     "fixed_many": fixed(MANY, False),
+    "int8": few(int8.few_rows_kernel, int8_plan, {"LEVELS": 3}, "*i8", "*i32"),
+    "fp8": few(fp8.few_rows_kernel, fp8_plan, {}, "*fp8e4nv", "*fp32"),
     "norm": ptx(add_rms_norm_kernel, norm, 8, 3),
 }))
 """
@@ -104,6 +116,8 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("stream", "wgmma.mma_async"),
         ("fixed", "wgmma.mma_async"),
         ("fixed_many", "wgmma.mma_async"),
+        ("int8", "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8"),
+        ("fp8", "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3"),
     ],
 )
 def test_tensor_cores_and_wide_copies(ptx: dict[str, str], kernel: str, product: str) -> None:
@@ -137,12 +151,22 @@ def test_codes_become_operands_in_registers(ptx: dict[str, str], kernel: str) ->
     assert ("cvt.rn.f16x2.e4m3x2" in text) is (kernel == "coded_decode_fp8")
 
 
+def test_sums_of_fp8_are_waited_for_before_they_are_added(ptx: dict[str, str]) -> None:
+    """Triton's own way to carry them into float32, an option of `dot`, reads them while they are summed."""
+    _, _, behind = ptx["fp8"].rpartition("wgmma.mma_async")
+    assert behind.index("wgmma.wait_group.sync.aligned 0") < behind.index("add.rn.f32")
+
+
+PREFETCHING = ("stream", "int8", "fp8")
+
+
 @pytest.mark.parametrize(
-    "kernel", ["decode", "coded_decode", "prefill", "coded_prefill", "stream", "fixed", "fixed_many", "norm"]
+    "kernel",
+    ["decode", "coded_decode", "prefill", "coded_prefill", "fixed", "fixed_many", "norm", *PREFETCHING],
 )
 def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], kernel: str) -> None:
     wait = ptx[kernel].index("griddepcontrol.wait")
     first = re.search(GLOBAL_ACCESS, ptx[kernel])
     assert first is not None
     assert wait < first.start()
-    assert ("prefetch.global.L2" in ptx[kernel][:wait]) is (kernel == "stream")
+    assert ("prefetch.global.L2" in ptx[kernel][:wait]) is (kernel in PREFETCHING)
