@@ -1,17 +1,18 @@
-"""Before anybody is served: does each kernel compute what the bits that it reads mean?
+"""Before anybody is served: does each kernel compute what its bits mean, and do they mean the checkpoint's?
 
-startup --model--> check_linears, or DeviceError
+startup --model--> check_linears, check_weights, or DeviceError
 
 One layer of each shape and kernel multiplies random rows, as many as decode and prefill have and as many as
 each of its kernels takes, and is compared with its own weights dequantized. That sees a kernel that is wrong
-on this device, driver or compiler. A reader that misunderstands a checkpoint is the affair of the tests: it
-would make the same weights twice.
+on this device, driver or compiler. Weights that were quantized while they loaded are compared with the 16-bit
+ones that they come from. A reader that misunderstands a quantized checkpoint is the affair of the tests.
 """
 
 import torch
 
 from service import device as devices
 from service.errors import DeviceError
+from service.model.checkpoint import TensorSource
 from service.model.instance import GROUPS, ModelInstance
 from service.precision.base import Activation, QuantLinear
 from service.precision.source import part_rows
@@ -20,26 +21,60 @@ ROWS = (1, 8, 16, 64, 257)
 # Relative error (root mean square) of y: 16-bit inputs and sums leave at most 0.6 %, rows of x as int8 1.3 %,
 # as E4M3 2.7 %; a wrong nibble, scale or row is worth 10 % and more.
 BOUNDS: dict[Activation, float] = {"16bit": 0.02, "int8_rows": 0.04, "fp8_rows": 0.08}
+# The same of weights: four bits leave some 10 %, a row or nibble in another's place 140 %.
+SOURCE_BOUNDS = {"fp32": 0.001, "bf16": 0.01, "fp16": 0.01}
+QUANTIZED_BOUND = 0.3
 
 
 @torch.inference_mode()
 def check_linears(model: ModelInstance) -> None:
     """Raises DeviceError that names layer, kernel and error."""
-    checked = set()
+    for linear in kinds(model):
+        check(linear, BOUNDS[model.backend.activation])
+    devices.release_cached(model.device)  # the KV cache takes what is free
+
+
+@torch.inference_mode()
+def check_weights(model: ModelInstance, source: TensorSource) -> None:
+    """As `check_linears`, for a source that was not quantized before."""
+    if source.quantization is not None:
+        return
+    bound = SOURCE_BOUNDS.get(model.backend.name, QUANTIZED_BOUND)
+    for linear in kinds(model):
+        number = least_part(linear)
+        part = linear.group.parts[number]
+        want = source.read(f"{part.path}.weight").to(model.device).float()
+        size = want.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        error = float((linear.dense(number).to(model.device) - want).norm() / size)
+        if not error <= bound:
+            raise DeviceError(
+                f"`{part.path}` was not quantized to what it is on `{linear.group.device}`: its weights are "
+                f"{error:.1%} off their 16-bit source, at most {bound:.1%} is rounding",
+                hint="serve with another `--precision`, and report what `halftone doctor` says",
+            )
+    devices.release_cached(model.device)
+
+
+def kinds(model: ModelInstance) -> list[QuantLinear]:
+    """A layer of each shape and kernel."""
+    found: dict[tuple[str, int, int], QuantLinear] = {}
     for layer in model.layers():
         for name in GROUPS:
             linear: QuantLinear = getattr(layer, name)
-            kind = (linear.kernel, linear.group.in_features, linear.group.out_features)
-            if kind not in checked:
-                checked.add(kind)
-                check(linear, BOUNDS[model.backend.activation])
-    devices.release_cached(model.device)  # the KV cache takes what is free
+            group = linear.group
+            found.setdefault((linear.kernel, group.in_features, group.out_features), linear)
+    return list(found.values())
+
+
+def least_part(linear: QuantLinear) -> int:
+    parts = linear.group.parts
+    return min(range(len(parts)), key=lambda number: parts[number].out_features)
 
 
 def check(linear: QuantLinear, bound: float) -> None:
     """The least part of the layer, behind each number of rows."""
     group = linear.group
-    part = min(range(len(group.parts)), key=lambda number: group.parts[number].out_features)
+    part = least_part(linear)
     columns = part_rows(group, part)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(ROWS), group.in_features, generator=generator).to(group.device, group.dtype)

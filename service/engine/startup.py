@@ -17,7 +17,7 @@ from service.engine.graphs import batch_sizes
 from service.engine.independence import check_independence
 from service.engine.kernels_ahead import KernelsAhead, shapes_of
 from service.engine.link import Throttle
-from service.engine.self_check import check_linears
+from service.engine.self_check import check_linears, check_weights
 from service.engine.shortage import MIB, told_shortage, weight_bytes
 from service.engine.warm_up import warm_up
 from service.errors import DeviceError, PrecisionError, SettingError
@@ -102,6 +102,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     stages("check", 0, 1, "kernels")
     with told_shortage(device, "a check of the kernels"):
         check_linears(model)
+        check_weights(model, source)
     for layer, kernel in model.kernels().items():
         logger.info("`%s` is served by %s", layer, kernel)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.is_capturable

@@ -7,10 +7,11 @@ import torch
 from tiny_models import make_checkpoint
 from torch import Tensor
 
-from service.engine.self_check import check, check_linears
+from service.engine.self_check import check, check_linears, check_weights
 from service.engine.startup import start
 from service.errors import DeviceError
 from service.messages import EngineConfig
+from service.model.checkpoint import Checkpoint
 from service.model.instance import ModelInstance
 from service.precision import load_backend
 from service.precision.base import LinearGroup, LinearSpec
@@ -40,6 +41,19 @@ def test_whoever_is_wrong_is_named(folder: Path, precision: str) -> None:
         check_linears(model)
     assert linear.kernel in error.value.message
     assert "down_proj" in error.value.message
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_that_are_not_their_source_s_are_named(folder: Path, precision: str) -> None:
+    """A kernel would multiply with them as it should."""
+    model, source = ModelInstance.load(folder, load_backend(precision), CPU), Checkpoint(folder)
+    check_weights(model, source)
+    for layer in model.layers():
+        right = layer.down_proj.dense
+        layer.down_proj.dense = lambda part, right=right: right(part).roll(1, 0)  # type: ignore[misc, method-assign]
+    with pytest.raises(DeviceError, match=r"down_proj.* off their 16-bit source") as error:
+        check_weights(model, source)
     assert error.value.hint
 
 
