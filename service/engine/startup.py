@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from service import device as devices
+from service.engine.cache_check import check_coded_cache
 from service.engine.engine import Engine, Limits
 from service.engine.graphs import batch_sizes
 from service.engine.independence import check_independence
@@ -103,6 +104,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     with told_shortage(device, "a check of the kernels"):
         check_linears(model)
         check_weights(model, source)
+        check_coded_cache(model)
     for layer, kernel in model.kernels().items():
         logger.info("`%s` is served by %s", layer, kernel)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.is_capturable
