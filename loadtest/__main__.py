@@ -34,9 +34,11 @@ class Parser(argparse.ArgumentParser):
         raise LoadTestError(message, hint=f"see `{self.prog} --help`")
 
 
-def make_parser(program: str) -> Parser:
+def make_parser(program: str, more: str = "") -> Parser:
+    """`more` ends the help."""
     parser = Parser(
         prog=program,
+        epilog=more,
         description="Drive an OpenAI-compatible server with streamed completions of a fixed length, and "
         "report tokens/s, TTFT, ITL, TPOT and E2E.",
         allow_abbrev=False,
@@ -174,11 +176,11 @@ def parse_options(flags: argparse.Namespace) -> Options:
     )
 
 
-def main(arguments: Sequence[str] | None = None, program: str = "python -m loadtest") -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m loadtest", more: str = "") -> int:
     """-> exit status: 0, 2 where nothing could be measured, 3 where some requests failed (1 is a crash)."""
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        flags = make_parser(program).parse_args(arguments)
+        flags = make_parser(program, more).parse_args(arguments)
         result = asyncio.run(measure(parse_options(flags), lambda line: progress.print(line, markup=False)))
         if flags.json:
             write(flags.json, result)

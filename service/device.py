@@ -7,7 +7,9 @@ import os
 import platform
 import re
 import resource
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +25,10 @@ from service.cores import physical_cores
 from service.errors import DeviceError
 
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+UNKNOWN_CACHE_BYTES = 64 << 20
+TIMING_WARMUPS = 3
+CPU_TIMING_S = 1.0  # of one figure
 # CUDA version of torch -> oldest driver that runs it (NVIDIA's CUDA compatibility table, Linux)
 OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580.65"}
 
@@ -197,7 +203,54 @@ class GraphPool:
         return Captured(graph, result)
 
 
+# --- timing ------------------------------------------------------------------------------------
+
+
+def median_s(
+    device: torch.device, run: Callable[[], Tensor], repeats: int, *, is_capturable: bool = True
+) -> float:
+    """Seconds of `run`, the median of `repeats` by the device's own clock; on a GPU as one CUDA graph, where
+    that can be. A CPU that is slow at it ends after CPU_TIMING_S."""
+    run()
+    times: list[float] = []
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        while len(times) < repeats and (len(times) < 3 or time.perf_counter() - begun < CPU_TIMING_S):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    go = GraphPool().capture(run, is_known=True).replay if is_capturable else run
+    for _ in range(TIMING_WARMUPS):
+        go()
+    for _ in range(repeats):
+        started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        started.record()
+        go()
+        ended.record()
+        ended.synchronize()
+        times.append(started.elapsed_time(ended) * 1e-3)
+    return statistics.median(times)
+
+
 # --- memory ------------------------------------------------------------------------------------
+
+
+def last_cache_bytes(device: torch.device) -> int:
+    """Of the largest cache before memory; where a system does not tell, what large ones have."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    found = [_cache_bytes(path) for path in CPU_CACHES.glob("index*/size")]
+    return max(found, default=0) or UNKNOWN_CACHE_BYTES
+
+
+def _cache_bytes(path: Path) -> int:
+    """A size such as `32768K`, 0 where it is none."""
+    try:
+        found = re.fullmatch(r"(\d+)([KM])\s*", path.read_text())
+    except OSError:
+        return 0
+    return int(found[1]) << {"K": 10, "M": 20}[found[2]] if found else 0
 
 
 def memory_total_bytes(device: torch.device) -> int:

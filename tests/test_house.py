@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "quality": BELOW | {"device", "kernels", "model", "precision"},
     "quantize": BELOW | {"device", "kernels", "model", "precision", "quality"},
     "engine": BELOW | {"device", "kernels", "model", "precision", "quality", "quantize", "logs"},
+    "kernel_bench": BELOW | {"device", "kernels", "model", "precision", "quantize"},
     "front": BELOW | {"metrics"},
     "api": BELOW | {"front", "metrics"},
     "compare": BELOW | {"front", "metrics", "precision", "quality"},

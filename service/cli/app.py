@@ -33,6 +33,7 @@ HTTP_SETTINGS = (
     *("host", "port", "metrics_port", "api_key", "served_model_name", "chat_template"),
     *("max_queue_requests", "max_body_bytes", "max_n", "max_prompts", "drain_timeout_s"),
 )
+MORE = "`halftone bench --kernels --help`: microseconds of the linears of a layer on this machine instead."
 DRAWN = ("load_format", "load_seed", "random_outliers", "tokenizer")
 
 
@@ -139,12 +140,20 @@ def doctor(**settings: Any) -> None:
 @app.command(
     add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
-def bench(context: typer.Context) -> None:
-    """Measure a running server under load. It may be any with OpenAI's API; `halftone bench --help`."""
+def bench(
+    context: typer.Context,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Time kernels instead; no server.")] = False,
+) -> None:
+    """Measure a running server under load, any with OpenAI's API; with --kernels, a layer's linears here."""
+    if kernels:
+        from service.cli.kernels import app as measure_kernels
+
+        measure_kernels(context.args, prog_name="halftone bench --kernels", standalone_mode=False)
+        return
     from loadtest.__main__ import main
 
     # its flags are its own: it knows the API, and nothing of this server
-    raise typer.Exit(main(context.args, "halftone bench"))
+    raise typer.Exit(main(context.args, "halftone bench", MORE))
 
 
 @app.command(hidden=True)

@@ -33,6 +33,7 @@ NAMES = {
     "warm": "Warming up",
     "capture": "Capturing graphs",
     "evaluate": "Evaluating",
+    "time": "Timing kernels",
 }
 
 
