@@ -20,10 +20,13 @@ from nf4_int8 import ROTATED_BYTES, SHAPES, time_rotating
 from torch import Tensor
 
 from service.engine.kernels_ahead import compile_all
+from service.kernels.add_rms_norm.triton import add_rms_norm
 from service.kernels.fp8_linear import triton as fp8
+from service.kernels.gated_silu.triton import gated_silu
 from service.kernels.int8_linear import triton as int8
 from service.kernels.int8_linear.plan import FEW_ROWS
-from service.kernels.int8_rows import OutlierRule
+from service.kernels.int8_rows import ALL_LIVE, OutlierRule
+from service.kernels.int8_rows import triton as rows
 
 ROWS = (1, 4, 16, 32, 64, 256, 1024)
 NUM_COLUMNS, THRESHOLD = 32, 6.0
@@ -68,8 +71,25 @@ def kinds(num_rows: int, n: int, k: int, device: str, copies: int) -> dict[str, 
     return found
 
 
+def rows_made(num_rows: int, device: str) -> dict[str, Callable[[], Any]]:
+    """The norm and the gate with the codes of what they make: apart, as other precisions have them, and in one."""
+    half = {"device": device, "dtype": torch.float16}
+    hidden, delta = (torch.randn(num_rows, 4096, **half) for _ in range(2))
+    gate_up, gain = torch.randn(num_rows, 2 * 14336, **half) * 3, torch.rand(4096, **half)
+    rule = OutlierRule(THRESHOLD, True, torch.zeros(2, dtype=torch.int64, device=device))
+    lists = {"lists_columns": num_rows > FEW_ROWS}
+    return {
+        "norm, codes": lambda: rows.quantize_rows(add_rms_norm(hidden, delta, gain, 1e-5)[1], rule, **lists),
+        "in one": lambda: rows.quantize_normed(hidden, delta, gain, 1e-5, rule, ALL_LIVE, **lists),
+        "gate, codes": lambda: rows.quantize_rows(gated_silu(gate_up), rule, **lists),
+        "in one ": lambda: rows.quantize_gated(gate_up, rule, ALL_LIVE, **lists),
+    }
+
+
 def walk() -> None:
     for num_rows in ROWS:
+        for make in rows_made(num_rows, "meta").values():
+            make()
         for n, k in SHAPES.values():
             for quantize, multiply in kinds(num_rows, n, k, "meta", 1).values():
                 quantize[0]()
@@ -100,6 +120,12 @@ def main() -> None:
             told = f"({predicted[num_rows][0]}, {sum(predicted[num_rows])})" if num_rows in predicted else ""
             total = f"{sum(quantize_us):.1f}, {sum(both_us):.1f}"
             print(f"{num_rows:5d}  {kind:13s}  {parts[0]}  |  {parts[1]}  =  {total}  {told}")
+    for num_rows in ROWS:
+        made = {
+            name: time_rotating([make] * 8, repeats=10)[0]
+            for name, make in rows_made(num_rows, "cuda").items()
+        }
+        print(f"{num_rows:5d}  " + "   ".join(f"{name.strip()} {us:.1f}" for name, us in made.items()))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1))
 

@@ -230,9 +230,7 @@ class Steps:
             write_rows(fields, rows, token_ids, self.shapes.max_requests)
 
     def layers(self, num_tokens: int, plan: Any) -> None:
-        from service.kernels.add_rms_norm.triton import add_rms_norm
         from service.kernels.coded_attention.triton import coded_attention
-        from service.kernels.gated_silu.triton import gated_silu
         from service.kernels.paged_attention.triton import paged_attention
         from service.kernels.rotary_kv.triton import rotary_kv
 
@@ -241,10 +239,10 @@ class Steps:
         numbers = empty(num_tokens, dtype=torch.int64)  # positions, slots
         delta: Tensor | None = None
         for is_rotary in self.rotary:
-            hidden, x = add_rms_norm(hidden, delta, self.norm, config.norm_eps)
+            hidden, qkv = self.normed("qkv_proj", hidden, delta)
             table = self.table if is_rotary else None
             q = rotary_kv(
-                self.linear("qkv_proj", x), table, table, numbers, numbers, self.head_norm, self.head_norm,
+                qkv, table, table, numbers, numbers, self.head_norm, self.head_norm,
                 config.norm_eps, self.keys, self.values, self.scales,
             )  # fmt: skip
             caches, scale = (self.keys, self.values), config.attention_scale
@@ -253,8 +251,36 @@ class Steps:
             else:
                 attended = coded_attention(q, *caches, self.scales, plan, scale)
             x = self.linear("o_proj", attended.view(num_tokens, -1))
-            hidden, x = add_rms_norm(hidden, x, self.norm, config.norm_eps)
-            delta = self.linear("down_proj", gated_silu(self.linear("gate_up_proj", x)))
+            hidden, gate_up = self.normed("gate_up_proj", hidden, x)
+            delta = self.gated("down_proj", gate_up)
+        self.norm_alone(hidden, delta)
+
+    def norm_alone(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        from service.kernels.add_rms_norm.triton import add_rms_norm
+
+        return add_rms_norm(hidden, delta, self.norm, self.shapes.config.norm_eps)
+
+    def normed(self, name: str, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.makes_rows(name):
+            from service.kernels.int8_linear.triton import normed_linear
+
+            eps = self.shapes.config.norm_eps
+            return normed_linear(hidden, delta, self.norm, eps, *self.int8(name, len(hidden)))
+        hidden, x = self.norm_alone(hidden, delta)
+        return hidden, self.linear(name, x)
+
+    def gated(self, name: str, gate_up: Tensor) -> Tensor:
+        if self.makes_rows(name):
+            from service.kernels.int8_linear.triton import gated_linear
+
+            return gated_linear(gate_up, *self.int8(name, len(gate_up)))
+        from service.kernels.gated_silu.triton import gated_silu
+
+        return self.linear(name, gated_silu(gate_up))
+
+    def makes_rows(self, name: str) -> bool:
+        int8 = self.shapes.int8
+        return int8 is not None and int8.by_row and name not in int8.skipped
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         parts = layer_groups(self.shapes.config, 0)[name]
@@ -267,7 +293,9 @@ class Steps:
         if self.shapes.linears == "fp8":
             return self.fp8(x, out_features, is_biased=is_biased)
         if self.shapes.int8 and name not in self.shapes.int8.skipped:
-            return self.int8(x, out_features, self.shapes.int8, is_biased=is_biased)
+            from service.kernels.int8_linear.triton import int8_linear
+
+            return int8_linear(x, *self.int8(name, len(x)))
         if self.shapes.int8:
             return self.dense(x, out_features, is_biased=is_biased)
         return self.activations(len(x), out_features)
@@ -310,13 +338,16 @@ class Steps:
         bias = self.activations(out_features) if is_biased else None
         return few_rows(x, rows, row_scales, codes, scales, bias)
 
-    def int8(self, x: Tensor, out_features: int, kind: Int8Kind, *, is_biased: bool) -> Tensor:
-        from service.kernels.int8_linear.triton import int8_linear
-
-        counts, slots = empty(2, dtype=torch.int64), empty(len(x), dtype=torch.int64)
-        return int8_linear(
-            x,
-            empty(out_features, x.shape[1], dtype=torch.int8),
+    def int8(self, name: str, num_rows: int) -> tuple[Tensor, Tensor, Tensor | None, OutlierRule, Live]:
+        """What int8's linears take beside x."""
+        kind = self.shapes.int8
+        assert kind is not None
+        parts = layer_groups(self.shapes.config, 0)[name]
+        out_features = sum(part.out_features for part in parts)
+        is_biased = any(part.bias for part in parts)
+        counts, slots = empty(2, dtype=torch.int64), empty(num_rows, dtype=torch.int64)
+        return (
+            empty(out_features, parts[0].in_features, dtype=torch.int8),
             empty(out_features, dtype=torch.float32),
             self.activations(out_features) if is_biased else None,
             OutlierRule(kind.threshold, kind.by_row, counts),

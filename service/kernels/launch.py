@@ -64,7 +64,7 @@ def launch(
     grid: tuple[int, ...],
     tensors: Sequence[Tensor],
     numbers: Sequence[float],
-    constants: tuple[int, ...],
+    constants: tuple[int | str, ...],
     *,
     num_warps: int = 4,
     num_stages: int = 3,

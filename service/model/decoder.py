@@ -105,8 +105,8 @@ class DecoderLayer(nn.Module):
             group = LinearGroup(name, parts, device, dtype, deterministic, live)
             self.add_module(name, backend.build(group, read))
         # called as functions: a module's own call, and finding it, take as long as a row's kernel
-        self._qkv, self._o = self.qkv_proj.forward, self.o_proj.forward
-        self._gate_up, self._down = self.gate_up_proj.forward, self.down_proj.forward
+        self._qkv, self._o = self.qkv_proj.normed, self.o_proj.forward
+        self._gate_up, self._down = self.gate_up_proj.normed, self.down_proj.gated
 
     def forward(
         self,
@@ -118,22 +118,22 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`wanted`: int64 [R], the rows that somebody reads, where nobody reads the others; R rows go on."""
         eps = self.config.norm_eps
-        hidden, x = add_rms_norm(hidden, delta, self.input_norm, eps)
         if observe:
-            self._show(observe, "qkv_proj", x)
-        x = self._attend(self._qkv(x), step)
+            self._show(observe, "qkv_proj", add_rms_norm(hidden, delta, self.input_norm, eps)[1])
+        hidden, x = self._qkv(hidden, delta, self.input_norm, eps)
+        x = self._attend(x, step)
         if wanted is not None:
             hidden, x = hidden.index_select(0, wanted), x.index_select(0, wanted)
             if not len(wanted):
                 return hidden, None
         if observe:
             self._show(observe, "o_proj", x)
-        hidden, x = add_rms_norm(hidden, self._o(x), self.post_attention_norm, eps)
+        delta = self._o(x)
         if observe:
-            self._show(observe, "gate_up_proj", x)
-        x = gated_silu(self._gate_up(x), self.deterministic)
+            self._show(observe, "gate_up_proj", add_rms_norm(hidden, delta, self.post_attention_norm, eps)[1])
+        hidden, x = self._gate_up(hidden, delta, self.post_attention_norm, eps)
         if observe:
-            self._show(observe, "down_proj", x)
+            self._show(observe, "down_proj", gated_silu(x, self.deterministic))
         return hidden, self._down(x)
 
     def _attend(self, qkv: Tensor, step: Step) -> Tensor:

@@ -145,12 +145,14 @@ class ModelInstance:
         codes = is_coded(self.kv_dtype)
         attention = coded_attention_kernel if codes else attention_kernel
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
+        makes_rows = first.qkv_proj.makes_rows and first.down_proj.makes_rows
+        made = "triton.int8_rows" if makes_rows and self.device.type == "cuda" else ""
         return names | {
             "lm_head": self.decoder.head.kernel,
             "attention": attention(self.dtype, self.device, head_dim, group, self.decoder.deterministic),
-            "add_rms_norm": add_rms_norm_kernel(self.dtype, self.device),
+            "add_rms_norm": made or add_rms_norm_kernel(self.dtype, self.device),
             "rotary_kv": rotary_kv_kernel(self.dtype, self.device, head_dim, codes),
-            "gated_silu": gated_silu_kernel(self.dtype, self.device),
+            "gated_silu": made or gated_silu_kernel(self.dtype, self.device),
         }
 
     def outlier_counts(self) -> dict[str, Tensor]:

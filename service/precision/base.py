@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from service.kernels.add_rms_norm import add_rms_norm
+from service.kernels.gated_silu import gated_silu
 from service.kernels.int8_rows import Live
 from service.precision.spec import Options, PrecisionSpec
 
@@ -61,11 +63,22 @@ class QuantLinear(nn.Module, ABC):
     chosen_by_rows: bool = False  # a library has many kernels for it, and picks one by the number of rows
     row_invariant: bool = False  # a row's result, bit for bit, does not depend on the others of its call
 
+    makes_rows: bool = False  # on CUDA its own kernels compute the norm or the gate before it too
     outlier_counts: Tensor | None = None  # int64 [2]: numbers multiplied in 16 bits so far, and all
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, in_features] -> [tokens, out_features of all parts, in order]; bias included."""
+
+    def normed(self, hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """kernels/add_rms_norm's sum [tokens, in_features], and `forward` of its norm: in one where that is
+        faster."""
+        total, x = add_rms_norm(hidden, delta, gain, eps)
+        return total, self.forward(x)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """`forward` of kernels/gated_silu of [tokens, 2 in_features]."""
+        return self.forward(gated_silu(gate_up, self.group.deterministic))
 
     @abstractmethod
     def dense(self, part: int) -> Tensor:

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from service.errors import PrecisionError
-from service.kernels.int8_linear import int8_linear, native
+from service.kernels.int8_linear import gated_linear, int8_linear, native, normed_linear
 from service.kernels.int8_linear.plan import KERNEL_ROWS
 from service.kernels.int8_rows import OutlierRule
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
@@ -111,6 +111,7 @@ class Int8Linear(QuantLinear):
         counts = torch.zeros(2, dtype=torch.int64, device=group.device)
         if group.device.type == "cuda" and is_ours:
             self.outlier_counts = counts
+        self.makes_rows = self.by_row and is_ours
         self.rule = OutlierRule(native.in_float16(options.threshold), self.by_row, counts)
         told = self.codes, scales, bias, options.threshold
         self.bound = native.linear(*told, self.by_row) if self.is_native else None
@@ -121,6 +122,17 @@ class Int8Linear(QuantLinear):
         if self.is_bitsandbytes:
             return self.by_bitsandbytes(x)
         return int8_linear(x, self.codes, self.scales, self.bias, self.rule, self.group.live)
+
+    def normed(self, hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if not (self.makes_rows and hidden.is_cuda):
+            return super().normed(hidden, delta, gain, eps)
+        told = self.codes, self.scales, self.bias, self.rule, self.group.live
+        return normed_linear(hidden, delta, gain, eps, *told)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        if not (self.makes_rows and gate_up.is_cuda):
+            return super().gated(gate_up)
+        return gated_linear(gate_up, self.codes, self.scales, self.bias, self.rule, self.group.live)
 
     def by_bitsandbytes(self, x: Tensor) -> Tensor:
         # its CUDA kernel reads fp16 only; the CPU follows so that codes agree between the two

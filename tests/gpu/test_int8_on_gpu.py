@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.kernels.int8_linear import int8_linear, reference
+from service.kernels.add_rms_norm import add_rms_norm
+from service.kernels.gated_silu import gated_silu
+from service.kernels.int8_linear import gated_linear, int8_linear, normed_linear, reference
 from service.kernels.int8_linear.plan import FEW_ROWS
 from service.kernels.int8_rows import ALL_LIVE, Live, OutlierRule
 from service.precision.bitsandbytes_import import bitsandbytes
@@ -120,6 +122,41 @@ def test_a_row_is_the_same_in_any_company(out_features: int, in_features: int) -
     for first, count in ((0, 1), (7, 4), (100, 16), (200, 33), (0, FEW_ROWS), (500, 65), (768, 257)):
         some = int8_linear(x[first : first + count].clone(), codes, scales, None, rule())
         assert torch.equal(some, together[first : first + count]), (first, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 16, 64, 65, 257])
+def test_rows_coded_as_they_are_made(num_rows: int, dtype: torch.dtype) -> None:
+    """The gate's bit for bit as from its own kernel; the norm's but for the order of a sum of squares."""
+    gate_up = torch.randn(num_rows, 2 * 14336, device=CUDA).to(dtype) * 4
+    codes, scales = weight_of(4096, 14336)
+    told, alone = rule(), rule()
+    y = gated_linear(gate_up, codes, scales, None, told, ALL_LIVE)
+    assert torch.equal(y, int8_linear(gated_silu(gate_up), codes, scales, None, alone))
+    assert torch.equal(told.counts, alone.counts)
+    assert alone.counts[0] > 0
+    hidden, delta = torch.randn(2, num_rows, 4096, device=CUDA).to(dtype)
+    gain = torch.rand(4096, device=CUDA).to(dtype) + 0.5
+    gain[::500] = 9
+    codes, scales = weight_of(6144, 4096)
+    for given in (delta, None):
+        want_total, x = add_rms_norm(hidden, given, gain, 1e-5)
+        told, alone = rule(), rule()
+        total, y = normed_linear(hidden, given, gain, 1e-5, codes, scales, None, told, ALL_LIVE)
+        assert torch.equal(total, want_total)
+        assert relative_rms(y, int8_linear(x, codes, scales, None, alone).double()) < 3e-3
+        some = normed_linear(
+            hidden[:1],
+            None if given is None else given[:1],
+            gain,
+            1e-5,
+            codes,
+            scales,
+            None,
+            rule(),
+            ALL_LIVE,
+        )
+        assert torch.equal(some[1], y[:1]), "in any company"
 
 
 @pytest.mark.parametrize("num_rows", [5, 64, 200])

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.kernels.add_rms_norm.reference import add_rms_norm
+from service.kernels.gated_silu.reference import gated_silu
 from service.kernels.int8_linear import reference
 from service.kernels.int8_linear.plan import FEW_ROWS, Tile, block_for, splits_of, tile_for
 from service.kernels.int8_rows import Live, OutlierRule
 from service.precision.bitsandbytes_import import bitsandbytes
 from tests.kernels.interpreter import interpreted
+from tests.kernels.test_paged_attention import relative_rms
 
 THRESHOLD = 6.0
 DTYPES = (torch.float16, torch.bfloat16)
@@ -114,7 +117,7 @@ def test_few_rows_and_many_agree_bit_for_bit(kernels: ModuleType) -> None:
         assert torch.equal(kernels.int8_linear(some, codes, scales, bias, rule()), together[first:last])
     few = kernels.quantize_rows(x[:3].contiguous(), rule())
     for splits in (1, 2, 4):
-        y = kernels.few_rows(x[:3], few, codes, scales, bias, Tile(64, 64, 4, 2), splits)
+        y = kernels.few_rows(few, codes, scales, bias, Tile(64, 64, 4, 2), splits)
         assert torch.equal(y, together[:3])
 
 
@@ -148,6 +151,49 @@ def test_a_broken_row_shows_and_spares_the_others(
     assert not torch.isfinite(y[1]).any()
     spared = torch.arange(num_rows) != 1
     assert torch.equal(y[spared], want[spared])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [3, 66])
+def test_a_gate_coded_as_it_is_made(kernels: ModuleType, num_rows: int, dtype: torch.dtype) -> None:
+    """As from the gate alone, of which here and there a last bit is torch's own."""
+    codes, scales, bias = weight_of(70, 200, dtype)
+    gate_up = rows_with_outliers(num_rows, 400, dtype)
+    x = gated_silu(gate_up)
+    slots = torch.arange(num_rows) + 16
+    slots[0] = 3
+    told, alone = rule(), rule()
+    y = kernels.gated_linear(gate_up, codes, scales, bias, told, Live(slots, 16))
+    want = kernels.int8_linear(x, codes, scales, bias, alone, Live(slots, 16))
+    assert relative_rms(y[1:], want[1:].float()) < 1e-3
+    assert told.counts.tolist() == alone.counts.tolist()
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "dtype"), [(3, 2100, torch.float16), (66, 200, torch.bfloat16)]
+)
+def test_a_norm_coded_as_it_is_made(
+    kernels: ModuleType, num_rows: int, width: int, dtype: torch.dtype, adds: bool
+) -> None:
+    codes, scales, bias = weight_of(70, width, dtype)
+    hidden, delta = rows_with_outliers(2 * num_rows, width, dtype).split(num_rows)
+    gain = torch.rand(width, generator=torch.Generator().manual_seed(1)).to(dtype) + 0.5
+    gain[7] = 9
+    given = delta if adds else None
+    want_total, x = add_rms_norm(hidden, given, gain, 1e-5)
+    told, alone = rule(), rule()
+    total, y = kernels.normed_linear(hidden, given, gain, 1e-5, codes, scales, bias, told, Live())
+    assert torch.equal(total, want_total)
+    want = kernels.int8_linear(x, codes, scales, bias, alone)
+    assert relative_rms(y, want.float()) < 2e-3
+    assert abs(int(told.counts[0] - alone.counts[0])) <= 1
+    assert alone.counts[0] > num_rows / 2
+    few = slice(0, 2)
+    some = kernels.normed_linear(
+        hidden[few], None if given is None else given[few], gain, 1e-5, codes, scales, bias, rule(), Live()
+    )
+    assert torch.equal(some[1], y[few]), "in any company"
 
 
 def test_beyond_float16(kernels: ModuleType) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from service.kernels.int8_linear import reference
 from service.kernels.int8_rows import ALL_LIVE, Live, OutlierRule
 
-__all__ = ["int8_linear"]
+__all__ = ["gated_linear", "int8_linear", "normed_linear"]
 
 if torch.cuda.is_available():
     from service.kernels.int8_linear import triton as cuda
@@ -32,3 +32,25 @@ def int8_linear(
         return cuda.int8_linear(x, codes, scales, bias, rule, live)
     assert rule.by_row
     return reference.linear(x, codes, scales, bias, rule.threshold)
+
+
+def gated_linear(
+    gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, rule: OutlierRule, live: Live
+) -> Tensor:
+    """On CUDA, outliers by row: `int8_linear` of kernels/gated_silu of gate_up [T, 2 in]."""
+    return cuda.gated_linear(gate_up, codes, scales, bias, rule, live)
+
+
+def normed_linear(
+    hidden: Tensor,
+    delta: Tensor | None,
+    gain: Tensor,
+    eps: float,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rule: OutlierRule,
+    live: Live,
+) -> tuple[Tensor, Tensor]:
+    """On CUDA, outliers by row: hidden + delta, and `int8_linear` of its norm, as kernels/add_rms_norm."""
+    return cuda.normed_linear(hidden, delta, gain, eps, codes, scales, bias, rule, live)

@@ -25,6 +25,8 @@ from service.kernels.int8_rows.triton import (
     Rows,
     in_float16,
     outlier_codes,
+    quantize_gated,
+    quantize_normed,
     quantize_rows,
 )
 from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
@@ -244,16 +246,43 @@ def int8_linear(
     live: Live = ALL_LIVE,
 ) -> Tensor:
     """See the package."""
-    x = x.contiguous()
-    num_rows = len(x)
-    rows = quantize_rows(x, rule, live, lists_columns=num_rows > FEW_ROWS)
-    if num_rows > FEW_ROWS:
-        return many_rows(x, rows, codes, scales, bias, rule)
-    return few_rows(x, rows, codes, scales, bias)
+    rows = quantize_rows(x, rule, live, lists_columns=len(x) > FEW_ROWS)
+    return multiply(rows, codes, scales, bias, rule)
+
+
+def gated_linear(
+    gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, rule: OutlierRule, live: Live
+) -> Tensor:
+    """`int8_linear` of kernels/gated_silu of gate_up [T, 2 in], outliers by row."""
+    rows = quantize_gated(gate_up, rule, live, lists_columns=len(gate_up) > FEW_ROWS)
+    return multiply(rows, codes, scales, bias, rule)
+
+
+def normed_linear(
+    hidden: Tensor,
+    delta: Tensor | None,
+    gain: Tensor,
+    eps: float,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rule: OutlierRule,
+    live: Live,
+) -> tuple[Tensor, Tensor]:
+    """hidden + delta, and `int8_linear` of its norm as kernels/add_rms_norm, outliers by row."""
+    lists_columns = len(hidden) > FEW_ROWS
+    total, rows = quantize_normed(hidden, delta, gain, eps, rule, live, lists_columns=lists_columns)
+    return total, multiply(rows, codes, scales, bias, rule)
+
+
+def multiply(rows: Rows, codes: Tensor, scales: Tensor, bias: Tensor | None, rule: OutlierRule) -> Tensor:
+    """Rows with columns if they are more than FEW_ROWS."""
+    if rows.codes.shape[1] > FEW_ROWS:
+        return many_rows(rows, codes, scales, bias, rule)
+    return few_rows(rows, codes, scales, bias)
 
 
 def few_rows(
-    x: Tensor,
     rows: Rows,
     codes: Tensor,
     scales: Tensor,
@@ -268,7 +297,7 @@ def few_rows(
     splits = splits or splits_of(in_features, out_features, tile)
     share = cdiv(cdiv(in_features, splits), tile.inputs) * tile.inputs
     splits = cdiv(in_features, share)
-    out = x.new_empty(num_rows, out_features)
+    out = codes.new_empty(num_rows, out_features, dtype=rows.dtype)
     parts = (
         out
         if splits == 1
@@ -286,7 +315,7 @@ def few_rows(
             scales if bias is None else bias,
             out,
             parts,
-            arrivals(x.device),
+            arrivals(codes.device),
         ),
         (num_rows, in_features, share, out_features),
         (
@@ -308,7 +337,6 @@ def few_rows(
 
 
 def many_rows(
-    x: Tensor,
     rows: Rows,
     codes: Tensor,
     scales: Tensor,
@@ -320,14 +348,14 @@ def many_rows(
     _, num_rows, in_features = rows.codes.shape
     out_features = len(codes)
     block = block or block_for(num_rows, in_features, out_features)
-    out = x.new_empty(num_rows, out_features)
+    out = codes.new_empty(num_rows, out_features, dtype=rows.dtype)
     columns = rows.scales if rows.columns is None else rows.columns
     num_columns = rows.scales if rows.num_columns is None else rows.num_columns
     launch(
         many_rows_kernel,
         (cdiv(num_rows, block.rows) * cdiv(out_features, block.outputs),),
         (
-            x,
+            rows.codes if rows.x is None else rows.x,
             rows.codes,
             rows.scales,
             columns,

@@ -28,14 +28,14 @@ STEP, COARSE_STEP, FINE_STEP, LARGEST_OUTLIER = range(NUM_SCALES)
 class Rows:
     """What x [T, in] has become."""
 
-    codes: (
-        Tensor  # int8 [levels, T, in]: below the threshold; with three levels also coarse and fine outliers
-    )
+    # int8 [levels, T, in]: what is below the threshold; with three levels also outliers, coarse and fine
+    codes: Tensor
     scales: Tensor  # float32 [NUM_SCALES, T]: what a code of each level counts, and the row's largest outlier
-    columns: Tensor | None = (
-        None  # int32 [in]: which have an outlier in any row, in any order; None: not asked
-    )
-    num_columns: Tensor | None = None  # int32 [1], how many they are
+    dtype: torch.dtype  # of x
+    # where columns were asked for: x [T, in]; int32 [in], those with an outlier in any order; int32 [1]
+    x: Tensor | None = None
+    columns: Tensor | None = None
+    num_columns: Tensor | None = None
 
 
 @triton.jit
@@ -73,12 +73,56 @@ def in_float16(x):  # type: ignore[no-untyped-def]
     return x.to(tl.float32).to(tl.float16).to(tl.float32)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def summed(x_ptr, delta_ptr, at, inside, ADDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The residual stream's numbers, as kernels/add_rms_norm rounds them."""
+    total = tl.load(x_ptr + at, mask=inside, other=0.0)
+    if ADDS:
+        delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+        total = (total.to(tl.float32) + delta.to(tl.float32)).to(total.dtype)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def numbers_of(  # type: ignore[no-untyped-def]
+    x_ptr,
+    delta_ptr,
+    gain_ptr,
+    row,
+    columns,
+    live,
+    scale,  # of the norm
+    SOURCE: tl.constexpr,
+    ADDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """x in these columns, in its 16 bits: read, or made as kernels/gated_silu and add_rms_norm make it."""
+    inside = columns < WIDTH
+    if SOURCE == "gate_up":
+        at = x_ptr + row * (2 * WIDTH) + columns
+        gate = tl.load(at, mask=inside, other=0.0)
+        up = tl.load(at + WIDTH, mask=inside, other=0.0).to(tl.float32)
+        wide = gate.to(tl.float32)
+        x = (wide / (1 + tl.exp(-wide)) * up).to(gate.dtype)
+    elif SOURCE == "hidden":
+        total = summed(x_ptr, delta_ptr, row * WIDTH + columns, inside, ADDS)
+        gain = tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        x = ((total.to(tl.float32) * scale).to(total.dtype).to(tl.float32) * gain).to(total.dtype)
+    else:
+        x = tl.load(x_ptr + row * WIDTH + columns, mask=inside, other=0.0)
+    return tl.where(live, x, 0.0).to(x.dtype)
+
+
 # slots may begin anywhere in what a step uploads
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=["num_rows", "slot_stride", "first_slot"], do_not_specialize_on_alignment=["slots_ptr"]
 )
 def quantize_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # [num_rows, WIDTH]
+    x_ptr,  # [num_rows, WIDTH], or twice as wide: gate and up
+    delta_ptr,  # [num_rows, WIDTH], what ADDS to x before the norm
+    gain_ptr,  # [WIDTH] of the norm
+    total_ptr,  # [num_rows, WIDTH]: x with delta
+    made_ptr,  # [num_rows, WIDTH]: what has been made of it, if LISTS
     slots_ptr,  # int64 [num_rows], or one number for all
     flags_ptr,  # int8 [WIDTH]: by batch, what columns are outliers; by row, if LISTS, what is told of them
     codes_ptr,  # int8 [LEVELS, num_rows, WIDTH]
@@ -89,6 +133,9 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     slot_stride,  # 1, or 0
     first_slot,  # rows with slots below are padding
     threshold,
+    eps,
+    SOURCE: tl.constexpr,
+    ADDS: tl.constexpr,
     BY_ROW: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr,
     LISTS: tl.constexpr,
@@ -102,12 +149,22 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     live = tl.load(slots_ptr + row * slot_stride) >= first_slot
+    scale = 1.0
+    if SOURCE == "hidden":
+        squares = tl.zeros([TILE], tl.float32)
+        for start in tl.static_range(0, WIDTH, TILE):
+            columns = start + tl.arange(0, TILE)
+            at = row * WIDTH + columns
+            total = summed(x_ptr, delta_ptr, at, columns < WIDTH, ADDS)
+            squares += total.to(tl.float32) * total.to(tl.float32)
+            tl.store(total_ptr + at, total, mask=(columns < WIDTH) & (part == 0))
+        scale = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
     most_bits = tl.zeros([TILE], tl.int32)
     outlier_bits = tl.zeros([TILE], tl.int32)
     for start in tl.static_range(0, WIDTH, TILE):
         columns = start + tl.arange(0, TILE)
         inside = columns < WIDTH
-        x = tl.load(x_ptr + row * WIDTH + columns, mask=inside & live, other=0.0)
+        x = numbers_of(x_ptr, delta_ptr, gain_ptr, row, columns, live, scale, SOURCE, ADDS, WIDTH)
         bits = magnitude_bits(in_float16(x))
         if HAS_OUTLIERS:
             is_outlier = tl.abs(in_float16(x)) >= threshold
@@ -132,7 +189,9 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     for number in tl.static_range(TILES):
         columns = (part * TILES + number) * TILE + tl.arange(0, TILE)
         inside = columns < WIDTH
-        x = tl.load(x_ptr + row * WIDTH + columns, mask=inside & live, other=0.0)
+        x = numbers_of(x_ptr, delta_ptr, gain_ptr, row, columns, live, scale, SOURCE, ADDS, WIDTH)
+        if LISTS and SOURCE != "x":
+            tl.store(made_ptr + row * WIDTH + columns, x, mask=inside)
         regular = in_float16(x)
         codes_at = codes_ptr + row * WIDTH + columns
         if HAS_OUTLIERS:
@@ -152,9 +211,9 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
                 tl.store(flags_ptr + columns, tl.full([TILE], 1, tl.int8), mask=inside & is_outlier)
         tl.store(codes_at, nearest(regular * factor).to(tl.int8), mask=inside)
     if HAS_OUTLIERS:
-        total = tl.sum(num_kept, 0)
-        if total > 0:
-            tl.atomic_add(counts_ptr, total.to(tl.int64), sem="relaxed")
+        kept_here = tl.sum(num_kept, 0)
+        if kept_here > 0:
+            tl.atomic_add(counts_ptr, kept_here.to(tl.int64), sem="relaxed")
     if live and part == 0:
         tl.atomic_add(counts_ptr + 1, tl.full([], WIDTH, tl.int64), sem="relaxed")
 
@@ -229,7 +288,49 @@ def quantize_rows(
     `lists_columns`: one level of codes and the outliers' columns, else outliers are codes of two more levels.
     """
     x = x.contiguous()
-    num_rows, width = x.shape
+    return _quantize("x", x, x, x, x, 0.0, x.shape[1], rule, live, lists_columns)
+
+
+def quantize_gated(gate_up: Tensor, rule: OutlierRule, live: Live, *, lists_columns: bool) -> Rows:
+    """[T, 2 in] -> `quantize_rows` of kernels/gated_silu of it, outliers by row."""
+    assert rule.by_row
+    gate_up = gate_up.contiguous()
+    width = gate_up.shape[1] // 2
+    return _quantize("gate_up", gate_up, gate_up, gate_up, gate_up, 0.0, width, rule, live, lists_columns)
+
+
+def quantize_normed(
+    hidden: Tensor,
+    delta: Tensor | None,
+    gain: Tensor,
+    eps: float,
+    rule: OutlierRule,
+    live: Live,
+    *,
+    lists_columns: bool,
+) -> tuple[Tensor, Rows]:
+    """hidden + delta [T, in], and `quantize_rows` of its norm as kernels/add_rms_norm, outliers by row."""
+    assert rule.by_row
+    hidden = hidden.contiguous()
+    delta = hidden if delta is None else delta.contiguous()
+    total, width = torch.empty_like(hidden), hidden.shape[1]
+    rows = _quantize("hidden", hidden, delta, gain, total, eps, width, rule, live, lists_columns)
+    return total, rows
+
+
+def _quantize(
+    source: str,  # what x is
+    x: Tensor,
+    delta: Tensor,
+    gain: Tensor,
+    total: Tensor,
+    eps: float,
+    width: int,
+    rule: OutlierRule,
+    live: Live,
+    lists_columns: bool,
+) -> Rows:
+    num_rows = len(x)
     has_outliers = rule.threshold > 0
     lists = lists_columns and has_outliers
     levels = 3 if has_outliers and not lists else 1
@@ -251,16 +352,18 @@ def quantize_rows(
         )
     elif lists:
         flags = zeroed_flags(x.device, width)
+    made = x.new_empty(num_rows, width) if lists and source != "x" else x
     columns = x.new_empty(width, dtype=torch.int32) if lists else None
     num_columns = x.new_empty(1, dtype=torch.int32) if lists else None
+    counted = scales if num_columns is None else num_columns
     tiles = cdiv(width, TILE)
     tiles_each = 1 if num_rows <= SHARED_ROWS else tiles
     launch(
         quantize_kernel,
         (num_rows, cdiv(tiles, tiles_each)),
-        (x, slots, flags, codes, scales, rule.counts, scales if num_columns is None else num_columns),
-        (num_rows, stride, first_slot, rule.threshold),
-        (rule.by_row, has_outliers, lists, levels, width, TILE, tiles_each),
+        (x, delta, gain, total, made, slots, flags, codes, scales, rule.counts, counted),
+        (num_rows, stride, first_slot, rule.threshold, eps),
+        (source, delta is not x, rule.by_row, has_outliers, lists, levels, width, TILE, tiles_each),
         num_warps=WARPS,
         contracts=False,
     )
@@ -272,4 +375,4 @@ def quantize_rows(
             (),
             (width, TILE_LISTED),
         )
-    return Rows(codes, scales, columns, num_columns)
+    return Rows(codes, scales, x.dtype, made if lists else None, columns, num_columns)
