@@ -7,11 +7,12 @@
 //
 // Work: one block a multiprocessor (PER_SM), all at once. Tiles that do not fill a round of the grid are cut by K: laid end
 // to end, every block takes an equal stretch of steps, then its whole tiles, so that all stream equally many bytes. Who has
-// only a part of a tile leaves its sums in the workspace and raises its flag; at the end everybody adds a share of
-// each tile that it had a part in, parts in the order of K: bits do not depend on the run.
+// only a part of a tile leaves its sums in the workspace; at the end everybody adds a share of each tile that it had a part
+// in, parts in the order of K: bits do not depend on the run.
 //
-// A flag counts launches: each raises every flag by one, so nothing is reset and a captured graph can be replayed. All
-// launches on one workspace have the same grid and follow each other on one stream.
+// No flags and no fences, each of which would cost a way to the L2 and back: a number in the workspace says itself that it
+// is there. All are ABSENT, a NaN that no sum is, before and after a launch: who takes a number puts ABSENT back. So a
+// captured graph can be replayed. All launches on one workspace follow each other on one stream.
 //
 // SHARE == 2: blocks in pairs, a cluster; neighbouring outputs and the same K. Each fetches half of x for both.
 #include "w16_device.h"
@@ -36,6 +37,9 @@
 #endif
 #ifndef PER_SM
 #define PER_SM 1
+#endif
+#ifndef EARLY  // the next launch may begin at once, else when this one has asked for its last weights
+#define EARLY 0
 #endif
 #ifndef AHEAD  // further steps of weights that are brought into the L2 before the wait
 #define AHEAD 0
@@ -111,10 +115,10 @@ struct Cursor {
 };
 
 // x [rows][K], W [N][K], y [rows][N]; K and N multiples of 8, what a box has beyond them is zero. bias [N] or null.
-// workspace: float32 [gridDim.x][2][R * T]; flags: uint32 [gridDim.x], zero before the first launch.
+// workspace: float32 [gridDim.x][2][R * T], all ABSENT before the first launch.
 KERNEL __launch_bounds__(THREADS, ROOM) IN_CLUSTERS
 w16_stream(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint16_t* __restrict__ bias, char* __restrict__ y,
-           float* workspace, uint32_t* flags, int rows, int N, int K) {
+           float* workspace, int rows, int N, int K) {
     SHARED_MEMORY
     const uint32_t here = shared_address(shared);
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, block = blockIdx.x;
@@ -131,7 +135,7 @@ w16_stream(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const u
         }
         barriers_visible();
     }
-    release_successor();
+    if (EARLY) release_successor();
     sync_block();
     if (SHARE > 1) cluster_sync();
 
@@ -171,6 +175,7 @@ w16_stream(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const u
                     fetch_x(at, stage);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
+            if (!EARLY) release_successor();  // whose first weights are on their way while this launch adds up
         }
         sync_warp();
         if (SHARE > 1) cluster_sync();  // nobody leaves before the other's last word
@@ -215,14 +220,14 @@ w16_stream(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const u
 #pragma unroll
             for (int i = 0; i < J * 4; i++) hold(sum[r][i]);
     };
+    auto bias_of = [&](int column) {  // of this lane's two outputs of 16
+        const int output = column + (lane >> 2);
+        return make_float2(bias && output < N ? bias_at(bias + output) : 0, bias && output + 8 < N ? bias_at(bias + output + 8) : 0);
+    };
     // 8 rows of y, 16 outputs: turned in the warp's own shared memory, 32 bytes a row
-    const uint32_t piece = OUT + warp * PIECE_BYTES;
-    auto write = [&](const float* v, int row, int column) {
-        const int at = lane & 7, output = column + (lane >> 2);
-        float low = 0, high = 0;
-        if (bias) low = output < N ? bias_at(bias + output) : 0, high = output + 8 < N ? bias_at(bias + output + 8) : 0;
-        store_two_transposed(here + piece + at * 32 + (((lane >> 3) ^ (at >> 2)) & 1) * 16, to_pair(v[0] + low, v[1] + low),
-                             to_pair(v[2] + high, v[3] + high));
+    const uint32_t piece = OUT + warp * PIECE_BYTES, turned = piece + (lane & 7) * 32 + (((lane >> 3) ^ (lane >> 2)) & 1) * 16;
+    auto write = [&](const float* v, float2 added, int row, int column) {
+        store_two_transposed(here + turned, to_pair(v[0] + added.x, v[1] + added.x), to_pair(v[2] + added.y, v[3] + added.y));
         sync_warp();
         const int m = lane >> 1, half = lane & 1;
         if (lane < 16 && row + m < rows && column + half * 8 < N)
@@ -232,34 +237,32 @@ w16_stream(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const u
     };
 
     int inner_tile = -1, outer_tile = -1;  // of which this block has a part: from an inner step on, from the first
-    bool raised = work.cut == 0;
-    uint32_t mark = 0;  // of this launch
-    auto raise = [&]() {
-        mark = flag_value(flags + block) + 1;
-        fence_device();
-        sync_first<CONSUMERS>();
-        if (thread == 0) flag_publish(flags + block, mark);
-        raised = true;
-    };
     Stretch s;
     while (work.next(s)) {
         multiply(s.count);
         const int n = (s.tile / row_tiles * SHARE + neighbour) * R, m = s.tile % row_tiles * T;
-        const bool is_whole = s.count == tile_steps;
-        if (!is_whole) (s.first == 0 ? outer_tile : inner_tile) = s.tile;
-        float* to = workspace + (size_t(block) * 2 + (s.first == 0)) * (R * T) + thread * 4;
+        if (s.count == tile_steps) {
 #pragma unroll
-        for (int r = 0; r < RT; r++)
+            for (int r = 0; r < RT; r++) {
+                const int column = n + ((group * RT + r) * 4 + quarter) * 16;
+                const float2 added = bias_of(column);
 #pragma unroll
-            for (int j = 0; j < J; j++) {
-                if (m + j * 8 >= rows) continue;
-                const float* v = &sum[r][j * 4];
-                if (is_whole) write(v, m + j * 8, n + ((group * RT + r) * 4 + quarter) * 16);
-                else store_partial(to + (r * J + j) * CONSUMERS * 4, make_float4(v[0], v[1], v[2], v[3]));
+                for (int j = 0; j < J; j++)
+                    if (m + j * 8 < rows) write(&sum[r][j * 4], added, m + j * 8, column);
             }
-        if (!raised && work.at == work.end) raise();
+        } else {
+            (s.first == 0 ? outer_tile : inner_tile) = s.tile;
+            float* to = workspace + (size_t(block) * 2 + (s.first == 0)) * (R * T) + thread * 4;
+#pragma unroll
+            for (int r = 0; r < RT; r++)
+#pragma unroll
+                for (int j = 0; j < J; j++)
+                    if (m + j * 8 < rows) {
+                        const float* v = &sum[r][j * 4];
+                        part_give(to + (r * J + j) * CONSUMERS * 4, make_float4(v[0], v[1], v[2], v[3]));
+                    }
+        }
     }
-    if (!raised) raise();
 
 #pragma unroll 1
     for (int slot = 0; slot < 2; slot++) {
@@ -267,28 +270,37 @@ w16_stream(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const u
         if (tile < 0) continue;
         const int first = work.block_of(tile * tile_steps), last = work.block_of((tile + 1) * tile_steps - 1);
         const int sharers = last - first + 1;
-        for (int i = lane; i < sharers; i += 32) flag_await(flags + (first + i) * SHARE + neighbour, mark);
-        sync_warp();
         const int n = (tile / row_tiles * SHARE + neighbour) * R, m = tile % row_tiles * T;
         const int pieces = rows - m < T ? (rows - m + 7) / 8 : J;  // that have rows
         // an item: 8 rows of a warp's 16 outputs
         for (int item = block / SHARE - first + warp * sharers; item < RT * pieces * WARPS; item += sharers * WARPS) {
             const int from_warp = item % WARPS, j = item / WARPS % pieces, r = item / WARPS / pieces;
-            const float* from = workspace + ((r * J + j) * WARPS + from_warp) * 128 + lane * 4;
+            float* from = workspace + ((r * J + j) * WARPS + from_warp) * 128 + lane * 4;
             float total[4] = {};
             for (int begin = 0; begin < sharers; begin += 8) {
                 float4 v[8];
+                float* part[8];  // of the first sharer the sums from the tile's first step on
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const int sharer = begin + i;
-                    v[i] = make_float4(0, 0, 0, 0);
-                    if (sharer < sharers)  // of the first the sums from the tile's first step on
-                        v[i] = load_partial(from + (size_t((first + sharer) * SHARE + neighbour) * 2 + (sharer == 0)) * (R * T));
-                }
+                for (int i = 0; i < 8; i++)
+                    part[i] = from + (size_t((first + begin + i) * SHARE + neighbour) * 2 + (begin + i == 0)) * (R * T);
+                bool all;
+                int tries = 0;
+                do {
+                    all = true;
 #pragma unroll
-                for (int i = 0; i < 8; i++) total[0] += v[i].x, total[1] += v[i].y, total[2] += v[i].z, total[3] += v[i].w;
+                    for (int i = 0; i < 8; i++)
+                        if (begin + i < sharers) v[i] = part_look(part[i]), all = all && is_there(v[i]);
+                } while (!all && look_again(tries));
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    if (begin + i < sharers) {
+                        part_take(part[i]);
+                        total[0] += v[i].x, total[1] += v[i].y, total[2] += v[i].z, total[3] += v[i].w;
+                    }
             }
-            write(total, m + j * 8, n + (((from_warp >> 2) * RT + r) * 4 + (from_warp & 3)) * 16);
+            sync_warp();
+            const int column = n + (((from_warp >> 2) * RT + r) * 4 + (from_warp & 3)) * 16;
+            write(total, bias_of(column), m + j * 8, column);
         }
     }
     if (SHARE > 1) cluster_sync();

@@ -66,10 +66,8 @@ class Launcher:
         cubin = folder / variant.file
         self.function = Function(self.driver, cubin, "w16_stream", variant.threads, variant.shared_bytes)
         self.grid = multiprocessors() // variant.share * variant.share * variant.per_sm
-        self.flags = torch.zeros(self.grid, dtype=torch.int32, device="cuda")
-        self.workspace = torch.full(
-            (self.grid, 2, variant.outputs * variant.tile), float("nan"), device="cuda"
-        )
+        words = self.grid * 2 * variant.outputs * variant.tile
+        self.workspace = torch.full((words,), -1, dtype=torch.int32, device="cuda")  # every number ABSENT
 
     def map_of(self, matrix: Any, box_rows: int) -> Any:
         """A tensor map of a [rows, columns] whose rows may lie apart; boxes of 64 columns under the swizzle."""
@@ -88,9 +86,7 @@ class Launcher:
     def bind(self, x: Any, w: Any, y: Any, bias: Any = None) -> Callable[[bool], None]:
         """y = x @ w.T + bias, as a dependent launch or a plain one. The caller keeps the tensors."""
         v, (rows, k), n = self.variant, x.shape, w.shape[0]
-        pointers = [
-            ctypes.c_void_p(t if t is None else t.data_ptr()) for t in (bias, y, self.workspace, self.flags)
-        ]
+        pointers = [ctypes.c_void_p(t if t is None else t.data_ptr()) for t in (bias, y, self.workspace)]
         maps = [self.map_of(x, v.tile // v.share), self.map_of(w, v.outputs)]
         arguments = [*maps, *pointers, *(ctypes.c_int(number) for number in (rows, n, k))]
         return self.function.bind(self.grid, v.shared_bytes, arguments)

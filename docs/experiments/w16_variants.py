@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FIELDS = ("TILE", "RT", "WGS", "KS", "STAGES", "SHARE", "PER_SM", "AHEAD", "BF16")
+FIELDS = ("TILE", "RT", "WGS", "KS", "STAGES", "SHARE", "PER_SM", "AHEAD", "EARLY", "BF16")
 
 
 @dataclass(frozen=True, order=True)
@@ -22,6 +22,7 @@ class Variant:
     share: int = 1
     per_sm: int = 1
     ahead: int = 0
+    early: int = 0
     bf16: int = 0
 
     @property
@@ -52,7 +53,7 @@ class Variant:
         told = f"t{self.tile} {self.outputs} outputs ({self.wgs}x{self.rt}) ks {self.ks} stages {self.stages}"
         told += f" {self.shared_bytes >> 10} KiB"
         told += " pairs" * (self.share == 2) + " 2 an SM" * (self.per_sm == 2)
-        return told + f" ahead {self.ahead}" * (self.ahead > 0) + " bf16" * self.bf16
+        return told + f" ahead {self.ahead}" * (self.ahead > 0) + " early" * self.early + " bf16" * self.bf16
 
     def compile(self, folder: Path) -> str:
         """Writes the cubin; -> the compiler's complaint, empty where there is none."""
@@ -71,17 +72,18 @@ VARIANTS = {
     8: (
         Variant(8, 1, 1, 4, 3), Variant(8, 1, 1, 2, 6), Variant(8, 1, 2, 2, 3), Variant(8, 1, 2, 1, 6),
         Variant(8, 1, 1, 4, 6), Variant(8, 1, 2, 2, 6), Variant(8, 1, 1, 4, 3, per_sm=2),
-        Variant(8, 1, 1, 4, 3, ahead=3),
+        Variant(8, 1, 1, 4, 3, ahead=3), Variant(8, 1, 1, 4, 3, early=1),
     ),
     16: (
         Variant(16, 1, 1, 2, 5), Variant(16, 1, 2, 2, 3), Variant(16, 1, 2, 1, 6), Variant(16, 1, 1, 4, 5),
         Variant(16, 1, 2, 2, 6), Variant(16, 1, 1, 2, 5, per_sm=2), Variant(16, 1, 2, 2, 3, ahead=3),
+        Variant(16, 1, 1, 2, 5, early=1),
     ),
     32: (Variant(32, 1, 2, 1, 5), Variant(32, 1, 1, 2, 4), Variant(32, 1, 2, 2, 5)),
     64: (
         Variant(64, 1, 2, 1, 4), Variant(64, 1, 2, 2, 2), Variant(64, 1, 1, 2, 3), Variant(64, 1, 2, 1, 9),
         Variant(64, 1, 2, 2, 4), Variant(64, 1, 2, 1, 4, share=2), Variant(64, 1, 2, 1, 9, share=2),
-        Variant(64, 1, 4, 1, 5), Variant(64, 2, 2, 1, 5, share=2),
+        Variant(64, 1, 4, 1, 5), Variant(64, 2, 2, 1, 5, share=2), Variant(64, 1, 2, 1, 4, early=1),
     ),
     128: (
         Variant(128, 1, 2, 1, 6), Variant(128, 1, 2, 1, 6, share=2), Variant(128, 2, 2, 1, 4),
