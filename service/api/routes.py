@@ -79,7 +79,8 @@ def make_router(server: Server) -> APIRouter:
         id: str,
     ) -> Response:
         info = server.info()
-        fingerprint = f"halftone-{__version__}-{info.precision}"
+        cache = "" if info.kv_dtype == info.dtype else f"-kv-{info.kv_dtype}"
+        fingerprint = f"halftone-{__version__}-{info.precision}{cache}"
         response = EventStream(context_of(request).send) if stream else Collector()
         generation = Generation(
             admitted.plan, client, codec.pieces, metrics, response.on_delta, response.on_end

@@ -43,6 +43,15 @@ def test_version_is_the_engines_account(server: Server, http: httpx2.Client) -> 
     assert body["engine"]["kernels"]["attention"] == "fake_attention"
 
 
+def test_an_8_bit_cache_is_told(tmp_path: Path) -> None:
+    """By /version, /metrics, and every answer: its logits are others."""
+    with serving(tmp_path, {}, kv_dtype="int8") as server, server.http() as http:
+        assert http.get("/version").json()["engine"]["kv_dtype"] == "int8"
+        answer = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1}).json()
+        assert answer["system_fingerprint"] == f"halftone-{__version__}-bf16-kv-int8"
+        assert 'kv_dtype="int8"' in http.get("/metrics").text
+
+
 def test_metrics_on_the_apis_port(http: httpx2.Client) -> None:
     response = http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")

@@ -148,6 +148,7 @@ def gpu_engine(arguments: argparse.Namespace) -> Engine:
         precision=arguments.precision,
         load_format=arguments.load_format,
         cuda_graphs=arguments.cuda_graphs,
+        kv_dtype=arguments.kv_dtype,
         prefix_cache=False,
         deterministic=arguments.deterministic,
     )
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--cuda-graphs", default="on")
+    parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--deterministic", action="store_true", help="once with, once without: what it costs")
     parser.add_argument("--streams", default="1,16,64,256")
     parser.add_argument("--tokens", default="512,256", help="in, out")

@@ -22,6 +22,7 @@ from service.kernels.fixed_linear.triton import FEW, MANY, fixed_kernel
 from service.kernels.fp8_linear import plan as fp8_plan, triton as fp8
 from service.kernels.int8_linear import plan as int8_plan, triton as int8
 from service.kernels.paged_attention.triton import decode_kernel, prefill_kernel
+from service.kernels.rotary_kv.triton import rotary_kv_kernel
 from service.kernels.sample_likely.triton import collect_kernel, settle_kernel, weigh_kernel
 
 def ptx(kernel, constants, num_warps, num_stages, codes="*fp16", **more_types):
@@ -57,6 +58,12 @@ def coded_decode(number, codes):
     shape = {"CODES": number, "TILE": 128, "SPLITS": 4, "LEAST": 0, "ROWS": 16}
     return ptx(coded_decode_kernel, coded | shape, 4, 3, codes)
 
+def rotary(number, codes):
+    shape = {"ROTATES": True, "NORMS": True, "CODES": number, "Q_HEADS": 32, "KV_HEADS": 8, "DIM": 128}
+    shape |= {"PAGE": 16, "COLUMNS": 64, "HEADS": 8, "IS_DEPENDENT": True}
+    types = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64", "slots_ptr": "*i64"}
+    return ptx(rotary_kv_kernel, shape, 2, 3, codes, **types)
+
 def fixed(tiles, is_apart):
     shape = {"ROWS": tiles.rows, "TILE_OUT": tiles.outputs, "TILE_IN": tiles.inputs, "IS_DEPENDENT": True}
     kind = {"BIASED": False, "SPLITS": 2, "APART": is_apart, "WHOLE": True}
@@ -77,6 +84,9 @@ print(json.dumps({
     "collect": ptx(collect_kernel, rows, 8, 3),
     "settle": ptx(settle_kernel, rows | {"WIDTH": 32, "ID_BITS": 17}, 8, 3),
     "decode": ptx(decode_kernel, heads | {"SPLITS": 4, "LEAST": 0, "ROWS": 16}, 4, 3),
+    "rotary": rotary(0, "*fp16"),
+    "rotary_int8": rotary(1, "*i8"),
+    "rotary_fp8": rotary(2, "*fp8e4nv"),
     "coded_decode": coded_decode(1, "*i8"),
     "coded_decode_fp8": coded_decode(2, "*fp8e4nv"),
     "coded_prefill": ptx(
@@ -151,6 +161,14 @@ def test_codes_become_operands_in_registers(ptx: dict[str, str], kernel: str) ->
     assert ("cvt.rn.f16x2.e4m3x2" in text) is (kernel == "coded_decode_fp8")
 
 
+def test_codes_are_made_where_k_and_v_are_written(ptx: dict[str, str]) -> None:
+    """E4M3 by the instruction that stays finite, with a bfloat16 scale; other caches know nothing of it."""
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx["rotary_fp8"]
+    for kernel in ("rotary_int8", "rotary_fp8"):
+        assert "cvt.rn.bf16.f32" in ptx[kernel]
+    assert "cvt.rn.bf16" not in ptx["rotary"]
+
+
 def test_sums_of_fp8_are_waited_for_before_they_are_added(ptx: dict[str, str]) -> None:
     """Triton's own way to carry them into float32, an option of `dot`, reads them while they are summed."""
     _, _, behind = ptx["fp8"].rpartition("wgmma.mma_async")
@@ -164,8 +182,11 @@ PREFETCHING = ("stream", "int8", "fp8")
 
 @pytest.mark.parametrize(
     "kernel",
-    ["decode", "coded_decode", "prefill", "coded_prefill", "fixed", "fixed_many", "norm", *PREFETCHING],
-)
+    [
+        "decode", "coded_decode", "prefill", "coded_prefill", "rotary", "rotary_int8", "fixed", "fixed_many",
+        "norm", *PREFETCHING,
+    ],
+)  # fmt: skip
 def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], kernel: str) -> None:
     wait = ptx[kernel].index("griddepcontrol.wait")
     first = re.search(GLOBAL_ACCESS, ptx[kernel])

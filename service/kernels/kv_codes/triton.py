@@ -44,9 +44,15 @@ def codes_of(dtype: torch.dtype) -> int:
 @triton.jit  # type: ignore[untyped-decorator]
 def halves(pairs, CODES: tl.constexpr):  # type: ignore[no-untyped-def]
     """int16 -> its codes as two float16, of the even dimension and of the odd one; exact."""
-    if CODES == FP8:
-        return tl.inline_asm_elementwise(FP8_HALVES, "=r,=r,r", [pairs], TWO_HALVES, is_pure=True, pack=2)
-    return tl.inline_asm_elementwise(INT8_HALVES, "=r,=r,r", [pairs], TWO_HALVES, is_pure=True, pack=2)
+    if CODES == INT8:
+        even, odd = tl.inline_asm_elementwise(
+            INT8_HALVES, "=r,=r,r", [pairs], TWO_HALVES, is_pure=True, pack=2
+        )
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            FP8_HALVES, "=r,=r,r", [pairs], TWO_HALVES, is_pure=True, pack=2
+        )
+    return even, odd
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -64,6 +70,7 @@ def quantized(left, right, CODES: tl.constexpr):  # type: ignore[no-untyped-def]
     left = tl.where(inverse > 0, left * inverse, 0.0)
     right = tl.where(inverse > 0, right * inverse, 0.0)
     if CODES == INT8:
-        left, right = (left + WHOLE) - WHOLE, (right + WHOLE) - WHOLE
-        return left.to(tl.int8), right.to(tl.int8), wide.to(tl.bfloat16)
-    return left.to(tl.float8e4nv), right.to(tl.float8e4nv), wide.to(tl.bfloat16)
+        left, right = ((left + WHOLE) - WHOLE).to(tl.int8), ((right + WHOLE) - WHOLE).to(tl.int8)
+    else:
+        left, right = left.to(tl.float8e4nv), right.to(tl.float8e4nv)
+    return left, right, wide.to(tl.bfloat16)
