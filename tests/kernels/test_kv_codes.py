@@ -137,6 +137,10 @@ def test_triton_writes_what_the_definition_does(
     assert torch.equal(got.ne(0).any(-1).any(2), written.expand(2, 4, 16))
 
 
+def meta_pages(pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
+    return pages.keys.to("meta"), pages.values.to("meta"), pages.scales.to("meta")
+
+
 @CODES
 def test_triton_s_codes_are_finite_and_broken_values_break_the_scale(
     kernels: ModuleType, codes: torch.dtype
@@ -173,5 +177,9 @@ def test_a_cpu_codes_what_its_kernel_writes() -> None:
         assert torch.equal(cache, codes)
         written = values.ne(0).any(-1)
         assert torch.equal(pages.scales[..., part][written], scales[written])
+    q = coded.rotary_kv(
+        qkv.to("meta"), None, None, positions, slots.to("meta"), None, None, 1e-5, *meta_pages(pages)
+    )
+    assert q.is_meta, "on another device it never reaches the C library"
     name = rotary_kv_kernel(torch.bfloat16, torch.device("cpu"), 64, is_coded=True)
     assert name == "torch" or name.endswith(", coded by torch")

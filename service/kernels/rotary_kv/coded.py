@@ -1,11 +1,11 @@
-"""The same on a CPU where the cache holds 8-bit codes: written as values into pages for this step alone, then
+"""The same without Triton into a cache of 8-bit codes: written as values into pages for this step alone, then
 coded in torch. This is also the definition that the Triton kernel is held against."""
 
 import torch
 from torch import Tensor
 
 from service.kernels.kv_codes import quantized
-from service.kernels.rotary_kv import native
+from service.kernels.rotary_kv import native, reference
 
 
 def rotary_kv(
@@ -27,7 +27,8 @@ def rotary_kv(
     shape = (2, -(-tokens // block_tokens), kv_heads, block_tokens, head_dim)
     keys, values = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
     fresh = torch.arange(tokens, device=qkv.device)
-    q = native.rotary_kv(qkv, cos, sin, positions, fresh, q_norm, k_norm, eps, keys, values)
+    rotate = native.rotary_kv if qkv.is_cpu else reference.rotary_kv
+    q = rotate(qkv, cos, sin, positions, fresh, q_norm, k_norm, eps, keys, values)
     places = slots // block_tokens, slots % block_tokens
     for part, (cache, pages) in enumerate(((key_cache, keys), (value_cache, values))):
         written = pages.transpose(1, 2).flatten(0, 1)[:tokens]  # [T, kv_heads, head_dim]
