@@ -145,12 +145,16 @@ DEVICE void await_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memor
 DEVICE void store_partial(float* to, float4 v) {
     asm volatile("st.global.cg.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
-DEVICE float4 load_partial(const float* from) {  // past the L1, which does not hear of other blocks' stores
+// Past the L1, which does not hear of other blocks' stores; zeros where it is not wanted.
+DEVICE float4 load_partial(const float* from, bool is_wanted) {
     float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(from)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+        "mov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\nmov.f32 %2, 0f00000000;\nmov.f32 %3, 0f00000000;\n"
+        "@p ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];\n}"
+        : "=&f"(v.x), "=&f"(v.y), "=&f"(v.z), "=&f"(v.w)
+        : "l"(from), "r"(uint32_t(is_wanted))
+        : "memory");
     return v;
 }
 DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -166,9 +170,14 @@ DEVICE void flag_await(const uint32_t* flag, uint32_t value) {  // ends the kern
     for (int tries = 0; flag_value(flag) != value; tries++)
         if (tries > 20000000) stop();
 }
-template <int THREADS>
-DEVICE void sync_first() {  // the first THREADS of a block
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+// Named barriers: THREADS of a block, those that wait and those that only tell.
+template <int NAME, int THREADS>
+DEVICE void sync_named() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
+}
+template <int NAME, int THREADS>
+DEVICE void arrive_named() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
 }
 
 // clusters ----------------------------------------------------------------------------------------------------
@@ -250,6 +259,7 @@ DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 DEVICE void hold(float& d) { asm volatile("" : "+f"(d)::"memory"); }  // reads of d stay behind the wait before this
+DEVICE void hold(uint32_t& v) { asm volatile("" : "+r"(v)); }  // kept in a register, not computed anew
 #include "w4_wgmma.h"
 #else
 #include "w4_emulator.h"
@@ -324,17 +334,6 @@ DEVICE void decode_nf4_wide(uint32_t word, uint32_t base, uint32_t* a) {
     a[1] = look_up(entry<1>(word, base));
     a[2] = look_up(entry<2>(word, base));
     a[3] = look_up(entry<3>(word, base));
-}
-// Without a table in memory: four codes at a time from the bytes of the sixteen levels, 22 instructions a word.
-DEVICE void decode_nf4_permuted(uint32_t word, uint32_t* a) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t four = i ? word >> 16 : word;
-        const uint32_t index = four & 0x7777, upper = and_or(four >> 1, 0x4444, 0x3210);
-        const uint32_t low = permute(permute(0x52339200, 0x00d4ea8d, index), permute(0x68e02618, 0x00c9800d, index), upper);
-        const uint32_t high = permute(permute(0xb6b8b9bc, 0x00adb1b4, index), permute(0x3533312d, 0x3c393837, index), upper);
-        a[2 * i] = permute(low, high, 0x5140), a[2 * i + 1] = permute(low, high, 0x7362);
-    }
 }
 // Registers 0 and 2 hold row g, 1 and 3 row g + 8. float16: 1024 + code, or 1024 + 16 code, less the zero; bfloat16:
 // 128 + code less the zero. Exact.

@@ -106,7 +106,7 @@ class Workspace:
     def __init__(self, kernel: Kernel) -> None:
         self.blocks = multiprocessors() * kernel.values["EACH"]
         if kernel.family == "tile":
-            size = self.blocks * 2 * kernel.outputs * kernel.values["TILE"]
+            size = self.blocks * kernel.outputs * kernel.values["TILE"]
             self.sums = torch.full((size,), float("nan"), device="cuda")
             self.flags = torch.zeros(self.blocks, device="cuda", dtype=torch.int32)
 

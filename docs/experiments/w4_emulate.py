@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from w4_problem import Problem, make_parts
-from w4_variants import TILES, Kernel, all_kernels
+from w4_variants import WIDE, Kernel, all_kernels
 
 HERE = Path(__file__).parent
 DRIVERS = {
@@ -89,7 +89,7 @@ def check_one(kernel: Kernel, problem: Problem, blocks: int, rows: int, width: i
     x_map = box(x, k, rows, 64, v["TILE"], True)
     words = codes.view(torch.int32).view(n // 16, -1)
     code_map = box(words, k * 2, n // 16, 128 * v["KS"], kernel.outputs // 16, False)
-    workspace = torch.full((blocks, 2, kernel.outputs * v["TILE"]), float("nan"))
+    workspace = torch.full((blocks, kernel.outputs * v["TILE"]), float("nan"))
     flags = torch.zeros(blocks, dtype=torch.int32)
     outputs = []
     for order in (0, 1 + rows, 77 + n):  # on one workspace, as launches follow each other
@@ -123,19 +123,21 @@ def check_tile() -> bool:
     for affine in (0, 1):
         # config, outputs beyond whole tiles, K, blocks, rows, bfloat16
         for *config, tiles, beyond, k, blocks, rows, bf16 in (
-            (8, 1, 4, 2, 3, 1, 0, 1, 1, 0, 1280, 3, 1, 0),  # ten units on three blocks
-            (8, 1, 2, 2, 4, 2, 0, 1, 3, 32, 512, 7, 7, 1),
+            (8, 1, 4, 2, 3, 1, 0, 1, 1, 0, 1280, 3, 1, 0),  # ten units, three shares
+            (8, 1, 2, 2, 4, 2, 1, 1, 3, 32, 512, 7, 7, 1),
             (16, 1, 4, 2, 3, 1, 0, 1, 2, 0, 640, 12, 13, 0),  # more blocks than units
-            (16, 1, 4, 2, 3, 1, 0, 1, 2, 0, 384, 5, 11, 1),
-            (32, 1, 2, 2, 3, 2, 0, 1, 4, 96, 384, 3, 32, 0),  # cut tiles, then whole ones
-            (64, 1, 4, 2, 3, 1, 0, 0, 2, 0, 512, 3, 60, 0),
-            (64, 1, 4, 2, 3, 1, 2 - 2 * affine, 0, 1, 0, 512, 3, 60, 0),
-            (64, 2, 2, 2, 3, 1, 0, 0, 1, 32, 640, 4, 64, 1),
-            (128, 1, 3, 1, 5, 1, 0, 0, 2, 0, 512, 3, 200, 0),
-            (128, 2, 2, 1, 4, 1, 0, 0, 1, 0, 512, 2, 300, 0),  # three tiles on two blocks
-            (256, 1, 2, 1, 3, 1, 0, 0, 2, 64, 512, 5, 250, 1),
+            (16, 1, 4, 2, 6, 1, 1, 1, 2, 0, 640, 12, 13, 0),
+            (16, 2, 2, 2, 3, 1, 0, 1, 2, 0, 384, 5, 11, 1),
+            (32, 1, 2, 2, 3, 2, 1, 1, 4, 96, 384, 3, 32, 0),  # whole tiles, then cut ones
+            (64, 1, 4, 2, 3, 1, 1, 0, 2, 0, 512, 3, 60, 0),  # two tiles on three blocks
+            (64, 1, 3, 2, 4, 1, 0, 0, 1, 0, 512, 4, 60, 0),
+            (64, 2, 2, 2, 4, 1, 1, 0, 1, 32, 640, 4, 64, 1),
+            (128, 1, 3, 1, 3, 1, 1, 0, 2, 0, 512, 3, 200, 0),
+            (128, 2, 2, 1, 6, 1, 0, 0, 1, 0, 512, 3, 300, 0),  # whole tiles only
+            (256, 1, 2, 1, 3, 1, 0, 0, 2, 64, 512, 6, 250, 1),
         ):
-            kernel = Kernel("tile", affine, (*config, 1, bf16))
+            wide_table = int(not affine and config[5] == 1 and config[4] > 3)
+            kernel = Kernel("tile", affine, (*config, 1, wide_table, bf16))
             n = kernel.outputs * tiles + beyond
             problem = Problem(n, k, "cpu", parts=(n - 64, 16, 48))
             fine &= check_one(kernel, problem, blocks, rows, n - 8 if beyond else 0)
@@ -145,7 +147,7 @@ def check_tile() -> bool:
 def check_variants() -> bool:
     """Every variant that the experiment runs, on as few outputs as it takes."""
     fine = True
-    for kernel in all_kernels([*TILES]):
+    for kernel in all_kernels([*WIDE]):
         v = kernel.values
         if kernel.family == "few":
             fine &= check_one(kernel, Problem(32, 4096, "cpu", parts=(16, 16)), 1, 2)

@@ -11,7 +11,19 @@ SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "dow
 # PER_SM: blocks that registers must leave room for; EACH: blocks of one launch on a multiprocessor
 FIELDS = {
     "few": ("WARPS", "STAGES", "PER_SM", "EACH", "BF16"),
-    "tile": ("TILE", "RT", "WGS", "KS", "STAGES", "PER_SM", "PERMUTED", "SCALED_SUMS", "EACH", "BF16"),
+    "tile": (
+        "TILE",
+        "RT",
+        "WGS",
+        "KS",
+        "STAGES",
+        "PER_SM",
+        "STRETCHED",
+        "SCALED_SUMS",
+        "EACH",
+        "WIDE_TABLE",
+        "BF16",
+    ),
 }
 MAX_SHARED_BYTES = 232448
 
@@ -54,7 +66,10 @@ class Kernel:
         scales = self.outputs * 5 // 2 if affine else self.outputs * v["KS"]
         stage = up(v["KS"] * v["TILE"] * 128 + self.outputs * 32 * v["KS"] + scales, 1024)
         table = up((1280 if affine else 2304) + v["WGS"] * 4 * min(v["TILE"], 16) * 32, 1024)
-        return table + (0 if affine else 32768) + v["STAGES"] * stage - 1024
+        if not v["WIDE_TABLE"]:
+            return table + (0 if affine else 32768) + v["STAGES"] * stage - 1024
+        behind = v["STAGES"] - ((64 << 10) - table) // stage
+        return (128 << 10) + behind * stage - 1024
 
     def shared_bytes_for(self, rows: int, k: int) -> int:
         if self.family != "few":
@@ -82,39 +97,65 @@ def up(value: int, step: int) -> int:
 
 
 # (warps, stages, blocks of registers, blocks of a launch)
-FEW = [(16, 3, 2, 1), (16, 4, 2, 1), (16, 3, 2, 2), (8, 4, 2, 2)]
-# (tile, rt, wgs, ks, stages, blocks of registers, permuted, scaled sums, blocks of a launch) by rows
-TILES = {
-    1: [(8, 1, 4, 2, 8, 1, 0, 1, 1), (8, 1, 2, 2, 6, 2, 0, 1, 1)],
-    8: [(8, 1, 4, 2, 8, 1, 0, 1, 1), (8, 1, 2, 2, 6, 2, 0, 1, 1), (8, 1, 2, 2, 6, 2, 0, 1, 2)],
-    16: [(16, 1, 4, 2, 7, 1, 0, 1, 1), (16, 1, 2, 2, 5, 2, 0, 1, 1), (16, 1, 2, 2, 5, 2, 0, 1, 2), (16, 2, 2, 2, 7, 1, 0, 1, 1)],
-    32: [(32, 1, 4, 2, 6, 1, 0, 1, 1), (32, 1, 4, 2, 6, 1, 0, 0, 1), (32, 2, 2, 2, 6, 1, 0, 0, 1), (32, 1, 2, 2, 3, 2, 0, 0, 2)],
-    64: [(64, 1, 4, 2, 5, 1, 0, 0, 1), (64, 1, 4, 2, 5, 1, 1, 0, 1), (64, 2, 2, 2, 5, 1, 0, 0, 1), (64, 1, 2, 2, 6, 1, 0, 1, 1)],
-    128: [(128, 2, 2, 1, 7, 1, 0, 0, 1), (128, 1, 3, 1, 6, 1, 0, 0, 1), (128, 1, 2, 1, 7, 1, 0, 0, 1)],
-    256: [(128, 2, 2, 1, 7, 1, 0, 0, 1), (256, 1, 2, 1, 4, 1, 0, 0, 1), (128, 1, 3, 1, 6, 1, 0, 0, 1)],
-    1024: [(128, 2, 2, 1, 7, 1, 0, 0, 1), (256, 1, 2, 1, 4, 1, 0, 0, 1), (128, 1, 3, 1, 6, 1, 0, 0, 1)],
+FEW = [(16, 3, 2, 1), (16, 3, 2, 2), (8, 4, 2, 2)]
+# (tile, rt, wgs, ks, stages, blocks of registers, stretched, scaled sums, blocks of a launch) by rows: of gate_up, whose
+# whole tiles leave few multiprocessors idle, and of the others
+WIDE = {
+    1: [],
+    8: [(8, 1, 4, 2, 8, 1, 1, 1, 1)],
+    16: [(16, 1, 4, 2, 7, 1, 1, 1, 1), (16, 2, 2, 2, 7, 1, 1, 1, 1), (16, 2, 2, 2, 7, 1, 0, 1, 1)],
+    32: [(32, 1, 4, 2, 6, 1, 1, 0, 1), (32, 2, 2, 2, 6, 1, 1, 0, 1), (32, 2, 2, 2, 6, 1, 0, 0, 1)],
+    64: [(64, 1, 4, 2, 5, 1, 1, 0, 1), (64, 2, 2, 2, 5, 1, 1, 0, 1), (64, 2, 2, 2, 5, 1, 0, 0, 1)],
+    128: [(128, 2, 2, 1, 7, 1, 1, 0, 1), (128, 2, 2, 1, 7, 1, 0, 0, 1)],
+    256: [(128, 2, 2, 1, 7, 1, 1, 0, 1), (256, 1, 2, 1, 4, 1, 1, 0, 1), (256, 1, 2, 1, 4, 1, 0, 0, 1)],
+    1024: [(256, 1, 2, 1, 4, 1, 1, 0, 1), (256, 1, 2, 1, 4, 1, 0, 0, 1)],
+}  # fmt: skip
+NARROW = {
+    1: [],
+    8: [(8, 1, 2, 2, 6, 2, 0, 1, 1), (8, 1, 2, 2, 12, 1, 0, 1, 1), (8, 1, 4, 2, 8, 1, 0, 1, 1)],
+    16: [(16, 1, 2, 2, 5, 2, 0, 1, 1), (16, 1, 2, 2, 10, 1, 0, 1, 1), (16, 1, 3, 2, 8, 1, 0, 1, 1), (16, 1, 4, 2, 7, 1, 0, 1, 1)],
+    32: [(32, 1, 2, 2, 4, 2, 0, 1, 1), (32, 1, 2, 2, 8, 1, 0, 0, 1), (32, 1, 3, 2, 7, 1, 0, 0, 1), (32, 2, 2, 2, 6, 1, 0, 0, 1)],
+    64: [(64, 1, 2, 2, 3, 2, 0, 0, 1), (64, 1, 2, 2, 6, 1, 0, 0, 1), (64, 1, 2, 2, 6, 1, 0, 1, 1), (64, 1, 3, 2, 6, 1, 0, 0, 1),
+         (64, 2, 2, 2, 5, 1, 0, 0, 1)],
+    128: [(128, 1, 2, 1, 7, 1, 0, 0, 1), (128, 1, 3, 1, 6, 1, 0, 0, 1), (128, 2, 2, 1, 7, 1, 0, 0, 1)],
+    256: [(256, 1, 2, 1, 4, 1, 0, 0, 1), (256, 1, 2, 1, 4, 1, 1, 0, 1), (128, 2, 2, 1, 7, 1, 0, 0, 1), (128, 1, 3, 1, 6, 1, 0, 0, 1)],
+    1024: [(256, 1, 2, 1, 4, 1, 0, 0, 1), (256, 1, 2, 1, 4, 1, 1, 0, 1), (128, 1, 3, 1, 6, 1, 1, 0, 1)],
 }  # fmt: skip
 ALSO_BF16 = {
     (16, 3, 2, 1),
-    (16, 1, 4, 2, 7, 1, 0, 1, 1),
-    (64, 1, 4, 2, 5, 1, 0, 0, 1),
-    (128, 2, 2, 1, 7, 1, 0, 0, 1),
+    (16, 1, 2, 2, 5, 2, 0, 1, 1),
+    (64, 2, 2, 2, 5, 1, 1, 0, 1),
+    (64, 1, 2, 2, 6, 1, 0, 0, 1),
 }
 
 
 def kernels_for(shape: str, rows: int, affine: int) -> list[Kernel]:
     """Those that are tried at this shape and number of rows."""
     k = SHAPES[shape][1]
-    configs: list[tuple[str, tuple[int, ...]]] = [("few", c) for c in FEW] if rows <= 8 else []
-    configs += [("tile", c) for c in TILES[1 if rows < 8 else rows]]
-    found = []
-    for family, config in configs:
-        for bf16 in (0, 1) if config in ALSO_BF16 else (0,):
-            kernel = Kernel(family, affine, (*config, bf16))
-            fits = kernel.shared_bytes_for(rows, k) * kernel.values["EACH"] <= MAX_SHARED_BYTES - 1024
-            if fits and not (affine and kernel.values.get("PERMUTED")):
-                found.append(kernel)
-    return found
+    kernels = [Kernel("few", affine, (*c, 0)) for c in FEW] if rows <= 8 else []
+    tiles = (WIDE if shape == "gate_up" else NARROW)[1 if rows < 8 else rows]
+    for number, config in enumerate(tiles):
+        narrow = Kernel("tile", affine, (*config, 0, 0))
+        has_wide_table = not affine and rows <= 128 and narrow.values["PER_SM"] == 1
+        kernels += [narrow] if number == 0 or not has_wide_table else []
+        kernels += [with_wide_table(narrow)] if has_wide_table else []
+    kernels += [Kernel(x.family, x.affine, (*x.config[:-1], 1)) for x in kernels if is_tried_in_bf16(x)]
+    room = MAX_SHARED_BYTES + 1024  # of a multiprocessor, 1024 a block being the system's
+    return [x for x in kernels if (x.shared_bytes_for(rows, k) + 1024) * x.values["EACH"] <= room]
+
+
+def is_tried_in_bf16(kernel: Kernel) -> bool:
+    return any(kernel.config[: len(config)] == config for config in ALSO_BF16)
+
+
+def with_wide_table(kernel: Kernel) -> Kernel:
+    """With as many stages as fit beside it."""
+    *config, stages, per_sm, stretched, scaled_sums, each, _, bf16 = kernel.config
+    for fewer in range(stages, 0, -1):
+        found = Kernel("tile", kernel.affine, (*config, fewer, per_sm, stretched, scaled_sums, each, 1, bf16))
+        if found.shared_bytes <= MAX_SHARED_BYTES:
+            return found
+    raise AssertionError(kernel)
 
 
 def all_kernels(all_rows: list[int]) -> list[Kernel]:
@@ -135,7 +176,7 @@ def compile_all(folder: Path, all_rows: list[int], workers: int) -> dict[str, st
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [*TILES]
+        rows = [*WIDE]
         for name, complaint in compile_all(Path(scratch), rows, 2).items():
             print(name, complaint)
         print(f"{len(all_kernels(rows))} kernels, {len(list(Path(scratch).iterdir())) - 1} compiled")
