@@ -223,7 +223,7 @@ inline void fence_device() {
         stores->clear();
     }
 }
-inline uint32_t flag_value(const uint32_t* flag) { demand_awaited(); return *(volatile const uint32_t*)flag; }
+inline uint32_t flag_value(const uint32_t* flag) { demand_awaited(), yield(); return *(volatile const uint32_t*)flag; }
 inline void flag_publish(uint32_t* flag, uint32_t value) { *(volatile uint32_t*)flag = value; }
 inline void flag_await(const uint32_t* flag, uint32_t value) { while (flag_value(flag) != value) yield(); }
 // A fence also covers what others of its block stored before a barrier that it has passed.

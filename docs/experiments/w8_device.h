@@ -1,27 +1,20 @@
-// What w8_tile.cu asks of the machine beyond w4_device.h: products of bytes, named barriers, dependent launches, and
-// what blocks tell each other through global memory.
+// What w8_tile.cu asks of the machine beyond w4_device.h: products of bytes, named barriers, counters.
 #pragma once
 #include "w4_device.h"
 
 #ifdef __CUDACC__
 #include "w8_wgmma.h"
-DEVICE void launch_successor() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-DEVICE void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void sync_threads_of(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 DEVICE void writes_visible_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-DEVICE void fence_gpu() { __threadfence(); }
 DEVICE int count_arrival(int* counter) { return atomicAdd(counter, 1); }  // -> those before
-DEVICE void store_global(float4* to, float4 v) { __stcg(to, v); }
-DEVICE float4 load_shared_by_blocks(const float4* from) {  // not from L1, which knows nothing of other blocks
-    float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(from)
-                 : "memory");
+DEVICE uint32_t load_fresh2(const uint16_t* from) {  // of what a predecessor wrote; never put off to where it is used
+    uint16_t v;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(from));
     return v;
 }
+DEVICE void store_for_others(uint16_t* to, uint32_t v) { *to = uint16_t(v); }  // seen after fence_device
 DEVICE void or_global(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
 DEVICE float inverse_root(float v) { return rsqrtf(v); }
 DEVICE float exponential(float v) { return __expf(v); }
@@ -29,11 +22,6 @@ DEVICE float nearest(float v) { return rintf(v); }
 DEVICE uint32_t shuffle_up(uint32_t v, int distance) { return __shfl_up_sync(0xffffffffu, v, distance); }
 DEVICE int ones(uint32_t v) { return __popc(v); }
 DEVICE int lowest(uint32_t v) { return __ffs(int(v)) - 1; }
-DEVICE uint32_t half_pair(float low, float high) {
-    uint32_t v;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-    return v;
-}
 template <int N>
 DEVICE void settle(float* sums) {  // what reads them stays behind the wait before this
 #pragma unroll
@@ -49,6 +37,13 @@ constexpr uint64_t NORMAL = 0x1000000000000000ull;  // L2
 #include "w8_emulator.h"
 #endif
 
+DEVICE float float_of(uint32_t bits) {  // of the activations' type
+#if BF16
+    return bits_to_float(bits << 16);
+#else
+    return to_float(uint16_t(bits));
+#endif
+}
 // Rows of 32 halves (64 bytes) under the 64-byte swizzle, eight rows 512 bytes apart; beside w4_device.h's `descriptor`
 // of rows of 128 bytes, which serves halves and bytes alike.
 DEVICE uint64_t narrow_descriptor(uint32_t address) {

@@ -2,16 +2,13 @@
 #pragma once
 #include <cmath>
 
-inline void launch_successor() {}
-inline void wait_for_predecessor() {}
 inline void sync_threads_of(int barrier, int threads) {
     meet(me->block->named[barrier], 0, threads, nullptr, [](void**) {});
 }
 inline void writes_visible_to_wgmma() {}
-inline void fence_gpu() {}
 inline int count_arrival(int* counter) { return (*counter)++; }
-inline void store_global(float4* to, float4 v) { *to = v; }
-inline float4 load_shared_by_blocks(const float4* from) { return *from; }
+inline uint32_t load_fresh2(const uint16_t* from) { demand_awaited(); return *from; }
+inline void store_for_others(uint16_t* to, uint32_t v) { demand_awaited(), me->stores.push_back([=] { *to = uint16_t(v); }); }
 inline void or_global(uint32_t* word, uint32_t bits) { *word |= bits; }
 inline float inverse_root(float v) { return 1 / std::sqrt(v); }
 inline float exponential(float v) { return std::exp(v); }
@@ -26,7 +23,6 @@ inline uint32_t shuffle_up(uint32_t v, int distance) {
 }
 inline int ones(uint32_t v) { return __builtin_popcount(v); }
 inline int lowest(uint32_t v) { return __builtin_ctz(v); }
-inline uint32_t half_pair(float low, float high) { return bits_of((_Float16)low) | uint32_t(bits_of((_Float16)high)) << 16; }
 template <int N>
 inline void settle(void*) {}
 constexpr uint64_t NORMAL = 0;

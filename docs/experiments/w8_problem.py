@@ -12,7 +12,7 @@ THRESHOLD, FP8_MOST = 6.0, 448.0
 class Problem:
     """x [rows, K] with outliers in `count` columns, each in about half of the rows; random weights.
 
-    The operands of int8: codes with zeros for outliers, x16 (float16, with the outliers), and the bitmap of columns.
+    The operands of int8: codes with zeros for outliers, x16 (16 bits, with the outliers), and the bitmap of columns.
     """
 
     rows: int
@@ -22,6 +22,7 @@ class Problem:
     device: str
     like: "Problem | None" = None  # whose weights are taken
     threshold: float = THRESHOLD
+    bf16: int = 0
     w: Tensor = field(init=False)
     w8: Tensor = field(init=False)
     w_steps: Tensor = field(init=False)
@@ -47,7 +48,7 @@ class Problem:
         ) % 2 == 0
         lifted = torch.empty(has.shape, device=device).uniform_(6, 60) * torch.where(x[:, listed] < 0, -1, 1)
         x[:, listed] = torch.where(has, lifted, x[:, listed])
-        self.x16 = x.half()
+        self.x16 = x.to(self.dtype)
         outlier = self.x16.float().abs() >= self.threshold
         regular = torch.where(outlier, 0, self.x16.float())
         self.steps = regular.abs().amax(1) / 127
@@ -55,6 +56,10 @@ class Problem:
         self.bitmap = bits(outlier.any(0))
         self.x8_steps = x.abs().amax(1) / FP8_MOST
         self.x8 = (x / self.x8_steps[:, None]).to(torch.float8_e4m3fn)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16
 
     def operands(self, fp8: int) -> tuple[Tensor, Tensor, Tensor]:
         """-> weight, activations (both 8 bits), steps of the activations' rows."""

@@ -8,13 +8,13 @@
 #ifndef SILU
 #define SILU 0
 #endif
-#ifndef THREADS
-#define THREADS 512
+#ifndef ROW_THREADS
+#define ROW_THREADS 512
 #endif
-#ifndef CHUNKS  // of 8 columns that a thread has
-#define CHUNKS 1
+#ifndef ROW_CHUNKS  // of 8 columns that a thread has
+#define ROW_CHUNKS 1
 #endif
-constexpr int WARPS = THREADS / 32;
+constexpr int WARPS = ROW_THREADS / 32;
 
 struct Eight {
     float v[8];
@@ -24,13 +24,13 @@ DEVICE Eight eight_at(const uint16_t* from) {
     const uint32_t words[4] = {four.x, four.y, four.z, four.w};
     Eight out;
 #pragma unroll
-    for (int i = 0; i < 8; i++) out.v[i] = to_float(uint16_t(words[i / 2] >> 16 * (i & 1)));
+    for (int i = 0; i < 8; i++) out.v[i] = float_of(uint16_t(words[i / 2] >> 16 * (i & 1)));
     return out;
 }
-DEVICE float rounded(float v) { return to_float(uint16_t(half_pair(v, 0))); }
+DEVICE float rounded(float v) { return float_of(uint16_t(to_pair(v, 0))); }
 DEVICE void store_halves(uint16_t* to, const Eight& e) {
-    *reinterpret_cast<uint4*>(to) = {half_pair(e.v[0], e.v[1]), half_pair(e.v[2], e.v[3]), half_pair(e.v[4], e.v[5]),
-                                     half_pair(e.v[6], e.v[7])};
+    *reinterpret_cast<uint4*>(to) = {to_pair(e.v[0], e.v[1]), to_pair(e.v[2], e.v[3]), to_pair(e.v[4], e.v[5]),
+                                     to_pair(e.v[6], e.v[7])};
 }
 // The sum, or the largest, of all threads' values; `room` is one float a warp.
 template <class Join>
@@ -46,7 +46,7 @@ DEVICE float of_block(float v, float* room, int thread, Join join) {
 }
 
 // SILU: `first` is gate_up [rows, 2 width], the rest of the inputs are not read. Else hidden, delta and total [rows, width].
-KERNEL __launch_bounds__(THREADS)
+KERNEL __launch_bounds__(ROW_THREADS)
 w8_rows(const uint16_t* first, const uint16_t* delta, const uint16_t* __restrict__ gain, const int* live, uint16_t* total,
         uint16_t* x16, char* codes, float* steps, uint32_t* bitmap, uint32_t* spent, int spent_words, int width, float eps,
         float threshold) {
@@ -54,16 +54,16 @@ w8_rows(const uint16_t* first, const uint16_t* delta, const uint16_t* __restrict
     float* const room = reinterpret_cast<float*>(shared);
     const int thread = threadIdx.x, row = blockIdx.x;
     const size_t start = size_t(row) * width;
-    wait_for_predecessor();
-    launch_successor();
+    await_predecessor();
+    release_successor();
     if (row == 0)
-        for (int i = thread; i < spent_words; i += THREADS) spent[i] = 0;
+        for (int i = thread; i < spent_words; i += ROW_THREADS) spent[i] = 0;
     const bool is_live = row < *live;
-    Eight x[CHUNKS];
+    Eight x[ROW_CHUNKS];
     float squares = 0;
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        const int column = (c * THREADS + thread) * 8;
+    for (int c = 0; c < ROW_CHUNKS; c++) {
+        const int column = (c * ROW_THREADS + thread) * 8;
         x[c] = {};
         if (column >= width) continue;
         if (SILU) {
@@ -82,8 +82,8 @@ w8_rows(const uint16_t* first, const uint16_t* delta, const uint16_t* __restrict
     if (!SILU) {
         const float scale = inverse_root(of_block(squares, room, thread, [](float a, float b) { return a + b; }) / width + eps);
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) {
-            const int column = (c * THREADS + thread) * 8;
+        for (int c = 0; c < ROW_CHUNKS; c++) {
+            const int column = (c * ROW_THREADS + thread) * 8;
             if (column >= width) continue;
             const Eight by = eight_at(gain + column);
 #pragma unroll
@@ -92,8 +92,8 @@ w8_rows(const uint16_t* first, const uint16_t* delta, const uint16_t* __restrict
     }
     float most = 0;
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        const int column = (c * THREADS + thread) * 8;
+    for (int c = 0; c < ROW_CHUNKS; c++) {
+        const int column = (c * ROW_THREADS + thread) * 8;
         if (column >= width) continue;
         store_halves(x16 + start + column, x[c]);
         uint32_t bits = 0;
@@ -109,8 +109,8 @@ w8_rows(const uint16_t* first, const uint16_t* delta, const uint16_t* __restrict
     const float factor = most > 0 ? 127 / most : 0;
     if (thread == 0) steps[row] = most / 127;
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        const int column = (c * THREADS + thread) * 8;
+    for (int c = 0; c < ROW_CHUNKS; c++) {
+        const int column = (c * ROW_THREADS + thread) * 8;
         if (column >= width) continue;
         uint32_t words[2] = {};
 #pragma unroll

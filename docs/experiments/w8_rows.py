@@ -31,7 +31,7 @@ KERNELS = ((0, 512, 1), (0, 256, 2), (1, 448, 4), (1, 896, 2))
 DRIVER = """extern "C" void run(int rows, const uint16_t* first, const uint16_t* delta, const uint16_t* gain, const int* live,
     uint16_t* total, uint16_t* x16, char* codes, float* steps, uint32_t* bitmap, uint32_t* spent, int spent_words, int width,
     float eps, float threshold) {
-    emulate(rows, 1, THREADS, [=] { w8_rows(first, delta, gain, live, total, x16, codes, steps, bitmap, spent, spent_words, width,
+    emulate(rows, 1, ROW_THREADS, [=] { w8_rows(first, delta, gain, live, total, x16, codes, steps, bitmap, spent, spent_words, width,
         eps, threshold); }); }"""
 
 
@@ -108,7 +108,7 @@ def emulate() -> bool:
         with tempfile.TemporaryDirectory() as folder:
             source, library = Path(folder) / "driver.cpp", Path(folder) / "kernel.so"
             source.write_text(f'#include "w8_rows.cu"\n{DRIVER}\n')
-            flags = [f"-DSILU={silu}", f"-DTHREADS={threads}", f"-DCHUNKS={chunks}", f"-I{HERE}"]
+            flags = [f"-DSILU={silu}", f"-DROW_THREADS={threads}", f"-DROW_CHUNKS={chunks}", f"-I{HERE}"]
             command = ["g++", "-std=c++17", "-O2", "-mavx2", "-mf16c", "-mfma", "-shared", "-fPIC", "-w", "-Wno-psabi"]  # fmt: skip
             subprocess.run([*command, *flags, "-o", str(library), str(source)], check=True)
             kernel = ctypes.CDLL(str(library))
@@ -150,7 +150,7 @@ def measure(folder: Path) -> bool:
     told, images, fine = [], [], True
     for silu, threads, chunks in KERNELS:
         file = folder / f"w8_rows_{silu}_{threads}"
-        flags = [f"-DSILU={silu}", f"-DTHREADS={threads}", f"-DCHUNKS={chunks}"]
+        flags = [f"-DSILU={silu}", f"-DROW_THREADS={threads}", f"-DROW_CHUNKS={chunks}"]
         subprocess.run(["nvcc", "-cubin", "-arch=sm_90a", "-std=c++17", "-O3", *flags, "-o", str(file),
                         str(HERE / "w8_rows.cu")], check=True)  # fmt: skip
         module, handle = ctypes.c_void_p(), ctypes.c_void_p()

@@ -11,14 +11,15 @@ THREADS, WARPGROUPS, STEP = 384, 2, 128  # STEP: of K
 
 @dataclass(frozen=True, order=True)
 class Kernel:
-    """R = 128 * rt outputs x `tile` rows of activations; `slots` of `cap` listed columns are multiplied at a time."""
+    """R = 128 * rt outputs x `tile` rows of activations; the constants of w8_tile.cu."""
 
     fp8: int
     tile: int
     rt: int
     stages: int
     cap: int = 32
-    slots: int = 32
+    per_sm: int = 1
+    bf16: int = 0
 
     @property
     def outputs(self) -> int:
@@ -26,14 +27,16 @@ class Kernel:
 
     @property
     def file(self) -> str:
-        return (
-            f"w8_{'fp8' if self.fp8 else 'int8'}_{self.tile}_{self.rt}_{self.stages}_{self.cap}_{self.slots}"
-        )
+        return "_".join(["w8", *(f"{name.lower()}{value}" for name, value in self.constants.items())])
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"FP8": self.fp8, "TILE": self.tile, "RT": self.rt, "STAGES": self.stages, "CAP": self.cap,
+                "PER_SM": self.per_sm, "BF16": self.bf16}  # fmt: skip
 
     @property
     def defines(self) -> dict[str, int]:
-        return {"FP8": self.fp8, "TILE": self.tile, "RT": self.rt, "STAGES": self.stages, "CAP": self.cap,
-                "SLOTS": self.slots, "SHARED_BYTES": self.shared_bytes}  # fmt: skip
+        return {**self.constants, "SHARED_BYTES": self.shared_bytes}
 
     @property
     def shared_bytes(self) -> int:
@@ -42,10 +45,11 @@ class Kernel:
         def whole(size: int) -> int:
             return -(-size // 1024) * 1024
 
-        before = 1024 + 512 + 2048
+        before = 1024 + 384 + 8 * self.tile
         if not self.fp8:
-            before += 4096 + 528 + self.outputs * (self.cap + 4)
-        out = whole(before) + (0 if self.fp8 else self.tile * self.slots * 2)
+            before += 4096 + 528 + self.outputs * self.cap
+        piece = self.tile if self.rt * self.tile < 256 else 64
+        out = whole(before) + (0 if self.fp8 else 2 * piece * 32 * 2)
         return whole(out + WARPGROUPS * 4 * 512) + self.stages * 128 * (self.outputs + self.tile) - 1024
 
     def compile(self, folder: Path) -> str:
@@ -82,19 +86,17 @@ def cut(kernel: Kernel, how: str, n: int, k: int, rows: int, multiprocessors: in
     return multiprocessors, stream
 
 
-# by rows; (tile, rt, stages, cap, slots)
+# by rows; (tile, rt, stages, cap, per_sm, bf16)
 INT8 = {
-    1: ((16, 1, 9, 128, 64), (16, 2, 5, 64, 64)),
-    16: ((16, 1, 9, 128, 64), (16, 2, 5, 64, 64)),
-    32: ((32, 1, 8, 128, 64), (32, 2, 4, 64, 64)),
-    64: ((64, 1, 7, 128, 64), (64, 2, 4, 64, 64)),
-    256: ((128, 1, 5, 128, 64), (128, 2, 4, 32, 32), (256, 1, 4, 32, 32)),
-    1024: ((128, 1, 5, 128, 64), (128, 2, 4, 32, 32), (256, 1, 4, 32, 32)),
+    1: ((16, 1, 9, 256), (16, 2, 5, 64), (16, 1, 5, 64, 2)),
+    16: ((16, 1, 9, 256), (16, 2, 5, 64), (16, 1, 5, 64, 2)),
+    64: ((64, 1, 7, 256), (64, 2, 4, 64), (64, 1, 7, 256, 1, 1)),
+    256: ((128, 1, 5, 256), (256, 1, 4, 64)),
+    1024: ((128, 1, 5, 256), (128, 2, 4, 64), (256, 1, 4, 64), (128, 2, 4, 64, 1, 1)),
 }
 FP8 = {
-    1: ((16, 1, 10), (16, 2, 6)),
-    16: ((16, 1, 10), (16, 2, 6)),
-    32: ((32, 1, 9), (32, 2, 5)),
+    1: ((16, 1, 10), (16, 2, 6), (16, 1, 5, 32, 2)),
+    16: ((16, 1, 10), (16, 1, 5, 32, 2)),
     64: ((64, 1, 8), (64, 2, 5)),
     256: ((128, 1, 6), (128, 2, 4)),
     1024: ((128, 1, 6), (128, 2, 4)),
