@@ -17,6 +17,7 @@ from w8_variants import HERE, THREADS, Kernel, cut
 DRIVER = f"""extern "C" void run(int grid, TensorMap* x, TensorMap* w_map, const float* x_steps, const float* w_steps,
     const uint16_t* x16, const uint32_t* bitmap, const int8_t* w, char* y, float* workspace, int* arrived, uint16_t* x_out,
     int* gathered, int rows, int n, int k, int stream_tiles, int x_out_columns, float threshold) {{
+    emulated_order = 1;  // blocks are held up at random
     emulate(grid, grid, {THREADS}, [=] {{
         w8_tile(*x, *w_map, x_steps, w_steps, x16, bitmap, w, y, workspace, arrived, x_out, gathered, rows, n, k, stream_tiles,
                 x_out_columns, threshold); }}); }}"""
