@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ class Worker:
         if self.place == (shape, rows):
             return
         n, k = SHAPES[shape]
-        self.place, self.problems, self.wanted = (shape, rows), {}, {}
+        self.place, self.problems = (shape, rows), {}
+        self.wanted: dict[tuple[int, int, int], Any] = {}
         like = None
         for count in (*COUNTS, 700) if shape == "o" else COUNTS:
             self.problems[count, 0] = like = Problem(rows, n, k, count, "cuda", like)
@@ -230,7 +232,7 @@ class Worker:
 
         want = self.want(32, 1, 0)
         error = float((product(self.weights[1][0]).double() - want).norm() / want.norm())
-        us = self.time([lambda w=w: product(w) for w in self.weights[1]])
+        us = self.time([partial(product, w) for w in self.weights[1]])
         return {"us": {"32": us}, "errors": {32: error}, "same": True, "idle_counters": True}
 
 
