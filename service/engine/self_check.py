@@ -12,6 +12,8 @@ import torch
 
 from service import device as devices
 from service.errors import DeviceError
+from service.kernels.add_rms_norm.reference import add_rms_norm
+from service.kernels.gated_silu.reference import gated_silu
 from service.model.checkpoint import TensorSource
 from service.model.instance import GROUPS, ModelInstance
 from service.precision.base import Activation, QuantLinear
@@ -24,6 +26,7 @@ BOUNDS: dict[Activation, float] = {"16bit": 0.02, "int8_rows": 0.04, "fp8_rows":
 # The same of weights: four bits leave some 10 %, a row or nibble in another's place 140 %.
 SOURCE_BOUNDS = {"fp32": 0.001, "bf16": 0.01, "fp16": 0.01}
 QUANTIZED_BOUND = 0.3
+NORM_EPS = 1e-5
 
 
 @torch.inference_mode()
@@ -31,6 +34,8 @@ def check_linears(model: ModelInstance) -> None:
     """Raises DeviceError that names layer, kernel and error."""
     for linear in kinds(model):
         check(linear, BOUNDS[model.backend.activation])
+        if linear.makes_rows:
+            check_made(linear, BOUNDS[model.backend.activation])
     devices.release_cached(model.device)  # the KV cache takes what is free
 
 
@@ -93,4 +98,29 @@ def check(linear: QuantLinear, bound: float) -> None:
                 f"{error:.1%} off at {num_rows} rows, at most {bound:.0%} is rounding",
                 hint="serve with another `--precision`, on a CPU perhaps with `--cpu-kernels torch`, and "
                 "report what `halftone doctor` says",
+            )
+
+
+def check_made(linear: QuantLinear, bound: float) -> None:
+    """The norm or the gate before the layer, where its own kernels compute that too."""
+    group = linear.group
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, max(ROWS), group.in_features, generator=generator).to(group.device, group.dtype)
+    for num_rows in (1, max(ROWS)):
+        hidden, delta = x[:num_rows], y[:num_rows]
+        if group.name == "down_proj":
+            both = torch.cat((hidden, delta), 1)
+            got, made = linear.gated(both), gated_silu(both)
+        elif group.name == "o_proj":
+            return
+        else:
+            got = linear.normed(hidden, delta, x[0].abs(), NORM_EPS)[1]
+            made = add_rms_norm(hidden, delta, x[0].abs(), NORM_EPS)[1]
+        want = linear(made).float()
+        error = float((got.float() - want).norm() / want.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        if not error <= bound:
+            raise DeviceError(
+                f"kernel `{linear.kernel}` computes what comes before `{group.parts[0].path}` wrongly on "
+                f"`{group.device}`: {error:.1%} off at {num_rows} rows, at most {bound:.0%} is rounding",
+                hint="serve with another `--precision`, and report what `halftone doctor` says",
             )

@@ -1,6 +1,7 @@
 """A kernel that is wrong is seen before anybody is served, in any precision."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint
 from service.model.instance import ModelInstance
 from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec
+from service.precision.base import LinearGroup, LinearSpec, QuantLinear
 from service.precision.full import FullLinear
 
 CPU = torch.device("cpu")
@@ -87,3 +88,20 @@ def test_a_start_ends_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def layer(weight: Tensor) -> FullLinear:
     group = LinearGroup("o_proj", (LinearSpec("part", weight.shape[1], weight.shape[0]),), CPU, torch.float32)
     return FullLinear(group, weight, None)
+
+
+def test_a_norm_or_gate_of_a_layer_s_own_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8's kernels on a GPU compute them too, rounding codes of what they make."""
+    model = ModelInstance.load(folder, load_backend("int8"), CPU, torch.float16)
+    assert model.layers()[0].qkv_proj.makes_rows
+    check_linears(model)
+    for name in ("normed", "gated"):
+        of_base = getattr(QuantLinear, name)
+
+        def wrong(linear: QuantLinear, x: torch.Tensor, *more: Any, of_base: Any = of_base) -> Any:
+            return of_base(linear, torch.roll(x, 1, 1), *more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(QuantLinear, name, wrong)
+            with pytest.raises(DeviceError, match="what comes before"):
+                check_linears(model)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 THRESHOLD = 6.0
 DTYPES = (torch.float16, torch.bfloat16)
+ROUNDED = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}  # what rounding leaves of many numbers, or less
 # (out, in): Llama-3.1-8B's four, the demo model's two narrowest, ragged edges
 REAL = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 SHAPES = [*REAL, (960, 576), (576, 1536), (72, 192), (130, 4100), (1001, 777), (8, 8)]
@@ -74,6 +75,7 @@ def test_errors_are_those_of_a_16_bit_product(
         assert got.dtype == dtype
         want = defined(x[:256], codes, scales, by_row=True)
         of_cublas = relative_rms(x[:256] @ weight.t(), x[:256].double() @ weight.double().t())
+        of_cublas = max(of_cublas, ROUNDED[dtype])  # eight numbers may all lie near their roundings
         error = relative_rms(got[:256], want)
         assert error <= 2 * of_cublas, (num_rows, count, error, of_cublas)
         assert told.counts.tolist() == [int((x.half().abs() >= THRESHOLD).sum()), x.numel()]
@@ -187,6 +189,7 @@ def test_captured_with_padding(out_features: int, in_features: int, by_row: bool
         assert relative_rms(want, defined(given[:-2], codes, scales, by_row=False)) < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_nothing_asks_the_device() -> None:
     codes, scales = weight_of(4096, 4096)
     for num_rows, by_row in itertools.product((1, 64, 300), (True, False)):
