@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 PROMPT_TOKENS = 64  # of the steps with prompts; their kernels are compiled for any number
+LONG_TOKENS = 4096  # of a context whose attention takes larger tiles
 MANY_TOKENS = 8192  # where the kernels of a deterministic linear are those for many rows
 NUM_BLOCKS = 2  # of a layer's cache, likewise
 NF4_BLOCK = 64  # weights under one absmax
@@ -176,6 +177,7 @@ def walk(shapes: Shapes, sizes: Iterable[int]) -> None:
     """Every kernel of a start's steps is launched once or more, on meta tensors."""
     steps = Steps(shapes)
     steps.prompts(PROMPT_TOKENS)
+    steps.prompts(PROMPT_TOKENS, behind=LONG_TOKENS)
     if shapes.deterministic:
         steps.prompts(MANY_TOKENS)
     if shapes.int8 or shapes.linears == "fp8":
@@ -206,12 +208,14 @@ class Steps:
         self.norm = self.activations(config.hidden_size)
         self.head_norm = self.activations(config.head_dim) if config.qk_norm else None
 
-    def prompts(self, num_tokens: int) -> None:
+    def prompts(self, num_tokens: int, behind: int = 0) -> None:
+        """`behind`: tokens that are in the cache already, if a context may be as long."""
         from service.kernels.paged_attention.plan import plan_attention
 
         tables = empty(1, self.max_blocks, dtype=torch.int32)
+        length = min(num_tokens + behind, self.max_blocks * BLOCK_TOKENS)
         deterministic = self.shapes.deterministic
-        plan = plan_attention(tables, [0, num_tokens], [num_tokens], 0, deterministic=deterministic)
+        plan = plan_attention(tables, [0, num_tokens], [length], 0, deterministic=deterministic)
         self.layers(num_tokens, plan)
 
     def decode(self, num_rows: int) -> None:

@@ -277,8 +277,6 @@ def prefill(chunk: int, earlier: int, keys: list[Tensor], values: list[Tensor], 
 
     def attend(deterministic: bool = False) -> float:
         plan = plan_attention(tables, [0, chunk], [chunk + earlier], 0, deterministic=deterministic)
-        # copied to the device before the capture, which could not
-        plan.tiles(attention.prefill_shape(HEAD_DIM, HALF)[0] // (HEADS // KV_HEADS))
         return microseconds(lambda i: attention.paged_attention(q, keys[i], values[i], plan, 0.1))
 
     def tell(label: str, deterministic: bool = False) -> None:

@@ -169,7 +169,7 @@ def test_so_does_a_deterministic_start(
 
 
 @pytest.mark.parametrize(
-    ("precision", "at_most"), [("fp16", 34), ("nf4", 33), ("awq", 39), ("int8", 64), ("fp8", 64)]
+    ("precision", "at_most"), [("fp16", 35), ("nf4", 34), ("awq", 40), ("int8", 64), ("fp8", 64)]
 )
 def test_few_kernels_serve_every_number_of_rows(precision: str, at_most: int) -> None:
     """Each takes half a second to compile; AWQ's linear was once compiled for each size that was captured."""

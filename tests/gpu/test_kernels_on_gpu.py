@@ -125,12 +125,13 @@ def test_decode(
         check_attention(cache, q, plan, list(range(len(counts) + 1)), window, softcap)
 
 
+@pytest.mark.parametrize("last", [1500, 2500])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype", "window", "softcap"), SHAPES)
 def test_mixed_batch(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int, softcap: float
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int, softcap: float, last: int
 ) -> None:
-    """Decode rows, whole prompts, chunks behind a prefix, one long chunk."""
-    lengths = [5, 700, 1, 40, 1030, 2, 512, 1500]
+    """Decode rows, whole prompts, chunks behind a prefix, one long chunk; then a context of larger tiles."""
+    lengths = [5, 700, 1, 40, 1030, 2, 512, last]
     chunks = [1, 1, 1, 40, 1030, 2, 100, 17]
     cache = Cache(lengths, kv_heads, head_dim, dtype)
     starts = [sum(chunks[:i]) for i in range(len(chunks) + 1)]

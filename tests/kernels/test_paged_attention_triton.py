@@ -67,8 +67,11 @@ def test_decode_equals_reference(
         (1, 4, 256, torch.bfloat16, 33, NO_CAP),
     ],
 )
+@pytest.mark.parametrize("short", [0, 2048], ids=["long tiles", "short tiles"])
 def test_mixed_batch_equals_reference(
     kernels: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    short: int,
     kv_heads: int,
     group: int,
     head_dim: int,
@@ -77,6 +80,7 @@ def test_mixed_batch_equals_reference(
     softcap: float,
 ) -> None:
     """Decode rows, whole prompts, chunks behind a cached prefix; some end one query behind a tile."""
+    monkeypatch.setattr(kernels, "SHORT_PROMPT_TOKENS", short)
     lengths, chunks = [5, 90, 65, 130, 33, 3], [1, 1, 65, 41, 2, 3]
     pages = Pages(lengths, kv_heads, head_dim, dtype, seed=head_dim)
     starts = [sum(chunks[:i]) for i in range(len(chunks) + 1)]

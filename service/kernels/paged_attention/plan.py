@@ -1,6 +1,7 @@
 """What every layer's attention of one step shares, computed once."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ class AttentionPlan:
             )
             self._over_gathered.append(plan)
         return self._over_gathered[0]
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Keys of the longest sequence behind the decode; 0 where there is none, or no lists."""
+        return max(self.context_lengths[self.num_decode :], default=0)
 
     def gathered(self, window: int, kv_heads: int, block_tokens: int, dtype: torch.dtype) -> Gathered:
         """What a decode that gathers its pages needs of this window, made once a step: `gather_plan`."""

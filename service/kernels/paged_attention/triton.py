@@ -20,6 +20,7 @@ from service.kernels.paged_attention.plan import AttentionPlan
 
 PROGRAMS = 528  # four for each multiprocessor of an H100: what its registers let run at once
 MAX_SPLITS = 32
+SHORT_PROMPT_TOKENS = 2048  # with what is in the cache already
 FIXED_SPLITS, FIXED_LEAST_TOKENS = 16, 256  # of a deterministic decode: as many splits, of at least so much
 
 
@@ -273,13 +274,18 @@ def decode_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     return (64, 3) if head_dim <= 128 else (32, 3)
 
 
-def prefill_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Rows (queries times heads of a group), keys in a tile, warps, stages."""
+def prefill_shape(head_dim: int, dtype: torch.dtype, is_short: bool = False) -> tuple[int, int, int, int]:
+    """Rows (queries times heads of a group), keys in a tile, warps, stages.
+
+    `is_short`: prompts whose few tiles leave multiprocessors idle are cut finer; two programs then share one.
+    """
     if dtype == torch.float32:
         return 32, 32, 8, 1
     if head_dim <= 64:
         return 128, 64, 4, 3
-    return (128, 64, 8, 3) if head_dim <= 128 else (64, 64, 8, 2)
+    if head_dim > 128:
+        return 64, 64, 8, 2
+    return (64, 64, 4, 2) if is_short else (128, 64, 8, 3)
 
 
 def paged_attention(
@@ -359,7 +365,8 @@ def prefill(
     """The rows of q behind the plan's decode -> the same rows of out."""
     _, heads, head_dim = q.shape
     _, kv_heads, page, _ = key_cache.shape
-    rows, tile, warps, stages = prefill_shape(head_dim, q.dtype)
+    is_short = not plan.deterministic and plan.longest_prompt <= SHORT_PROMPT_TOKENS
+    rows, tile, warps, stages = prefill_shape(head_dim, q.dtype, is_short)
     group = heads // kv_heads
     rows = max(rows, next_power_of_2(group))
     tiles = plan.tiles(rows // group)
