@@ -183,6 +183,7 @@ def walk(shapes: Shapes, sizes: Iterable[int]) -> None:
     if shapes.int8 or shapes.linears == "fp8":
         for num_tokens in EIGHT_BIT_TOKENS:
             steps.prompts(num_tokens)
+            steps.checks(num_tokens)
     for num_rows in sizes:
         steps.decode(num_rows)
 
@@ -285,6 +286,11 @@ class Steps:
     def makes_rows(self, name: str) -> bool:
         int8 = self.shapes.int8
         return int8 is not None and int8.by_row and name not in int8.skipped
+
+    def checks(self, num_rows: int) -> None:
+        """The linears alone, as engine/self_check launches them."""
+        for name, parts in layer_groups(self.shapes.config, 0).items():
+            self.linear(name, self.activations(num_rows, parts[0].in_features))
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         parts = layer_groups(self.shapes.config, 0)[name]

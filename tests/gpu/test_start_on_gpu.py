@@ -30,7 +30,7 @@ print(json.dumps({"compiled": compiled, "seconds": info.load_seconds, "heavy": h
 """
 
 
-@pytest.mark.parametrize("precision", ["fp16", "nf4", "awq"])
+@pytest.mark.parametrize("precision", ["fp16", "nf4", "awq", "int8", "fp8"])
 def test_all_kernels_are_compiled_ahead(tmp_path: Path, precision: str) -> None:
     """None by the thread that starts the engine, in its checks, first steps or captures: it would wait."""
     paths = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
