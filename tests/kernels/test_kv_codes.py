@@ -59,6 +59,19 @@ def test_error_is_half_a_step(codes: torch.dtype, dtype: torch.dtype) -> None:
 
 
 @CODES
+def test_what_codes_mean_is_rounded_once(codes: torch.dtype) -> None:
+    """For every code under many scales."""
+    every = torch.arange(256, dtype=torch.uint8).view(codes).expand(500, 256)
+    scales = (torch.rand(500) * 10.0 ** torch.linspace(-5, 3, 500)).to(torch.bfloat16)
+    exact = every.double() * scales.double()[:, None]
+    assert torch.equal(dequantized(every, scales).double().nan_to_num(), exact.nan_to_num())
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = dequantized(every, scales, dtype)
+        assert rounded.dtype == dtype
+        assert torch.equal(rounded.nan_to_num(), exact.to(dtype).nan_to_num())
+
+
+@CODES
 def test_zero_tiny_and_broken_values(codes: torch.dtype) -> None:
     """Codes are finite whatever comes; only a scale may be broken, and then it breaks what is read."""
     x = torch.ones(5, 8)

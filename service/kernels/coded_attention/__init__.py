@@ -39,7 +39,7 @@ def coded_attention(
     def gathered(cache: Tensor, part: int) -> Tensor:
         # as bytes: torch does not gather E4M3
         codes = cache.view(torch.int8).index_select(0, pages).view(cache.dtype)
-        return dequantized(codes, scales[..., part].index_select(0, pages)).to(q.dtype)
+        return dequantized(codes, scales[..., part].index_select(0, pages), q.dtype)
 
     keys, values = gathered(key_cache, 0), gathered(value_cache, 1)
     return paged_attention(q, keys, values, plan.over_gathered(), scale, window, softcap)

@@ -37,6 +37,8 @@ def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return scaled.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scales
 
 
-def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
-    """Codes [..., head_dim] and bfloat16 [...] -> float32, exact."""
-    return codes.float() * scales.float()[..., None]
+def dequantized(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes [..., head_dim] and bfloat16 [...] -> `dtype`, rounded once; float32 is exact."""
+    if dtype is torch.bfloat16:  # holds codes and scales as they are, and half the bytes pass through memory
+        return codes.to(dtype).mul_(scales[..., None])
+    return (codes.float() * scales.float()[..., None]).to(dtype)
