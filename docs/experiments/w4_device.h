@@ -81,20 +81,10 @@ DEVICE void store_matrices(uint32_t address, const uint32_t* r) {
 }
 
 // arithmetic on pairs of the activations' type --------------------------------------------------------------------
-DEVICE uint32_t look_up(uint32_t address) {
-    uint32_t v;
-    asm("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
 template <int TABLE>
 DEVICE uint32_t look_up_at(uint32_t offset) {
     uint32_t v;
     asm("ld.shared.b32 %0, [%1 + %2];" : "=r"(v) : "r"(offset), "n"(TABLE));
-    return v;
-}
-DEVICE float look_up_float(uint32_t address) {
-    float v;
-    asm("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
     return v;
 }
 DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
@@ -309,8 +299,8 @@ DEVICE void decode_nf4(uint32_t word, uint32_t bank, uint32_t* a) {  // bank: 4 
     a[2] = look_up_at<TABLE>(and_or(word >> 9, 0x7f80, bank));
     a[3] = look_up_at<TABLE>(and_or(word >> 17, 0x7f80, bank));
 }
-// The same with entries 256 bytes apart (base: a multiple of 64 KiB + 4 lane): the byte is put into the address by one
-// instruction. The other half of an entry has room for another table of 256 words.
+// The same with entries 256 bytes apart: the byte is put into the address by one instruction. The other half of an entry
+// has room for another table of 256 words.
 DEVICE void fill_wide_table(char* table, const float* second, int thread, int threads) {
     for (int i = thread; i < 512; i += threads) {
         const uint32_t pair = nf4_pair(i >> 1);
@@ -326,14 +316,19 @@ DEVICE void fill_wide_table(char* table, const float* second, int thread, int th
     }
 }
 template <int BYTE>
-DEVICE uint32_t entry(uint32_t word, uint32_t base) {
-    return permute(word, base, 0x7604 | BYTE << 4);
+DEVICE uint32_t entry(uint32_t word, uint32_t bank) {
+    return permute(word, bank, 0x7604 | BYTE << 4);
 }
-DEVICE void decode_nf4_wide(uint32_t word, uint32_t base, uint32_t* a) {
-    a[0] = look_up(entry<0>(word, base));
-    a[1] = look_up(entry<1>(word, base));
-    a[2] = look_up(entry<2>(word, base));
-    a[3] = look_up(entry<3>(word, base));
+template <int TABLE>
+DEVICE void decode_nf4_wide(uint32_t word, uint32_t bank, uint32_t* a) {
+    a[0] = look_up_at<TABLE>(entry<0>(word, bank));
+    a[1] = look_up_at<TABLE>(entry<1>(word, bank));
+    a[2] = look_up_at<TABLE>(entry<2>(word, bank));
+    a[3] = look_up_at<TABLE>(entry<3>(word, bank));
+}
+template <int BYTE, int TABLE>
+DEVICE float wide_level(uint32_t word, uint32_t bank) {
+    return bits_to_float(look_up_at<TABLE + 128>(entry<BYTE>(word, bank)));
 }
 // Registers 0 and 2 hold row g, 1 and 3 row g + 8. float16: 1024 + code, or 1024 + 16 code, less the zero; bfloat16:
 // 128 + code less the zero. Exact.

@@ -111,10 +111,17 @@ def check_few() -> bool:
             (16, 3, 1, 80, 0, 4096, 2, 1, 0),
             (16, 4, 2, 96, 8, 1920, 3, 8, 1),  # fifteen chunks for sixteen warps
             (8, 3, 2, 64, 0, 2688, 1, 3, 0),  # warps with two chunks and with three
+            (16, 3, 1, 48, 0, 1152, 2, 13, 0),  # two tiles of rows
             (16, 3, 2, 48, 8, 512, 5, 2, 1),  # more warps than chunks, more blocks than work
         ):
             problem = Problem(n, k, "cpu", parts=(n - 32, 16, 16))
-            fine &= check_one(Kernel("few", affine, (*config, 1, bf16)), problem, blocks, rows, n - beyond)
+            fine &= check_one(
+                Kernel("few", affine, (*config, 1, 1 + (rows > 8), int(not affine and rows < 8), bf16)),
+                problem,
+                blocks,
+                rows,
+                n - beyond,
+            )
     return fine
 
 

@@ -133,10 +133,8 @@ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
 }
 inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
 inline uint32_t to_pair(float low, float high) { return bits_of(low) | uint32_t(bits_of(high)) << 16; }
-inline uint32_t look_up(uint32_t address) { uint32_t v; memcpy(&v, at_shared(address), 4); return v; }
 template <int TABLE>
 inline uint32_t look_up_at(uint32_t offset) { uint32_t v; memcpy(&v, me->block->memory + TABLE + offset, 4); return v; }
-inline float look_up_float(uint32_t address) { float v; memcpy(&v, at_shared(address), 4); return v; }
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = uint64_t(b) << 32 | a;
     uint32_t out = 0;

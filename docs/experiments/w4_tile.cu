@@ -40,7 +40,7 @@
 #ifndef PER_SM
 #define PER_SM 1
 #endif
-#ifndef WIDE_TABLE  // NF4's table has entries 256 bytes apart in the second 64 KiB: fewer instructions, less room for stages
+#ifndef WIDE_TABLE  // NF4's table has entries 256 bytes apart, 64 KiB: fewer instructions, less room for stages
 #define WIDE_TABLE 0
 #endif
 #ifndef STRETCHED  // tiles are laid end to end and cut alike for all blocks; else each into as many shares as there are blocks
@@ -60,12 +60,8 @@ constexpr int STAGE_BYTES = (ZEROS + ZERO_BYTES + 1023) / 1024 * 1024;
 // addresses in shared memory; the first 1024 bytes are the system's
 constexpr int OUT_ROWS = T < 16 ? T : 16, OUT_BYTES = OUT_ROWS * 32;
 constexpr int FULL = 1024, EMPTY = FULL + 8 * STAGES, MAP = 1280, OUT = AFFINE ? MAP : MAP + 1024;
-constexpr int OUT_END = (OUT + WARPS * OUT_BYTES + 1023) / 1024 * 1024;
-constexpr int TABLE = WIDE_TABLE ? 65536 : OUT_END, RING = AFFINE || WIDE_TABLE ? OUT_END : TABLE + 32768;
-// the ring's stages lie before a wide table as far as they fit, then behind it
-constexpr int BEFORE = WIDE_TABLE ? (TABLE - RING) / STAGE_BYTES : STAGES, GAP = 2 * TABLE - RING - BEFORE * STAGE_BYTES;
-constexpr int END = RING + STAGES * STAGE_BYTES + (STAGES > BEFORE ? GAP : 0);
-static_assert(!WIDE_TABLE || (!AFFINE && STAGES > BEFORE));
+constexpr int TABLE = (OUT + WARPS * OUT_BYTES + 1023) / 1024 * 1024;
+constexpr int RING = TABLE + (AFFINE ? 0 : WIDE_TABLE ? 65536 : 32768), END = RING + STAGES * STAGE_BYTES;
 static_assert(STAGES * 16 <= 256 && END * PER_SM <= 232448 + 1024);
 // of a thread; together no more than the launch gives, 65536 / PER_SM / THREADS down to eights for everyone
 constexpr int CONSUMER_REGISTERS = PER_SM == 2 ? (WGS == 1 ? 216 : 104) : WGS == 4 ? 112 : WGS == 3 ? 152 : 232;
@@ -78,8 +74,6 @@ static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
 #endif
 
 #include "w4_work.h"
-
-DEVICE uint32_t ring_at(uint32_t stage) { return RING + stage * STAGE_BYTES + (int(stage) >= BEFORE ? GAP : 0); }
 
 // A scale as factor of a pair of weights. bfloat16: in two parts, so that a product is rounded once.
 struct Factor {
@@ -133,7 +127,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
         registers_lower<PRODUCER_REGISTERS>();
         if (thread == CONSUMERS) {
             auto fetch_weights = [&](const Cursor& at, int stage) {
-                const uint32_t full = here + FULL + 8 * stage, to = here + ring_at(stage);
+                const uint32_t full = here + FULL + 8 * stage, to = here + RING + stage * STAGE_BYTES;
                 const int outputs = N - at.n < R ? N - at.n : R;
                 barrier_expect(full, KS * X_BYTES + CODE_BYTES + (AFFINE ? outputs * 5 / 2 : outputs * KS));
                 copy_box(to + CODES, &code_map, at.step * KS * 128, at.n / 16, full, row_tiles == 1 ? READ_ONCE : KEEP);
@@ -148,7 +142,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 }
             };
             auto fetch_x = [&](const Cursor& at, int stage) {
-                const uint32_t to = here + ring_at(stage);
+                const uint32_t to = here + RING + stage * STAGE_BYTES;
 #pragma unroll
                 for (int i = 0; i < KS; i++)
                     copy_box(to + i * X_BYTES, &x_map, (at.step * KS + i) * 64, at.m, here + FULL + 8 * stage, KEEP);
@@ -191,7 +185,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
         sync_named<3, CONSUMERS>();
     }
     const int g = lane >> 2, group = warp >> 2, quarter = warp & 3, all_tiles = K / 64;
-    uint32_t bank = WIDE_TABLE ? here + TABLE + lane * 4 : lane * 4;
+    uint32_t bank = lane * 4;
     hold(bank);
     const float* levels = reinterpret_cast<const float*>(window + MAP);
     uint32_t stage = 0, phase = 0, done = 0;  // `done`: the stage given back next
@@ -207,7 +201,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
     };
     // Codes of 64 K -> fragments; their scales are applied here, or left in `scales_here`.
     auto decode = [&](int k_tile, int i, bool is_first, uint32_t (*fragments)[4][4], float (*scales_here)[2]) {
-        const char* from = window + ring_at(stage);
+        const char* from = window + RING + stage * STAGE_BYTES;
 #pragma unroll
         for (int r = 0; r < RT; r++) {
             const int place = (group * RT + r) * 4 + quarter;
@@ -226,8 +220,8 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 const int low = absmax_at[r] + k_tile, high = low + 8 * all_tiles;
                 if (is_first || (low & 255) == 0) outer[r][0] = load_global(nested + (low >> 8));
                 if (is_first || (high & 255) == 0) outer[r][1] = load_global(nested + (high >> 8));
-                const float low_level = WIDE_TABLE ? look_up_float(entry<0>(both, bank + 128)) : levels[both & 255];
-                const float high_level = WIDE_TABLE ? look_up_float(entry<1>(both, bank + 128)) : levels[both >> 8];
+                const float low_level = WIDE_TABLE ? wide_level<0, TABLE>(both, bank) : levels[both & 255];
+                const float high_level = WIDE_TABLE ? wide_level<1, TABLE>(both, bank) : levels[both >> 8];
                 scales_here[r][0] = low_level * outer[r][0] + offset[r];
                 scales_here[r][1] = high_level * outer[r][1] + offset[r];
             }
@@ -237,7 +231,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
             for (int s = 0; s < 4; s++) {
                 uint32_t* a = fragments[r][s];
                 if (AFFINE) decode_affine(words[s], zero[r][0], zero[r][1], a);
-                else if (WIDE_TABLE) decode_nf4_wide(words[s], bank, a);
+                else if (WIDE_TABLE) decode_nf4_wide<TABLE>(words[s], bank, a);
                 else decode_nf4<TABLE>(words[s], bank, a);
                 if (!SCALED_SUMS) {
                     a[0] = scaled(a[0], low), a[1] = scaled(a[1], high);
@@ -257,7 +251,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
         const int i = KS == 2 ? odd : 0;
         if (i == 0) barrier_wait(here + FULL + 8 * stage, phase);
         decode(first_tile + at, i, at == 0, set[odd], scale[odd]);
-        const uint64_t x = descriptor(here + ring_at(stage) + i * X_BYTES);
+        const uint64_t x = descriptor(here + RING + stage * STAGE_BYTES + i * X_BYTES);
         wgmma_fence();
 #pragma unroll
         for (int r = 0; r < RT; r++)

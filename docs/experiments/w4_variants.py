@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 # PER_SM: blocks that registers must leave room for; EACH: blocks of one launch on a multiprocessor
 FIELDS = {
-    "few": ("WARPS", "STAGES", "PER_SM", "EACH", "BF16"),
+    "few": ("WARPS", "STAGES", "PER_SM", "EACH", "TILES", "WIDE_TABLE", "BF16"),
     "tile": (
         "TILE",
         "RT",
@@ -62,14 +62,12 @@ class Kernel:
         v, affine = self.values, self.affine
         if self.family == "few":
             ring = v["WARPS"] * v["STAGES"] * (1072 if affine else 1056)
-            return up((1024 if affine else 34816) + ring, 128) - 1024
+            table = 1024 if affine else 67584 if v["WIDE_TABLE"] else 34816
+            return up(table + ring, 128) - 1024
         scales = self.outputs * 5 // 2 if affine else self.outputs * v["KS"]
         stage = up(v["KS"] * v["TILE"] * 128 + self.outputs * 32 * v["KS"] + scales, 1024)
         table = up((1280 if affine else 2304) + v["WGS"] * 4 * min(v["TILE"], 16) * 32, 1024)
-        if not v["WIDE_TABLE"]:
-            return table + (0 if affine else 32768) + v["STAGES"] * stage - 1024
-        behind = v["STAGES"] - ((64 << 10) - table) // stage
-        return (128 << 10) + behind * stage - 1024
+        return table + (0 if affine else 65536 if v["WIDE_TABLE"] else 32768) + v["STAGES"] * stage - 1024
 
     def shared_bytes_for(self, rows: int, k: int) -> int:
         if self.family != "few":
@@ -96,8 +94,9 @@ def up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-# (warps, stages, blocks of registers, blocks of a launch)
+# (warps, stages, blocks of registers, blocks of a launch), with NF4's wide table the second
 FEW = [(16, 3, 2, 1), (16, 3, 2, 2), (8, 4, 2, 2)]
+FEW_WIDE = [(16, 3, 1, 1), (16, 2, 2, 1), (8, 4, 2, 2)]
 # (tile, rt, wgs, ks, stages, blocks of registers, stretched, scaled sums, blocks of a launch) by rows: of gate_up, whose
 # whole tiles leave few multiprocessors idle, and of the others
 WIDE = {
@@ -132,7 +131,10 @@ ALSO_BF16 = {
 def kernels_for(shape: str, rows: int, affine: int) -> list[Kernel]:
     """Those that are tried at this shape and number of rows."""
     k = SHAPES[shape][1]
-    kernels = [Kernel("few", affine, (*c, 0)) for c in FEW] if rows <= 8 else []
+    kernels = [Kernel("few", affine, (*c, 1, 0, 0)) for c in FEW] if rows <= 8 else []
+    kernels += [Kernel("few", 0, (*c, 1, 1, 0)) for c in FEW_WIDE] if rows <= 8 and not affine else []
+    if rows == 16:
+        kernels.append(Kernel("few", affine, (16, 3 if affine else 2, 1, 1, 2, 0, 0)))
     tiles = (WIDE if shape == "gate_up" else NARROW)[1 if rows < 8 else rows]
     for number, config in enumerate(tiles):
         narrow = Kernel("tile", affine, (*config, 0, 0))
