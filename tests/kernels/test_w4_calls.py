@@ -9,6 +9,7 @@ import torch
 
 from service.kernels import launch as launching
 from service.kernels.cuda import driver
+from service.kernels.cuda import maps as kept_maps
 from service.kernels.w4_linear import Kind, Shape, Weight, cuda, plan
 from service.kernels.w4_linear.cuda import Bound, Parts, parts_of
 from service.kernels.w4_linear.variants import Few, Tile, Variant
@@ -54,7 +55,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Driver:
     found = Driver()
     monkeypatch.setattr(driver, "driver", lambda: found)
     monkeypatch.setattr(cuda, "load", Kernel)
-    monkeypatch.setattr(cuda, "_x_maps", {})
+    monkeypatch.setattr(kept_maps, "_maps", {})
     monkeypatch.setattr(cuda, "_workspaces", {})
     monkeypatch.setattr(cuda, "multiprocessors", lambda: 13)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
@@ -141,7 +142,7 @@ def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
 def test_a_map_is_kept_for_an_address_and_number_of_rows(
     library: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "MAX_MAPS", 2)
+    monkeypatch.setattr(kept_maps, "MAX_MAPS", 2)
     multiply, _ = bound("affine")
     x = torch.zeros(64, IN, dtype=torch.float16)
     for num_rows, maps in ((64, 2), (64, 2), (63, 3), (64, 3), (62, 4), (64, 5)):

@@ -1,4 +1,4 @@
-"""The very CUDA kernels that a GPU runs, compiled with g++ for a machine made of fibers (w4_emulator.h).
+"""The very CUDA kernels that a GPU runs, compiled with g++ for a machine made of fibers (machine_emulator.h).
 
 It shows numbers, barriers, buffers given back too early and addresses that a GPU would refuse; not what a
 compiler for the GPU makes of them, nor speed.
@@ -6,8 +6,6 @@ compiler for the GPU makes of them, nor speed.
 
 import ctypes
 import shutil
-import subprocess
-from ctypes import c_void_p
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,10 @@ from torch import Tensor
 
 from service.kernels.w4_linear import Kind, Weight
 from service.kernels.w4_linear.cuda import parts_of
-from service.kernels.w4_linear.variants import FOLDER, Few, Tile, Variant
+from service.kernels.w4_linear.variants import Few, Tile, Variant
+from tests.kernels.emulated import box, build, pointer
 from tests.kernels.w4_weights import random_weight
 
-FLAGS = ["-std=c++17", "-O1", "-mavx2", "-mf16c", "-mfma", "-shared", "-fPIC", "-w", "-Wno-psabi"]
 SIGNATURES = {
     "w4_few": (
         "const char* codes, const char* scales, const char* zeros, const float* nested, const float* map,"
@@ -45,29 +43,10 @@ CASES: list[tuple[Variant, tuple[int, ...], int, int, int]] = [
 def emulated(variant: Variant, folder: Path) -> ctypes.CDLL:
     """A library whose `run` is a launch."""
     parameters, arguments = SIGNATURES[variant.kernel]
-    source, library = folder / "driver.cpp", folder / "kernel.so"
     at_once = "grid" if isinstance(variant, Tile) else "1"  # blocks that wait for each other
-    source.write_text(
-        f'#include "{variant.kernel}.cu"\nextern "C" void run(int order, int grid, {parameters}) {{'
-        " emulated_order = order;"
-        f" emulate(grid, {at_once}, {variant.threads}, [=] {{ {variant.kernel}({arguments}); }}); }}\n"
-    )
-    settings = [option for option in variant.program.options if option.startswith("-D")]
-    folders = [f"-I{FOLDER}", f"-I{Path(__file__).parent}"]
-    command = ["g++", *FLAGS, *settings, *folders, "-o", str(library), str(source)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
-
-
-def pointer(tensor: Tensor | None) -> c_void_p:
-    return c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def box(tensor: Tensor, shape: tuple[int, int], rows: int, columns: int, *, swizzled: bool) -> Tensor:
-    """A tensor map of the emulator's, of a [rows, columns] matrix."""
-    size = tensor.element_size()
-    fields = [tensor.data_ptr(), shape[1], shape[0], shape[1] * size, size, columns, rows, int(swizzled)]
-    return torch.tensor([*fields, *[0] * 8])
+    launch = f"emulate(grid, {at_once}, {variant.threads}, [=] {{ {variant.kernel}({arguments}); }});"
+    run = f"void run(int order, int grid, {parameters}) {{ emulated_order = order; {launch} }}"
+    return build(variant.program, folder, run)
 
 
 class Machine:
@@ -87,8 +66,8 @@ class Machine:
         if isinstance(variant, Tile):
             words, box_rows = weight.codes.view(torch.int32), variant.outputs // 16
             maps = (
-                box(x, (num_rows, k), variant.tile, 64, swizzled=True),
-                box(words, (n // 16, k * 2), box_rows, 128 * variant.ks, swizzled=False),
+                box(x, (num_rows, k), variant.tile, 64, swizzled=1),
+                box(words, (n // 16, k * 2), box_rows, 128 * variant.ks, swizzled=0),
             )
             sums = torch.full((self.num_blocks, variant.sums_of_block), float("nan"))
             told = (*maps, *rest, y, sums, self.flags)

@@ -20,6 +20,7 @@ from service.kernels.cuda.nvrtc import STANDARD_HEADERS, compiler
 
 logger = logging.getLogger(__name__)
 
+SHARED_HEADERS = Path(__file__).parent
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 
 
@@ -27,7 +28,7 @@ OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 class Program:
     """One kernel of a source, under definitions that make it a variant."""
 
-    source: Path  # the headers beside it may be included
+    source: Path  # the headers beside it may be included, and those in this folder
     kernel: str  # as `extern "C"` exports it
     definitions: tuple[tuple[str, int], ...] = ()
 
@@ -39,7 +40,8 @@ class Program:
     @cached_property
     def texts(self) -> dict[str, str]:
         """Of the source and, behind it, of every header that it may include."""
-        files = [self.source, *sorted(self.source.parent.glob("*.h"))]
+        headers = [*sorted(SHARED_HEADERS.glob("*.h")), *sorted(self.source.parent.glob("*.h"))]
+        files = [self.source, *headers]  # of one name the one beside the source
         return {file.name: file.read_text(encoding="utf-8") for file in files}
 
     @property

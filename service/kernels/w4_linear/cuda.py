@@ -19,15 +19,11 @@ from torch import Tensor
 from service import device as devices
 from service.kernels import launch as launching
 from service.kernels.cuda import Kernel, Launch, TensorMap, kernel_of
-from service.kernels.cuda.driver import SWIZZLE_128, SWIZZLE_NONE, multiprocessors, tensor_map
+from service.kernels.cuda.driver import SWIZZLE_NONE, multiprocessors, tensor_map
+from service.kernels.cuda.maps import readable, rows_map
 from service.kernels.w4_linear.layout import BLOCK_ROWS, NESTED_BLOCK, Weight
 from service.kernels.w4_linear.plan import MAX_PARTS, Row, most_sums
 from service.kernels.w4_linear.variants import Few, Tile, Variant, most_shared_bytes
-
-MAX_MAPS = 4096  # that are kept: 128 bytes each
-ALIGNMENT = 16  # bytes, of x
-
-_x_maps: dict[tuple[Any, ...], TensorMap] = {}  # (address, rows, columns, type, rows of a box) -> map
 
 
 class Workspace:
@@ -116,7 +112,7 @@ class Call:
         num_rows = x.shape[0]
         self.rows.value, self.x.value, self.y.value = num_rows, x.data_ptr(), y.data_ptr()
         if self.box_rows:
-            self.launch.replace(0, _x_map(x, self.box_rows))
+            self.launch.replace(0, rows_map(x, self.box_rows))
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
         self.launch(self.num_blocks, self.shared_bytes + num_rows * self.row_bytes, stream)
 
@@ -139,9 +135,7 @@ class Bound:
         # the kernels check nothing: another type or width would read what is not x's
         assert x.dtype is self.dtype, x.dtype
         assert columns == self.in_features, (columns, self.in_features)
-        x = x.contiguous()
-        if x.data_ptr() % ALIGNMENT:
-            x = x.clone()
+        x = readable(x)
         y = x.new_empty(num_rows, self.out_features)
         if num_rows:
             number = bisect_left(self._ends, num_rows)
@@ -156,16 +150,6 @@ class Bound:
 def _pointer(tensor: Tensor) -> c_void_p:
     assert tensor.is_contiguous()
     return c_void_p(tensor.data_ptr())
-
-
-def _x_map(x: Tensor, box_rows: int) -> TensorMap:
-    key = (x.data_ptr(), x.shape[0], x.shape[1], x.dtype, box_rows)
-    found = _x_maps.get(key)
-    if found is None:
-        if len(_x_maps) >= MAX_MAPS:
-            _x_maps.clear()
-        found = _x_maps[key] = tensor_map(key[0], x.dtype, (key[1], key[2]), (box_rows, 64), SWIZZLE_128)
-    return found
 
 
 def _code_map(weight: Weight, variant: Tile) -> TensorMap:

@@ -1,4 +1,4 @@
-// The machine of w4_device.h on a CPU: every thread of a cluster is a fiber; warps, warpgroups, blocks and clusters
+// The machine of kernels/cuda/machine.h on a CPU: every thread of a cluster is a fiber; warps, warpgroups, blocks and clusters
 // meet where the hardware would make them meet. Late by intent: cp.async lands when it is waited for, wgmma reads its
 // operands when it is waited for, so that a buffer given back too early shows. Layouts are those of PTX ISA 8.
 #pragma once
@@ -14,9 +14,11 @@
 
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(8) uint2 { uint32_t x, y; };
+struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct dim3 { int x; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 #define KERNEL extern "C" void
@@ -254,11 +256,11 @@ inline void bytes_landed(Block& block, uint32_t barrier, long bytes) {
     settle(b);
 }
 constexpr uint64_t READ_ONCE = 0, KEEP = 0;
-// opaque: base, columns, rows, bytes of a row, bytes of an element, box columns, box rows, swizzled
+// opaque: base, columns, rows, bytes of a row, bytes of an element, box columns, box rows, swizzled (0, 1; 2: and read at any time)
 inline void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks, uint64_t) {
     const uint64_t* m = map->opaque;
     const long size = m[4];
-    if (m[7]) demand_awaited();  // x
+    if (m[7] == 1) demand_awaited();
     if (mine(to) % (m[7] ? 1024 : 128)) { printf("misaligned box\n"); abort(); }
     for (int rank = 0; ranks >> rank; rank++) {
         if (!(ranks >> rank & 1)) continue;
@@ -327,6 +329,80 @@ inline void wgmma_wait() {
                     }
                 }
             });
+}
+
+// Each word arrives later by some looks of whoever looks, a later one perhaps before an earlier one.
+inline std::multimap<uint64_t, std::function<void()>> words_on_their_way;
+inline uint64_t looks = 0;
+inline uint32_t lateness = 1;
+inline void word_store(float* to, uint32_t bits) {
+    demand_awaited();
+    lateness = lateness * 1664525 + 1013904223;
+    words_on_their_way.insert({looks + (lateness >> 20), [=] { memcpy(to, &bits, 4); }});
+}
+inline void words_arrive(uint64_t until) {
+    auto& words = words_on_their_way;
+    for (; !words.empty() && words.begin()->first <= until; words.erase(words.begin())) words.begin()->second();
+}
+inline void launch_over() { words_arrive(~uint64_t(0)); }
+constexpr uint32_t ABSENT = 0xffffffff;
+inline uint32_t bits_of_float(float v) { uint32_t bits; memcpy(&bits, &v, 4); return bits; }
+inline void part_give(float* to, float4 v) {
+    const float numbers[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < 4; i++) word_store(to + i, numbers[i] == numbers[i] ? bits_of_float(numbers[i]) : 0x7fffffff);
+}
+inline float4 part_look(const float* from) {
+    demand_awaited(), words_arrive(++looks);
+    return {from[0], from[1], from[2], from[3]};
+}
+inline bool is_there(float4 v) {
+    for (float number : {v.x, v.y, v.z, v.w})
+        if (bits_of_float(number) == ABSENT) return false;
+    return true;
+}
+inline void part_take(float* from) {
+    for (int i = 0; i < 4; i++) word_store(from + i, ABSENT);
+}
+inline bool look_again(int&) { yield(); return true; }
+inline void prefetch_box(const TensorMap*, int, int) {}
+inline void prefetch_map(const TensorMap*) {}
+inline float load_number(const uint16_t* p) { return half(*p); }
+// All blocks of a launch are one cluster of the emulator's; a pair are neighbours in it.
+inline int first_of_pair() { return me->block->rank / 2 * 2; }
+inline void arrive_in_pair(uint32_t barrier, int rank) { barrier_arrive_at(barrier, first_of_pair() + rank); }
+inline void copy_box_to_pair(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint64_t) {
+    copy_box_to_many(to, map, column, row, barrier, 3 << first_of_pair(), 0);
+}
+inline void read_operand(uint64_t descriptor, int rows, float (*to)[16]) {
+    if (descriptor >> 62 != 1 || (descriptor >> 32 & 0x3fff) != 64) { printf("descriptor?\n"); abort(); }
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < 16; k++) {
+            uint32_t at = ((descriptor & 0x3fff) << 4) + r * 128 + 2 * k;
+            at ^= (at >> 7 & 7) << 4;
+            uint16_t bits;
+            memcpy(&bits, me->block->memory + at, 2);  // a descriptor means the block it is in
+            to[r][k] = half(bits);
+        }
+}
+inline void multiply_shared(void** all) {  // of the 128 threads of a warpgroup
+    static float w[64][16], x[256][16];
+    const Wgmma& first = *(Wgmma*)all[0];
+    read_operand(first.a_at, 64, w), read_operand(first.b, first.n, x);
+    for (int l = 0; l < 128; l++) {
+        const Wgmma& one = *(Wgmma*)all[l];
+        if (one.a_at != first.a_at || one.b != first.b || one.add != first.add) { printf("not one wgmma\n"); abort(); }
+        for (int i = 0; i < first.n / 2; i++) {
+            const float* row = w[l / 32 * 16 + l % 32 / 4 + 8 * (i >> 1 & 1)];
+            const float* column = x[i / 4 * 8 + 2 * (l & 3) + (i & 1)];
+            float sum = one.add ? one.d[i] : 0;
+            for (int k = 0; k < 16; k++) sum += row[k] * column[k];
+            one.d[i] = sum;
+        }
+    }
+}
+template <int N>
+inline void wgmma_shared(float* d, uint64_t a, uint64_t b, int add) {
+    me->wgmmas.open.push_back({d, nullptr, b, add, N, a, multiply_shared});
 }
 
 inline std::function<void()> emulated_kernel;
