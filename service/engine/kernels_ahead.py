@@ -1,7 +1,7 @@
 """The kernels of a start, Triton's and those in CUDA C++, compiled on all cores while the weights load.
 
-startup --shapes--> KernelsAhead --steps on meta tensors--> kernels/*/triton --launch--> Triton's caches
-                                 '--variants of a plan--> kernels/w4_linear --> kernels/cuda
+startup --Shapes--> KernelsAhead --steps on meta tensors--> kernels/*/triton --launch--> Triton's caches
+                                 '--variants of a plan--> kernels/w4_linear, dense_linear --> kernels/cuda
 
 A launch on meta tensors only compiles. So a start's steps are walked through here without weights: prompts,
 and a decode step of each size that is captured. Of kernels in CUDA C++ all are compiled that a table has for
@@ -12,7 +12,6 @@ waits; a test holds these steps against those of a whole start.
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,19 +20,16 @@ from torch import Tensor
 
 from service.cores import physical_cores
 from service.engine.decode_step import sampling_rows
+from service.engine.kernel_shapes import Shapes
 from service.engine.penalties import MAX_BIASES
 from service.engine.state import NUM_WORDS
-from service.kernels import w4_linear
+from service.kernels import dense_linear, w4_linear
 from service.kernels.int8_rows import Live, OutlierRule
 from service.kernels.kv_codes import is_coded
 from service.kernels.shape_logits import NEUTRAL
-from service.messages import EngineConfig
 from service.model.batch import BLOCK_TOKENS
-from service.model.checkpoint import TensorSource
-from service.model.config import ModelConfig
 from service.model.decoder import layer_groups
 from service.model.instance import GROUPS
-from service.precision.base import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -42,86 +38,7 @@ PROMPT_TOKENS = 64  # of the steps with prompts; their kernels are compiled for 
 LONG_TOKENS = 4096  # of a context whose attention takes larger tiles
 MANY_TOKENS = 8192  # where the kernels of a deterministic linear are those for many rows
 NUM_BLOCKS = 2  # of a layer's cache, likewise
-NF4_BLOCK = 64  # weights under one absmax
-LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq", "fp8": "fp8"}
 EIGHT_BIT_TOKENS = (1, 16, 32, 256, 257)  # of the steps with prompts that int8's and fp8's linears tell apart
-
-
-@dataclass(frozen=True)
-class Int8Kind:
-    """How int8 is served by our own kernels."""
-
-    threshold: float
-    by_row: bool
-    skipped: list[str]  # layer classes in 16 bits
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What the kernels of an engine are compiled for."""
-
-    config: ModelConfig
-    dtype: torch.dtype  # of activations
-    kv_dtype: torch.dtype
-    linears: str  # `dense`, `awq`, `fp8` or, where no kernel of ours serves them, empty
-    group_size: int  # of awq
-    int8: Int8Kind | None
-    dense_head: bool  # a 16-bit lm_head
-    max_requests: int
-    max_context_tokens: int
-    deterministic: bool
-    w4_kind: w4_linear.Kind | None = None  # of codes, where our own 4-bit kernels serve what their table has
-
-    def w4(self, name: str) -> w4_linear.Shape | None:
-        """The linear of this layer class, if these kernels serve it."""
-        if self.w4_kind is None:
-            return None
-        parts = layer_groups(self.config, 0)[name]
-        outs = tuple(part.out_features for part in parts)
-        group_size = NF4_BLOCK if self.w4_kind == "nf4" else self.group_size
-        shape = w4_linear.Shape(self.w4_kind, outs, parts[0].in_features, group_size, self.dtype)
-        return None if w4_linear.refusal(shape) else shape
-
-
-def shapes_of(
-    source: TensorSource,
-    backend: Backend,
-    config: EngineConfig,
-    dtype: torch.dtype,
-    max_requests: int,
-    kv_dtype: torch.dtype | None = None,
-) -> Shapes:
-    """What is known before any weight is read. `kv_dtype` None: that of activations."""
-    return Shapes(
-        source.config,
-        dtype,
-        kv_dtype or dtype,
-        LINEARS.get(backend.name, ""),
-        int((source.quantization or {}).get("group_size", 0)),
-        int8_kind(backend) if backend.name == "int8" else None,
-        config.head == "16bit",
-        max_requests,
-        config.max_context_tokens or source.config.max_context_tokens,
-        config.deterministic,
-        None if config.deterministic or w4_linear.absence() else w4_kind(backend),
-    )
-
-
-def w4_kind(backend: Backend) -> w4_linear.Kind | None:
-    if backend.name == "nf4":
-        return "nf4" if getattr(backend.options, "double_quant", False) else None
-    return "affine" if backend.name == "awq" else None
-
-
-def int8_kind(backend: Backend) -> Int8Kind | None:
-    """None where bitsandbytes' product serves."""
-    from service.precision.int8 import Int8Options  # brings bitsandbytes with it
-
-    options = backend.options
-    assert isinstance(options, Int8Options)
-    if options.kernel == "bitsandbytes":
-        return None
-    return Int8Kind(options.threshold, options.by_row, options.skip.split("+"))
 
 
 class KernelsAhead:
@@ -129,7 +46,7 @@ class KernelsAhead:
 
     def __init__(self, shapes: Shapes, sizes: Iterable[int]) -> None:
         self._begun = ThreadPoolExecutor(1, "kernels ahead")
-        self._done = self._begun.submit(lambda: compile_all(lambda: walk(shapes, sizes), w4_loads(shapes)))
+        self._done = self._begun.submit(lambda: compile_all(lambda: walk(shapes, sizes), cuda_loads(shapes)))
 
     def wait(self) -> int:
         """-> how many there were. A fault of these steps stops nobody: what they miss comes later."""
@@ -161,11 +78,15 @@ def compile_all(walk: Callable[[], None], loads: Sequence[Callable[[], object]] 
     return len(compiling) + len(loading)
 
 
-def w4_loads(shapes: Shapes) -> list[Callable[[], object]]:
-    """What compiles and loads each variant of the 4-bit kernels that a layer of this model may call."""
+def cuda_loads(shapes: Shapes) -> list[Callable[[], object]]:
+    """What compiles and loads each variant of our kernels in CUDA C++ that a layer of this model may call."""
     found = [shape for name in GROUPS if (shape := shapes.w4(name))]
-    variants = {row.variant for shape in found for row in w4_linear.plan(shape)}
-    return [partial(w4_linear.load, variant) for variant in sorted(variants, key=lambda each: each.name)]
+    w4 = {row.variant for shape in found for row in w4_linear.plan(shape)}
+    dense = {row.variant for linear in shapes.dense_linears() for row in shapes.dense(*linear)}
+    return [
+        *(partial(w4_linear.load, variant) for variant in sorted(w4, key=lambda each: each.name)),
+        *(partial(dense_linear.load, variant) for variant in sorted(dense, key=lambda each: each.name)),
+    ]
 
 
 def load_on_device(compiled: Any) -> None:
@@ -311,7 +232,7 @@ class Steps:
         return self.activations(len(x), out_features)
 
     def dense(self, x: Tensor, out_features: int, *, is_biased: bool = False) -> Tensor:
-        from service.kernels.dense_linear import triton as dense_linear
+        from service.kernels.dense_linear import triton
 
         weight = self.activations(out_features, x.shape[1])
         bias = self.activations(out_features) if is_biased else None
@@ -319,9 +240,10 @@ class Steps:
             from service.kernels.fixed_linear.triton import fixed_linear
 
             return fixed_linear(x, weight, bias)
-        if len(x) > dense_linear.MAX_ROWS or not dense_linear.serves(weight):
+        is_torch_s = len(x) > triton.MAX_ROWS or not triton.serves(weight)
+        if is_torch_s or self.shapes.dense(out_features, x.shape[1]):
             return self.activations(len(x), out_features)
-        return dense_linear.stream_linear(x, weight, bias)
+        return triton.stream_linear(x, weight, bias)
 
     def awq(self, x: Tensor, out_features: int) -> Tensor:
         from service.kernels.awq_linear.triton import awq_linear

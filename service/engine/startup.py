@@ -16,7 +16,8 @@ from service.engine.cache_check import check_coded_cache
 from service.engine.engine import Engine, Limits
 from service.engine.graphs import batch_sizes
 from service.engine.independence import check_independence
-from service.engine.kernels_ahead import KernelsAhead, shapes_of
+from service.engine.kernel_shapes import shapes_of
+from service.engine.kernels_ahead import KernelsAhead
 from service.engine.link import Throttle
 from service.engine.self_check import check_linears, check_weights
 from service.engine.shortage import MIB, told_shortage, weight_bytes

@@ -43,7 +43,7 @@ class FullHead(nn.Module):
         self.kernel = linear_kernel(weight, deterministic=deterministic)
         self.row_invariant = is_row_invariant(weight, deterministic=deterministic)
         self.bound = bind_linear(weight, deterministic=deterministic)
-        self.chosen_by_rows = weight.is_cuda and weight.itemsize == 2 and self.bound is None
+        self.chosen_by_rows = weight.is_cuda and weight.itemsize == 2 and not deterministic
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, hidden] -> [R, vocab], float32 on a CPU, on CUDA x's type: kernels there widen as they read."""

@@ -36,7 +36,7 @@ class FullLinear(QuantLinear):
         self.kernel = linear_kernel(self.weight, deterministic=group.deterministic)
         self.row_invariant = is_row_invariant(self.weight, deterministic=group.deterministic)
         self.bound = bind_linear(self.weight, bias, deterministic=group.deterministic)
-        self.chosen_by_rows = weight.is_cuda and weight.itemsize == 2 and self.bound is None
+        self.chosen_by_rows = weight.is_cuda and weight.itemsize == 2 and not group.deterministic
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bound:

@@ -15,8 +15,10 @@ from service import device as devices
 from service.engine import startup
 from service.engine.engine import Engine, Limits
 from service.engine.graphs import batch_sizes
-from service.engine.kernels_ahead import META, KernelsAhead, Shapes, compile_all, shapes_of, w4_loads, walk
+from service.engine.kernel_shapes import Shapes, shapes_of
+from service.engine.kernels_ahead import META, KernelsAhead, compile_all, cuda_loads, walk
 from service.engine.warm_up import warm_up
+from service.kernels.dense_linear import Variant
 from service.messages import EngineConfig, Loading
 from service.model.batch import BLOCK_TOKENS
 from service.model.instance import ModelInstance
@@ -249,7 +251,7 @@ def test_a_start_goes_on_where_nothing_could_be_compiled_ahead(
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr("service.engine.kernels_ahead.walk", fail)
-    monkeypatch.setattr("service.engine.kernels_ahead.w4_loads", lambda shapes: [])
+    monkeypatch.setattr("service.engine.kernels_ahead.cuda_loads", lambda shapes: [])
     shapes: Any = None
     with absent_gpu(), caplog.at_level(logging.WARNING):
         assert KernelsAhead(shapes, []).wait() == 0
@@ -261,7 +263,7 @@ def test_on_an_h100_every_variant_of_the_4_bit_kernels_is_compiled(
     precision: str, kind: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no Triton kernel for linears that they serve."""
-    monkeypatch.setattr("service.engine.kernels_ahead.w4_linear.absence", lambda: "")
+    monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
     loaded: list[Any] = []
     monkeypatch.setattr("service.engine.kernels_ahead.w4_linear.load", loaded.append)
     folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
@@ -275,9 +277,36 @@ def test_on_an_h100_every_variant_of_the_4_bit_kernels_is_compiled(
     with recorded() as ahead:
         walk(shapes, batch_sizes(8))
     assert "awq_linear_kernel" not in {launched[0] for launched in ahead}
-    for load in w4_loads(shapes):
+    for load in cuda_loads(shapes):
         load()
     assert {variant.kind for variant in loaded} == ({kind} if kind else set())
     assert {variant.kernel for variant in loaded} == ({"w4_few", "w4_tile"} if kind else set())
     fixed = EngineConfig(model_path="", precision=precision, deterministic=True)
     assert shapes_of(source, backend, fixed, torch.float16, 8).w4_kind is None
+
+
+@pytest.mark.parametrize(("precision", "num_variants"), [("fp16", 2), ("nf4", 2), ("fp32", 0)])
+def test_so_is_every_variant_of_the_16_bit_kernel(
+    precision: str, num_variants: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the table has: for all linears, or for the head alone."""
+    table = ((8, Variant(8, 1, 1, 2, 3)), (64, Variant(64, 1, 2, 1, 3)))
+    monkeypatch.setattr("service.kernels.dense_linear.few_rows.TABLE", table)
+    monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
+    loaded: list[Any] = []
+    monkeypatch.setattr("service.engine.kernels_ahead.dense_linear.load", loaded.append)
+    monkeypatch.setattr("service.engine.kernels_ahead.w4_linear.load", lambda variant: None)
+    folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
+    source, backend = RandomWeights(folder, META, Draw()), load_backend(precision)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    for deterministic in (False, True):
+        loaded.clear()
+        config = EngineConfig(model_path="", precision=precision, deterministic=deterministic)
+        shapes = shapes_of(source, backend, config, dtype, 8)
+        with recorded() as ahead:
+            walk(shapes, [8])
+        for load in cuda_loads(shapes):
+            load()
+        assert "stream_kernel" not in {launched[0] for launched in ahead}
+        assert len(loaded) == (0 if deterministic else num_variants)
+        assert all(variant.bf16 for variant in loaded)

@@ -14,22 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.kernels.cuda import absence
 from service.kernels.dense_linear import native
+from service.kernels.dense_linear.few_rows import Row, Variant, plan
 from service.kernels.fixed_linear import fixed_linear
 
 __all__ = [
+    "Row",
+    "Variant",
     "bind_linear",
     "dense_linear",
     "is_row_invariant",
     "linear_kernel",
+    "load",
     "pack_onednn",
     "pack_weight",
     "packed_bytes",
+    "plan",
+    "plan_of",
     "unpack_weight",
 ]
 
 if torch.cuda.is_available():
-    from service.kernels.dense_linear import triton as cuda
+    from service.kernels.dense_linear import triton
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 _linear = torch.ops.mkldnn._linear_pointwise.default
@@ -58,8 +65,8 @@ def pack_onednn(weight: Tensor) -> Tensor:
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in] -> [T, out]; `weight` from `pack_weight`, `bias` [out]."""
-    if x.is_cuda and x.shape[0] <= cuda.MAX_ROWS and cuda.serves(weight):
-        return cuda.stream_linear(x, weight, bias)
+    if x.is_cuda and x.shape[0] <= triton.MAX_ROWS and triton.serves(weight):
+        return triton.stream_linear(x, weight, bias)
     if native.is_packed(weight):
         return native.linear(weight, bias)(x)
     if not weight.is_mkldnn:
@@ -76,7 +83,26 @@ def bind_linear(
     """`dense_linear` of this weight for a layer that calls it often; None where nothing can be prepared."""
     if deterministic and weight.is_cuda:
         return partial(fixed_linear, weight=weight, bias=bias)
+    if rows := plan_of(weight):
+        from service.kernels.dense_linear.cuda import Bound
+
+        return Bound(weight, bias, rows)
     return native.linear(weight, bias) if native.is_packed(weight) else None
+
+
+def plan_of(weight: Tensor) -> tuple[Row, ...]:
+    """Of our kernel in CUDA C++ (few_rows.py); empty where it does not serve this weight, or cannot."""
+    if not weight.is_cuda or absence() or not weight.is_contiguous():
+        return ()
+    out_features, in_features = weight.shape
+    return plan(out_features, in_features, weight.dtype)
+
+
+def load(variant: Variant) -> object:
+    """Compiles it for the GPU and brings it there, ahead of its first call."""
+    from service.kernels.dense_linear import cuda
+
+    return cuda.load(variant)
 
 
 def unpack_weight(weight: Tensor) -> Tensor:
@@ -97,8 +123,10 @@ def linear_kernel(weight: Tensor, *, deterministic: bool = False) -> str:
     """Name of what `bind_linear` or else `dense_linear` runs for this weight."""
     if deterministic and weight.is_cuda:
         return "triton.fixed_linear"
-    if weight.is_cuda and cuda.serves(weight):
-        return f"triton.stream_linear up to {cuda.MAX_ROWS} rows, torch.linear"
+    if rows := plan_of(weight):
+        return f"cuda.dense_stream up to {rows[-1].max_rows} rows, torch.linear"
+    if weight.is_cuda and triton.serves(weight):
+        return f"triton.stream_linear up to {triton.MAX_ROWS} rows, torch.linear"
     if native.is_packed(weight):
         return "native.avx512.dense_linear"
     return "onednn.packed_linear" if weight.is_mkldnn else "torch.linear"

@@ -1,0 +1,112 @@
+"""What the kernels of an engine are compiled for: all that is known before any weight is read.
+
+startup --shapes_of--> Shapes --> kernels_ahead
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from service.kernels import dense_linear, w4_linear
+from service.kernels.cuda import absence
+from service.messages import EngineConfig
+from service.model.checkpoint import TensorSource
+from service.model.config import ModelConfig
+from service.model.decoder import layer_groups
+from service.model.instance import GROUPS
+from service.precision.base import Backend
+
+NF4_BLOCK = 64  # weights under one absmax
+LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq", "fp8": "fp8"}
+
+
+@dataclass(frozen=True)
+class Int8Kind:
+    """How int8 is served by our own kernels."""
+
+    threshold: float
+    by_row: bool
+    skipped: list[str]  # layer classes in 16 bits
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the kernels of an engine are compiled for."""
+
+    config: ModelConfig
+    dtype: torch.dtype  # of activations
+    kv_dtype: torch.dtype
+    linears: str  # `dense`, `awq`, `fp8` or, where no kernel of ours serves them, empty
+    group_size: int  # of awq
+    int8: Int8Kind | None
+    dense_head: bool  # a 16-bit lm_head
+    max_requests: int
+    max_context_tokens: int
+    deterministic: bool
+    w4_kind: w4_linear.Kind | None = None  # of codes, where our own 4-bit kernels serve what their table has
+    cuda_dense: bool = False  # our own 16-bit kernel in CUDA C++ serves what its table has
+
+    def w4(self, name: str) -> w4_linear.Shape | None:
+        """The linear of this layer class, if these kernels serve it."""
+        if self.w4_kind is None:
+            return None
+        parts = layer_groups(self.config, 0)[name]
+        outs = tuple(part.out_features for part in parts)
+        group_size = NF4_BLOCK if self.w4_kind == "nf4" else self.group_size
+        shape = w4_linear.Shape(self.w4_kind, outs, parts[0].in_features, group_size, self.dtype)
+        return None if w4_linear.refusal(shape) else shape
+
+    def dense(self, out_features: int, in_features: int) -> tuple[dense_linear.Row, ...]:
+        """Of a 16-bit linear the plan for few rows; empty where the kernels of Triton serve it."""
+        return dense_linear.plan(out_features, in_features, self.dtype) if self.cuda_dense else ()
+
+    def dense_linears(self) -> list[tuple[int, int]]:
+        """(outputs, inputs) of what stays in 16 bits."""
+        skipped = self.int8.skipped if self.int8 else []
+        names = [name for name in GROUPS if self.linears == "dense" or name in skipped]
+        groups = [layer_groups(self.config, 0)[name] for name in names]
+        found = [(sum(part.out_features for part in parts), parts[0].in_features) for parts in groups]
+        head = (self.config.vocab_size, self.config.hidden_size)
+        return [*found, head] if self.dense_head else found
+
+
+def shapes_of(
+    source: TensorSource,
+    backend: Backend,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    max_requests: int,
+    kv_dtype: torch.dtype | None = None,
+) -> Shapes:
+    """What is known before any weight is read. `kv_dtype` None: that of activations."""
+    return Shapes(
+        source.config,
+        dtype,
+        kv_dtype or dtype,
+        LINEARS.get(backend.name, ""),
+        int((source.quantization or {}).get("group_size", 0)),
+        int8_kind(backend) if backend.name == "int8" else None,
+        config.head == "16bit",
+        max_requests,
+        config.max_context_tokens or source.config.max_context_tokens,
+        config.deterministic,
+        None if config.deterministic or absence() else w4_kind(backend),
+        not (config.deterministic or absence()),
+    )
+
+
+def w4_kind(backend: Backend) -> w4_linear.Kind | None:
+    if backend.name == "nf4":
+        return "nf4" if getattr(backend.options, "double_quant", False) else None
+    return "affine" if backend.name == "awq" else None
+
+
+def int8_kind(backend: Backend) -> Int8Kind | None:
+    """None where bitsandbytes' product serves."""
+    from service.precision.int8 import Int8Options  # brings bitsandbytes with it
+
+    options = backend.options
+    assert isinstance(options, Int8Options)
+    if options.kernel == "bitsandbytes":
+        return None
+    return Int8Kind(options.threshold, options.by_row, options.skip.split("+"))

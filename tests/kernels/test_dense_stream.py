@@ -1,0 +1,183 @@
+"""The 16-bit linear of few rows in CUDA C++: whom it serves, what a call tells it, and what it computes."""
+
+import ctypes
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.kernels import dense_linear
+from service.kernels import launch as launching
+from service.kernels.cuda import driver, maps
+from service.kernels.dense_linear import Variant, cuda, plan
+from tests.kernels.emulated import box, build, pointer
+
+TABLE = ((8, Variant(8, 1, 1, 2, 3)), (64, Variant(64, 1, 2, 1, 3, share=2)))
+STREAM = 77
+RUN = """void run(int order, int grid, TensorMap* x, TensorMap* w, const uint16_t* bias, char* y, float* sums,
+    int rows, int n, int k) {
+    emulated_order = order;
+    emulate(grid, grid, THREADS, [=] { dense_stream(*x, *w, bias, y, sums, rows, n, k); });
+    launch_over(); }"""
+# (variant, rows, outputs, inputs, blocks): ragged ends, tiles cut and whole, more blocks than steps, pairs
+CASES = [
+    (Variant(8, 1, 2, 2, 3), 3, 136, 392, 5),
+    (Variant(8, 1, 1, 4, 2), 2, 72, 320, 11),
+    (Variant(16, 1, 1, 2, 3, bf16=1), 37, 448, 256, 4),
+    (Variant(64, 1, 2, 1, 3, share=2), 50, 520, 320, 4),
+    (Variant(64, 2, 2, 1, 3, share=2, bf16=1), 33, 512, 256, 6),
+]
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.kernels.dense_linear.few_rows.TABLE", TABLE)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which compiles the kernel for the emulator")
+@pytest.mark.parametrize(("variant", "num_rows", "out", "width", "blocks"), CASES, ids=lambda case: str(case))
+def test_it_computes_the_same_bits_in_whatever_order_blocks_come(
+    tmp_path: Path, variant: Variant, num_rows: int, out: int, width: int, blocks: int
+) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if variant.bf16 else torch.float16
+    x, weight = torch.randn(num_rows, width).to(dtype), torch.randn(out, width).to(dtype)
+    bias = torch.randn(out).to(dtype)
+    library = build(variant.program, tmp_path, RUN)
+    of_x = box(x, (num_rows, width), variant.tile // variant.share, 64, swizzled=1)
+    of_weight = box(weight, (out, width), variant.outputs, 64, swizzled=2)
+    sums = torch.full((blocks, variant.sums_of_block), cuda.ABSENT, dtype=torch.int32)
+    want = x.double() @ weight.double().t() + bias.double()
+    found: list[Tensor] = []
+    for order in (0, 5):
+        y = torch.full((num_rows + 1, out), float("nan"), dtype=dtype)
+        told = map(pointer, (of_x, of_weight, bias, y, sums))
+        library.run(order, blocks, *told, num_rows, out, width)
+        assert torch.isnan(y[num_rows]).all()
+        assert (sums == cuda.ABSENT).all(), "the next launch finds it empty"
+        found.append(y[:num_rows])
+    assert torch.equal(*found)
+    assert (found[0].double() - want).norm() < (4e-3 if variant.bf16 else 6e-4) * want.norm()
+
+
+def test_whom_it_serves(table: None) -> None:
+    half = torch.float16
+    assert [row.max_rows for row in plan(6144, 4096, half)] == [8, 64]
+    assert [row.variant.bf16 for row in plan(128256, 4096, torch.bfloat16)] == [1, 1]
+    assert plan(6152, 4160, half), "its copy engine cuts tiles off"
+    assert not plan(6144, 4096, torch.float32)
+    assert not plan(960, 576, half), "small"
+    assert not plan(6148, 4096, half), "rows of y that begin anywhere"
+    assert not plan(6144, 4100, half)
+
+
+def test_until_it_is_measured_it_serves_nobody() -> None:
+    assert dense_linear.plan(6144, 4096, torch.float16) == ()
+
+
+def test_variants_fit_the_device() -> None:
+    for _, variant in TABLE:
+        assert variant.shared_bytes <= 227 << 10
+        assert variant.threads <= 1024
+
+
+class Kernel:
+    handle = ctypes.c_void_p(1)
+
+    def __init__(self, variant: Variant) -> None:
+        self.name, self.threads = variant.name, variant.threads
+
+
+class Driver:
+    """Copies arguments when it is called, as the real one does."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[driver.Config, list[int], list[int]]] = []
+        self.maps: list[tuple[Any, ...]] = []
+
+    def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
+        addresses = (ctypes.c_void_p * 8).from_address(arguments)
+        pointers = [ctypes.c_void_p.from_address(at or 0).value or 0 for at in addresses[2:5]]
+        numbers = [ctypes.c_int.from_address(at or 0).value for at in addresses[5:]]
+        told = driver.Config.from_buffer_copy(driver.Config.from_address(config))
+        self.launches.append((told, pointers, numbers))
+        return 0
+
+    def encode(self, made: Any, dtype: int, dimensions: int, address: Any, *told: Any) -> int:
+        shape, strides, box_shape, *_ = told
+        self.maps.append((address.value, list(shape), list(strides), list(box_shape)))
+        return 0
+
+    def check(self, what: str, code: int) -> None:
+        assert code == 0
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, table: None) -> Driver:
+    found = Driver()
+    monkeypatch.setattr(driver, "driver", lambda: found)
+    monkeypatch.setattr(cuda, "load", Kernel)
+    monkeypatch.setattr(maps, "_maps", {})
+    monkeypatch.setattr(cuda, "_workspaces", {})
+    monkeypatch.setattr(cuda, "multiprocessors", lambda: 13)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    return found
+
+
+def bound(out: int = 2048, width: int = 4096, *, biased: bool = True) -> cuda.Bound:
+    weight = torch.randn(out, width).half()
+    return cuda.Bound(weight, torch.randn(out).half() if biased else None, plan(out, width, torch.float16))
+
+
+def test_what_a_call_tells(library: Driver) -> None:
+    """Maps of x and weight; bias, y, sums, rows, outputs, inputs."""
+    multiply = bound()
+    x = torch.randn(50, 4096).half()
+    y = multiply(x)
+    told, pointers, numbers = library.launches[0]
+    variant = multiply.rows[1].variant
+    assert (told.grid_x, told.block_x, told.shared_bytes) == (12, variant.threads, variant.shared_bytes)
+    assert told.stream == STREAM
+    assert multiply.bias is not None
+    assert pointers == [multiply.bias.data_ptr(), y.data_ptr(), multiply._workspace.sums.data_ptr()]
+    assert numbers == [50, 2048, 4096]
+    assert multiply._workspace.sums.numel() >= told.grid_x * variant.sums_of_block
+    of_weight, of_x = library.maps
+    assert of_weight == (multiply.weight.data_ptr(), [4096, 2048], [8192], [64, variant.outputs])
+    assert of_x == (x.data_ptr(), [4096, 50], [8192], [64, 32]), "each of a pair fetches half"
+
+
+def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
+    multiply = bound(biased=False)
+    for num_rows in (1, 8, 9, 64):
+        multiply(torch.zeros(num_rows, 4096, dtype=torch.float16))
+        wanted = TABLE[0][1] if num_rows <= 8 else TABLE[1][1]
+        told, pointers, _ = library.launches[-1]
+        assert (told.shared_bytes, told.grid_x) == (wanted.shared_bytes, 13 // wanted.share * wanted.share)
+        assert pointers[0] == 0, "no bias"
+
+
+def test_more_rows_than_the_table_has_are_torch_s(library: Driver) -> None:
+    multiply = bound()
+    for num_rows in (0, 65):
+        x = torch.randn(num_rows, 4096).half()
+        assert torch.equal(multiply(x), F.linear(x, multiply.weight, multiply.bias))
+    assert not library.launches
+
+
+@pytest.mark.parametrize("dependent", [True, False])
+def test_it_comes_before_its_predecessor_ends_where_that_is_on(
+    library: Driver, monkeypatch: pytest.MonkeyPatch, dependent: bool
+) -> None:
+    monkeypatch.setattr(launching, "DEPENDENT", dependent)
+    bound()(torch.zeros(1, 4096, dtype=torch.float16))
+    assert library.launches[-1][0].num_attributes == int(dependent)
+
+
+def test_on_a_cpu_nobody_is_bound_to_it(table: None) -> None:
+    weight = torch.zeros(2048, 4096, dtype=torch.float16)
+    assert dense_linear.plan_of(weight) == ()
