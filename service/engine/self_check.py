@@ -5,7 +5,7 @@ startup --model--> check_linears, check_weights, or DeviceError
 One layer of each shape and kernel multiplies random rows, as many as decode and prefill have and as many as
 each of its kernels takes, and is compared with its own weights dequantized. That sees a kernel that is wrong
 on this device, driver or compiler. Weights that were quantized while they loaded are compared with the 16-bit
-ones that they come from. A reader that misunderstands a quantized checkpoint is the affair of the tests.
+ones that they come from. A reader that misunderstands a quantized checkpoint is the affair of likelihood.
 """
 
 import torch

@@ -18,6 +18,7 @@ from service.engine.graphs import batch_sizes
 from service.engine.independence import check_independence
 from service.engine.kernel_shapes import shapes_of
 from service.engine.kernels_ahead import KernelsAhead
+from service.engine.likelihood import LikelihoodCheck
 from service.engine.link import Throttle
 from service.engine.self_check import check_linears, check_weights
 from service.engine.shortage import MIB, told_shortage, weight_bytes
@@ -87,6 +88,7 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     if config.save and isinstance(source, RandomWeights):
         with told_shortage(device, "a tensor of the random weights"):
             save_random(source, Path(config.tokenizer or source.path), Path(config.save), stages)
+    likelihood = LikelihoodCheck.of(source, Path(config.tokenizer or source.path))
     dtype = DTYPES.get(config.dtype) or backend.activation_dtype(device, source.dtype)
     max_batch_tokens, max_batch_requests, crowd_batch_tokens = batch_limits(config, device)
     is_gpu = devices.runs_behind(device)
@@ -106,6 +108,8 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
         check_linears(model)
         check_weights(model, source)
         check_coded_cache(model)
+        if likelihood:
+            likelihood(model)
     for layer, kernel in model.kernels().items():
         logger.info("`%s` is served by %s", layer, kernel)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.is_capturable
