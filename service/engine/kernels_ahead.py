@@ -312,7 +312,8 @@ class Steps:
         bias_ids = empty(state_rows, MAX_BIASES, dtype=torch.int64)
         biases = empty(state_rows, MAX_BIASES, dtype=torch.float32)
         shape_logits(logits, rows, occurrences, factors, bias_ids, biases)
-        read = sampling_rows(fields, rows, None, "full")
+        # arithmetic on meta tensors would have torch import its compiler, two seconds of it
+        read = sampling_rows(fields, rows, empty(len(rows), dtype=torch.int64), "full")
         keys = (read.temperature, read.seeds, read.positions, read.sample_indices)
         token_ids = sample(logits, *keys)
         count_tokens(occurrences, rows, factors, token_ids)
