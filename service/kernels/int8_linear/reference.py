@@ -12,6 +12,7 @@ from torch import Tensor
 
 ROWS_AT_ONCE = 512  # of x, which bounds the int32 sums [3 * rows, out]
 ROW_MULTIPLE = 32  # of the stacked rows there, of which it wants more than 16
+MULTIPLE = 8  # of its inputs and outputs
 
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
@@ -63,7 +64,10 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def multiply(x_codes: Tensor, codes: Tensor) -> Tensor:
     """int8 [T, in] and [out, in] -> int32 [T, out]."""
-    num_rows = len(x_codes)
+    num_rows, num_outputs = len(x_codes), len(codes)
     if x_codes.is_cuda:
-        x_codes = F.pad(x_codes, (0, 0, 0, -num_rows % ROW_MULTIPLE))
-    return torch._int_mm(x_codes, codes.t())[:num_rows]
+        more_inputs = -x_codes.shape[1] % MULTIPLE
+        x_codes = F.pad(x_codes, (0, more_inputs, 0, -num_rows % ROW_MULTIPLE))
+        if more_inputs or num_outputs % MULTIPLE:
+            codes = F.pad(codes, (0, more_inputs, 0, -num_outputs % MULTIPLE))
+    return torch._int_mm(x_codes, codes.t())[:num_rows, :num_outputs]
