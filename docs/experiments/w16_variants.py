@@ -70,33 +70,28 @@ class Variant:
 # beside this one; more than that does not, and hides more latency within a launch.
 VARIANTS = {
     8: (
-        Variant(8, 1, 1, 4, 3), Variant(8, 1, 1, 2, 6), Variant(8, 1, 2, 2, 3), Variant(8, 1, 2, 1, 6),
-        Variant(8, 1, 1, 4, 6), Variant(8, 1, 2, 2, 6), Variant(8, 1, 1, 4, 3, per_sm=2),
-        Variant(8, 1, 1, 4, 3, ahead=3), Variant(8, 1, 1, 4, 3, early=1),
+        Variant(8, 1, 1, 4, 3), Variant(8, 1, 1, 4, 3, early=1), Variant(8, 1, 1, 2, 6), Variant(8, 1, 2, 2, 3),
+        Variant(8, 1, 1, 4, 6), Variant(8, 1, 2, 2, 6),
     ),
     16: (
-        Variant(16, 1, 1, 2, 5), Variant(16, 1, 2, 2, 3), Variant(16, 1, 2, 1, 6), Variant(16, 1, 1, 4, 5),
-        Variant(16, 1, 2, 2, 6), Variant(16, 1, 1, 2, 5, per_sm=2), Variant(16, 1, 2, 2, 3, ahead=3),
-        Variant(16, 1, 1, 2, 5, early=1),
+        Variant(16, 1, 1, 2, 5), Variant(16, 1, 1, 2, 5, early=1), Variant(16, 1, 2, 2, 3), Variant(16, 1, 1, 4, 5),
+        Variant(16, 1, 2, 2, 6),
     ),
-    32: (Variant(32, 1, 2, 1, 5), Variant(32, 1, 1, 2, 4), Variant(32, 1, 2, 2, 5)),
+    32: (
+        Variant(32, 1, 1, 2, 4), Variant(32, 1, 1, 2, 4, early=1), Variant(32, 1, 2, 2, 5), Variant(32, 1, 1, 2, 8),
+    ),
     64: (
-        Variant(64, 1, 2, 1, 4), Variant(64, 1, 2, 2, 2), Variant(64, 1, 1, 2, 3), Variant(64, 1, 2, 1, 9),
-        Variant(64, 1, 2, 2, 4), Variant(64, 1, 2, 1, 4, share=2), Variant(64, 1, 2, 1, 9, share=2),
-        Variant(64, 1, 4, 1, 5), Variant(64, 2, 2, 1, 5, share=2), Variant(64, 1, 2, 1, 4, early=1),
+        Variant(64, 1, 1, 2, 3), Variant(64, 1, 1, 2, 3, early=1), Variant(64, 1, 1, 1, 6), Variant(64, 1, 1, 2, 6),
+        Variant(64, 1, 2, 2, 4), Variant(64, 1, 2, 1, 9), Variant(64, 1, 2, 1, 9, share=2),
     ),
-    128: (
-        Variant(128, 1, 2, 1, 6), Variant(128, 1, 2, 1, 6, share=2), Variant(128, 2, 2, 1, 4),
-        Variant(128, 2, 2, 1, 4, share=2), Variant(128, 1, 3, 1, 5, share=2),
-    ),
-    256: (Variant(256, 1, 2, 1, 4), Variant(256, 1, 2, 1, 4, share=2)),
+    128: (Variant(128, 1, 2, 1, 6),),
 }  # fmt: skip
-TILES = {1: (8,), 16: (16,), 32: (32,), 64: (64,), 128: (128,), 256: (128, 256)}  # by rows
+TILES = {1: 8, 16: 16, 32: 32, 64: 64, 128: 128}  # by rows
 IN_BFLOAT16 = (Variant(8, 1, 1, 4, 3, bf16=1), Variant(64, 1, 2, 1, 4, bf16=1))  # for their numbers alone
 
 
 def variants_for(rows: int) -> list[Variant]:
-    return [variant for tile in TILES[rows] for variant in VARIANTS[tile]]
+    return list(VARIANTS[TILES[rows]])
 
 
 def all_variants() -> list[Variant]:
