@@ -297,9 +297,10 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
     };
 
     const int others = work.num_heard(block);
+    int n = 0, m = 0;
     Stretch s;
     while (work.next(s)) {
-        const int n = s.tile / row_tiles * R, m = s.tile % row_tiles * T;
+        n = s.tile / row_tiles * R, m = s.tile % row_tiles * T;
 #pragma unroll
         for (int r = 0; r < RT; r++) {
             const int row_block = n / 16 + (group * RT + r) * 4 + quarter;
@@ -322,9 +323,7 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
         await_predecessor();  // which may still read y, or add its own parts
         if (s.units == work.tile_units) {
             write_sums(n, m);
-            continue;
-        }
-        if (!STRETCHED || s.first > 0) {
+        } else if (!STRETCHED || s.first > 0) {
             float* to = workspace + size_t(block) * (R * T) + thread * 4;
 #pragma unroll
             for (int i = 0; i < PIECES; i++) {
@@ -332,57 +331,59 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 store_partial(to + i * CONSUMERS * 4, make_float4(v[0], v[1], v[2], v[3]));
             }
             arrive_named<1, CONSUMERS + 32>();
-            if (STRETCHED) continue;
         }
-        sync_named<2, CONSUMERS + 32>();
-        if (STRETCHED) {  // this tile's first units: the rest is added to them
-            const float* from = workspace + size_t(block + 1) * (R * T) + thread * 4;
+    }
+    // What is added up comes last, and outside of the loop: divergent branches inside would make a warp's stage, phase and
+    // descriptors its threads'.
+    if (others == 0) return;
+    sync_named<2, CONSUMERS + 32>();
+    if (STRETCHED) {  // `sum` has the tile's first units
+        const float* from = workspace + size_t(block + 1) * (R * T) + thread * 4;
 #pragma unroll 1
-            for (int i = 0; i < others; i++, from += R * T) {
+        for (int i = 0; i < others; i++, from += R * T) {
 #pragma unroll
-                for (int begin = 0; begin < PIECES; begin += LOADS) {
-                    float4 v[LOADS];
+            for (int begin = 0; begin < PIECES; begin += LOADS) {
+                float4 v[LOADS];
 #pragma unroll
-                    for (int piece = 0; piece < LOADS && begin + piece < PIECES; piece++)
-                        v[piece] = load_partial(from + (begin + piece) * CONSUMERS * 4, true);
+                for (int piece = 0; piece < LOADS && begin + piece < PIECES; piece++)
+                    v[piece] = load_partial(from + (begin + piece) * CONSUMERS * 4, true);
 #pragma unroll
-                    for (int piece = 0; piece < LOADS && begin + piece < PIECES; piece++) {
-                        float* to = &sum[(begin + piece) / J][(begin + piece) % J * 4];
-                        to[0] += v[piece].x, to[1] += v[piece].y, to[2] += v[piece].z, to[3] += v[piece].w;
-                    }
+                for (int piece = 0; piece < LOADS && begin + piece < PIECES; piece++) {
+                    float* to = &sum[(begin + piece) / J][(begin + piece) % J * 4];
+                    to[0] += v[piece].x, to[1] += v[piece].y, to[2] += v[piece].z, to[3] += v[piece].w;
                 }
             }
-            write_sums(n, m);
-            continue;
         }
-        // every share adds some of the tile's pieces, shares in the order of K
-        const int rank = block % work.shares, step = work.shares * WARPS;
-        const float* base = workspace + size_t(block - rank) * (R * T) + lane * 4;
+        write_sums(n, m);
+        return;
+    }
+    // every share adds some of the tile's pieces, shares in the order of K
+    const int rank = block % work.shares, step = work.shares * WARPS;
+    const float* base = workspace + size_t(block - rank) * (R * T) + lane * 4;
 #pragma unroll 1
-        for (int first = rank + warp * work.shares; first < PIECES * WARPS; first += step * ITEMS) {
-            float total[ITEMS][4] = {};
+    for (int first = rank + warp * work.shares; first < PIECES * WARPS; first += step * ITEMS) {
+        float total[ITEMS][4] = {};
 #pragma unroll 1
-            for (int share = 0; share < work.shares; share += SHARES_AT_ONCE) {
-                float4 v[ITEMS][SHARES_AT_ONCE];
+        for (int share = 0; share < work.shares; share += SHARES_AT_ONCE) {
+            float4 v[ITEMS][SHARES_AT_ONCE];
 #pragma unroll
-                for (int i = 0; i < ITEMS; i++)
+            for (int i = 0; i < ITEMS; i++)
 #pragma unroll
-                    for (int j = 0; j < SHARES_AT_ONCE; j++)
-                        v[i][j] = load_partial(base + (first + i * step) * 128 + size_t(share + j) * (R * T),
-                                               first + i * step < PIECES * WARPS && share + j < work.shares);
+                for (int j = 0; j < SHARES_AT_ONCE; j++)
+                    v[i][j] = load_partial(base + (first + i * step) * 128 + size_t(share + j) * (R * T),
+                                           first + i * step < PIECES * WARPS && share + j < work.shares);
 #pragma unroll
-                for (int i = 0; i < ITEMS; i++)
+            for (int i = 0; i < ITEMS; i++)
 #pragma unroll
-                    for (int j = 0; j < SHARES_AT_ONCE; j++)
-                        total[i][0] += v[i][j].x, total[i][1] += v[i][j].y, total[i][2] += v[i][j].z, total[i][3] += v[i][j].w;
-            }
+                for (int j = 0; j < SHARES_AT_ONCE; j++)
+                    total[i][0] += v[i][j].x, total[i][1] += v[i][j].y, total[i][2] += v[i][j].z, total[i][3] += v[i][j].w;
+        }
 #pragma unroll
-            for (int i = 0; i < ITEMS; i++) {
-                const int item = first + i * step, from_warp = item % WARPS, piece = item / WARPS;
-                if (item >= PIECES * WARPS) continue;
-                stage_piece(0, total[i]);
-                write_rows(8, m + piece % J * 8, n + ((from_warp >> 2) * RT + piece / J) * 64 + (from_warp & 3) * 16);
-            }
+        for (int i = 0; i < ITEMS; i++) {
+            const int item = first + i * step, from_warp = item % WARPS, piece = item / WARPS;
+            if (item >= PIECES * WARPS) continue;
+            stage_piece(0, total[i]);
+            write_rows(8, m + piece % J * 8, n + ((from_warp >> 2) * RT + piece / J) * 64 + (from_warp & 3) * 16);
         }
     }
 }
