@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     )
     revision: str = Field("main", description="Hub branch, tag or commit.")
     precision: str = Field(
-        "auto", description="`name[:option=value,...]`: fp32 bf16 fp16 int8 fp8 nf4 awq, or `auto`."
+        "auto", description="`name[:option=value,...]`: fp32 bf16 fp16 int8 fp8 nf4 awq int3, or `auto`."
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where the model runs.")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(

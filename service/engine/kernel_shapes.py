@@ -17,7 +17,7 @@ from service.model.instance import GROUPS
 from service.precision.base import Backend
 
 NF4_BLOCK = 64  # weights under one absmax
-LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq", "fp8": "fp8"}
+LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq", "fp8": "fp8", "int3": "int3"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Shapes:
     config: ModelConfig
     dtype: torch.dtype  # of activations
     kv_dtype: torch.dtype
-    linears: str  # `dense`, `awq`, `fp8` or, where no kernel of ours serves them, empty
-    group_size: int  # of awq
+    linears: str  # `dense`, `awq`, `fp8`, `int3` or, where no kernel of ours serves them, empty
+    group_size: int  # of awq and int3
     int8: Int8Kind | None
     dense_head: bool  # a 16-bit lm_head
     max_requests: int
@@ -84,7 +84,7 @@ def shapes_of(
         dtype,
         kv_dtype or dtype,
         LINEARS.get(backend.name, ""),
-        int((source.quantization or {}).get("group_size", 0)),
+        group_size_of(source, backend),
         int8_kind(backend) if backend.name == "int8" else None,
         config.head == "16bit",
         max_requests,
@@ -93,6 +93,13 @@ def shapes_of(
         None if config.deterministic or absence() else w4_kind(backend),
         not (config.deterministic or absence()),
     )
+
+
+def group_size_of(source: TensorSource, backend: Backend) -> int:
+    """Weights under one scale, of awq and int3; 0 where nobody asks."""
+    if backend.name == "int3":
+        return int(backend.options.model_dump()["group"])
+    return int((source.quantization or {}).get("group_size", 0))
 
 
 def w4_kind(backend: Backend) -> w4_linear.Kind | None:

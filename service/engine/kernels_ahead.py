@@ -223,6 +223,8 @@ class Steps:
             return self.dense(x, out_features, is_biased=is_biased)
         if self.shapes.linears == "fp8":
             return self.fp8(x, out_features, is_biased=is_biased)
+        if self.shapes.linears == "int3":
+            return self.int3(x, out_features)
         if self.shapes.int8 and name not in self.shapes.int8.skipped:
             from service.kernels.int8_linear.triton import int8_linear
 
@@ -256,6 +258,17 @@ class Steps:
             empty(num_groups, out_features // 8, dtype=torch.int32),
             empty(num_groups, out_features, dtype=torch.float16),
             deterministic=self.shapes.deterministic,
+        )
+
+    def int3(self, x: Tensor, out_features: int) -> Tensor:
+        from service.kernels.int3_linear.triton import int3_linear
+
+        num_groups = x.shape[1] // self.shapes.group_size
+        return int3_linear(
+            x,
+            empty(x.shape[1] // 32, 3, out_features, dtype=torch.int32),
+            empty(out_features // 32, 3, num_groups, dtype=torch.int32),
+            empty(num_groups, out_features, dtype=torch.float16),
         )
 
     def fp8(self, x: Tensor, out_features: int, *, is_biased: bool) -> Tensor:

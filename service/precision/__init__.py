@@ -18,6 +18,7 @@ TABLE = {
     "nf4": "service.precision.nf4:NF4",
     "awq": "service.precision.awq:AWQ",
     "fp8": "service.precision.fp8:FP8",
+    "int3": "service.precision.int3:INT3",
 }
 CALIBRATED = ("awq",)  # those whose backend has a `quantizer`; the front asks before anything is loaded
 

@@ -87,7 +87,8 @@ def whole_start(
 
 
 @pytest.mark.parametrize(
-    ("family", "precision"), [*((family, "fp16") for family in FAMILIES), ("llama", "awq"), ("qwen2", "awq")]
+    ("family", "precision"),
+    [*((family, "fp16") for family in FAMILIES), ("llama", "awq"), ("qwen2", "awq"), ("qwen2", "int3")],
 )
 def test_a_start_launches_what_was_compiled_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, precision: str
@@ -176,7 +177,8 @@ def test_so_does_a_deterministic_start(
 
 
 @pytest.mark.parametrize(
-    ("precision", "at_most"), [("fp16", 35), ("nf4", 34), ("awq", 40), ("int8", 64), ("fp8", 64)]
+    ("precision", "at_most"),
+    [("fp16", 35), ("nf4", 34), ("awq", 40), ("int8", 64), ("fp8", 64), ("int3", 42)],
 )
 def test_few_kernels_serve_every_number_of_rows(precision: str, at_most: int) -> None:
     """Each takes half a second to compile; AWQ's linear was once compiled for each size that was captured."""

@@ -19,7 +19,7 @@ from service.precision.base import LinearGroup, LinearSpec, QuantLinear
 from service.precision.full import FullLinear
 
 CPU = torch.device("cpu")
-PRECISIONS = ["fp32", "bf16", "int8", "int8:outliers=batch", "int8:skip=o_proj", "nf4", "fp8"]
+PRECISIONS = ["fp32", "bf16", "int8", "int8:outliers=batch", "int8:skip=o_proj", "nf4", "fp8", "int3"]
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ PRECISIONS = (
     "awq",
     "awq:bits=3",
     "fp8",
+    "int3",
 )
 # rounding of x, y and, in the packed products, of scales; fp16 sums on a CPU are taken in float32
 RELATIVE_RMS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -148,7 +149,7 @@ def test_a_merged_group_is_its_parts_alone(precision: str, dtype: torch.dtype) -
 
 
 def half_steps(precision: str, weight: Tensor) -> Tensor:
-    """Largest rounding error that the format allows for each weight, nothing clipped."""
+    """Largest error that rounding to the format allows for each weight; only int3 clips."""
     out = weight.shape[0]
     grouped = weight.view(out, -1, GROUP)
     if precision.startswith("int8"):
@@ -160,6 +161,9 @@ def half_steps(precision: str, weight: Tensor) -> Tensor:
         # the table's widest gap is 1 - 0.6962; double quantization moves an absmax by under 1 %
         most = 0.3038072 / 2 + (0.01 if precision == "nf4" else 0)
         return (grouped.abs().amax(-1, keepdim=True) * most).expand_as(grouped).reshape(out, -1)
+    if precision == "int3":  # it clips: of a group's range at least 65 % is kept, in steps of a seventh
+        span = grouped.amax(-1, keepdim=True).clamp(min=0) - grouped.amin(-1, keepdim=True).clamp(max=0)
+        return (span * (0.35 + 1 / 7)).expand_as(grouped).reshape(out, -1)
     top = 2 ** (3 if "bits=3" in precision else 4) - 1
     step = (grouped.amax(-1, keepdim=True).clamp(min=0) - grouped.amin(-1, keepdim=True).clamp(max=0)) / top
     return step.expand_as(grouped).reshape(out, -1)  # the zero is rounded too: half a step each
@@ -202,6 +206,8 @@ def test_a_nibble_swap_would_be_seen() -> None:
         ("nf4:double_quant=off", "nf4:double_quant=off"),
         ("awq:bits=4,group=0", "awq"),
         ("awq:group=64,bits=3", "awq:bits=3,group=64"),
+        ("int3:group=64", "int3"),
+        ("int3:group=128", "int3:group=128"),
         (" bf16 ", "bf16"),
     ],
 )
@@ -226,6 +232,7 @@ def test_canonical_strings(given: str, want: str) -> None:
         ("awq:bits=4.0", "`bits=4.0`"),
         ("awq:group=48", "`group=48`"),
         ("awq:bits", "`bits`"),
+        ("int3:group=32", "`group=32`"),
     ],
 )
 def test_bad_options_are_named(given: str, named: str) -> None:
@@ -350,7 +357,9 @@ def test_outliers_are_a_row_s_own_unless_it_is_said_otherwise() -> None:
 def test_what_waits_for_the_host_is_not_captured() -> None:
     assert built("int8:outliers=row", torch.bfloat16).capturable
     assert not built("int8:kernel=bitsandbytes", torch.bfloat16).capturable
-    assert all(built(precision, torch.bfloat16).capturable for precision in ("bf16", "nf4", "awq", "fp8"))
+    assert all(
+        built(precision, torch.bfloat16).capturable for precision in ("bf16", "nf4", "awq", "fp8", "int3")
+    )
 
 
 def test_activations_follow_the_device() -> None:
