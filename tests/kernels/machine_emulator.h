@@ -41,6 +41,7 @@ struct Block {
     int rank, index;
     std::vector<Meeting> warps, groups, block;
     std::map<int, Meeting> named;
+    std::vector<std::function<void()>> stores;  // handed over at a barrier, seen by nobody else yet
     std::map<uint32_t, Barrier> barriers;
 };
 struct Fiber {
@@ -134,10 +135,8 @@ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
 }
 inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
 inline uint32_t to_pair(float low, float high) { return bits_of(low) | uint32_t(bits_of(high)) << 16; }
-inline uint32_t look_up(uint32_t address) { uint32_t v; memcpy(&v, at_shared(address), 4); return v; }
 template <int TABLE>
 inline uint32_t look_up_at(uint32_t offset) { uint32_t v; memcpy(&v, me->block->memory + TABLE + offset, 4); return v; }
-inline float look_up_float(uint32_t address) { float v; memcpy(&v, at_shared(address), 4); return v; }
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = uint64_t(b) << 32 | a;
     uint32_t out = 0;
@@ -211,17 +210,38 @@ inline void demand_awaited() {
     if (!me->awaited) { printf("touches what its predecessor may still use\n"); abort(); }
 }
 inline void hold(float&) {}
+inline void hold(uint32_t&) {}
 inline void store_partial(float* to, float4 v) { demand_awaited(), me->stores.push_back([=] { memcpy(to, &v, 16); }); }
-inline float4 load_partial(const float* from) { float4 v; memcpy(&v, from, 16); return v; }
+inline float4 load_partial(const float* from, bool is_wanted) {
+    float4 v = {0, 0, 0, 0};
+    if (is_wanted) memcpy(&v, from, 16);
+    return v;
+}
 inline void fence_device() {
-    for (auto& store : me->stores) store();
-    me->stores.clear();
+    for (auto* stores : {&me->block->stores, &me->stores}) {
+        for (auto& store : *stores) store();
+        stores->clear();
+    }
 }
 inline uint32_t flag_value(const uint32_t* flag) { demand_awaited(); return *(volatile const uint32_t*)flag; }
 inline void flag_publish(uint32_t* flag, uint32_t value) { *(volatile uint32_t*)flag = value; }
 inline void flag_await(const uint32_t* flag, uint32_t value) { while (flag_value(flag) != value) yield(); }
-template <int THREADS>
-inline void sync_first() { meet(me->block->block[1], 0, THREADS, nullptr, [](void**) {}); }
+// A fence also covers what others of its block stored before a barrier that it has passed.
+inline void hand_over() {
+    for (auto& store : me->stores) me->block->stores.push_back(store);
+    me->stores.clear();
+}
+template <int NAME, int THREADS>
+inline void sync_named() {
+    hand_over();
+    meet(me->block->named[NAME], 0, THREADS, nullptr, [](void**) {});
+}
+template <int NAME, int THREADS>
+inline void arrive_named() {
+    hand_over();
+    Meeting& m = me->block->named[NAME];
+    if (++m.arrived == THREADS) m.arrived = 0, m.round++;
+}
 
 inline void cluster_arrive() {
     me->cluster_round = cluster_meeting.round;

@@ -33,10 +33,16 @@ SIGNATURES = {
 }
 # (variant, outputs, input features, rows, blocks): ragged ends, tiles cut over blocks, several rounds
 CASES: list[tuple[Variant, tuple[int, ...], int, int, int]] = [
-    (Few("nf4", 0, 3, 2, 1, 8), (48, 16, 32), 1152, 7, 2),  # warps with one chunk and with two
-    (Few("affine", 1, 4, 2, 1, 16), (64, 32), 640, 3, 5),  # more warps than chunks
-    (Tile("nf4", 0, 3, 1, 1, 64, 1, 2, 2, 0), (144, 16, 32), 512, 50, 3),
-    (Tile("affine", 1, 3, 2, 1, 8, 1, 2, 2, 1, 70), (128, 160), 384, 7, 4),  # whole tiles, one block idle
+    (Few("nf4", 0, 3, 2, 1, 8, 1, 1), (48, 16, 32), 1152, 7, 2),  # warps with one chunk and with two
+    (Few("affine", 1, 4, 1, 1, 16, 2, 0), (64, 32), 640, 13, 5),  # more warps than chunks
+    (Tile("nf4", 0, 3, 1, 1, 64, 1, 2, 2, 0, 0, 1), (144, 16, 32), 512, 50, 5),  # two tiles, two shares each
+    (
+        Tile("affine", 1, 3, 2, 1, 8, 1, 2, 2, 1, 1, 0),
+        (128, 256, 160),
+        384,
+        7,
+        3,
+    ),  # a whole tile and cut ones
 ]
 
 

@@ -48,7 +48,7 @@ def test_it_has_a_kernel_or_a_reason(
     variant = next(row.variant for row in rows if row.max_rows is None or num_rows <= row.max_rows)
     assert 0 < variant.shared_bytes_for(num_rows, in_features) <= most_shared_bytes(variant.each)
     assert variant.threads <= 1024
-    assert not isinstance(variant, Few) or num_rows <= 8
+    assert not isinstance(variant, Few) or num_rows <= 8 * variant.tiles
     assert not isinstance(variant, Tile) or variant.each * variant.sums_of_block <= most_sums()
     assert variant.bf16 == (dtype is torch.bfloat16)
 
@@ -64,9 +64,25 @@ def test_the_shapes_that_were_measured(kind: Kind, name: str) -> None:
     most = {"affine": 5, "nf4": 4}[kind] if name == "down" else 8
     assert max(row.max_rows or 0 for row in rows if isinstance(row.variant, Few)) == most
     ends = [row.max_rows for row in rows if isinstance(row.variant, Tile)]
-    last = [128, None] if name == "gate_up" else [256, None]
-    assert ends == [*([] if most == 8 else [8]), 16, 32, 64, *last]
+    last = [256, None] if name == "gate_up" else [None]
+    assert ends == [*([] if most == 8 else [8]), 16, 32, 64, 128, *last]
     assert len({row.variant.program for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("outs", "num_rows", "outputs", "stretched"),
+    [
+        (4096, 64, 128, 0),  # 32 tiles in four shares
+        (6144, 64, 192, 0),  # likewise
+        (28672, 64, 256, 0),  # 112 whole tiles, not 224 in two rounds
+        (40960, 64, 256, 1),  # 160 would leave half of the second round idle
+        (6144, 256, 128, 1),  # 48 in two shares would leave 36 multiprocessors idle
+    ],
+)
+def test_tiles_keep_the_device_busy(outs: int, num_rows: int, outputs: int, stretched: int) -> None:
+    row = next(row for row in plan(shape("affine", (outs,), 4096)) if row.max_rows in (num_rows, None))
+    assert isinstance(row.variant, Tile)
+    assert (row.variant.outputs, row.variant.stretched) == (outputs, stretched)
 
 
 def test_where_no_row_fits_there_is_no_row_of_the_table() -> None:

@@ -113,9 +113,9 @@ def test_the_log_says_once_why_a_layer_is_not_served(
 def test_the_self_check_sees_every_kernel_of_a_plan(tensors: dict[str, Tensor], everywhere: None) -> None:
     """The table changes its kernel between the numbers of rows that all layers are checked with."""
     layer = load_backend("awq").build(group(), tensors.__getitem__)
-    assert set(layer.kernel_rows) == {8, 16, 32, 64, 256}
+    assert set(layer.kernel_rows) == {8, 16, 32, 64, 128}
     right = layer.forward
     check(layer, 0.02)
-    layer.forward = lambda x: right(x) * (0.5 if 64 < len(x) <= 256 else 1)  # type: ignore[method-assign]
-    with pytest.raises(DeviceError, match="at 256 rows"):
+    layer.forward = lambda x: right(x) * (0.5 if 64 < len(x) <= 128 else 1)  # type: ignore[method-assign]
+    with pytest.raises(DeviceError, match="at 128 rows"):
         check(layer, 0.02)

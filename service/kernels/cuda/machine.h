@@ -72,20 +72,10 @@ DEVICE void store_matrices(uint32_t address, const uint32_t* r) {
 }
 
 // arithmetic on pairs of the activations' type --------------------------------------------------------------------
-DEVICE uint32_t look_up(uint32_t address) {
-    uint32_t v;
-    asm("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
 template <int TABLE>
 DEVICE uint32_t look_up_at(uint32_t offset) {
     uint32_t v;
     asm("ld.shared.b32 %0, [%1 + %2];" : "=r"(v) : "r"(offset), "n"(TABLE));
-    return v;
-}
-DEVICE float look_up_float(uint32_t address) {
-    float v;
-    asm("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
     return v;
 }
 DEVICE uint32_t subtract(uint32_t a, uint32_t b) {
@@ -140,12 +130,16 @@ DEVICE void await_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memor
 DEVICE void store_partial(float* to, float4 v) {
     asm volatile("st.global.cg.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
-DEVICE float4 load_partial(const float* from) {  // past the L1, which does not hear of other blocks' stores
+// Past the L1, which does not hear of other blocks' stores; zeros where it is not wanted.
+DEVICE float4 load_partial(const float* from, bool is_wanted) {
     float4 v;
-    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(from)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+        "mov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\nmov.f32 %2, 0f00000000;\nmov.f32 %3, 0f00000000;\n"
+        "@p ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];\n}"
+        : "=&f"(v.x), "=&f"(v.y), "=&f"(v.z), "=&f"(v.w)
+        : "l"(from), "r"(uint32_t(is_wanted))
+        : "memory");
     return v;
 }
 DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
@@ -161,9 +155,14 @@ DEVICE void flag_await(const uint32_t* flag, uint32_t value) {  // ends the kern
     for (int tries = 0; flag_value(flag) != value; tries++)
         if (tries > 20000000) stop();
 }
-template <int THREADS>
-DEVICE void sync_first() {  // the first THREADS of a block
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+// Named barriers: THREADS of a block, those that wait and those that only tell.
+template <int NAME, int THREADS>
+DEVICE void sync_named() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
+}
+template <int NAME, int THREADS>
+DEVICE void arrive_named() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
 }
 
 // A number in a workspace, between blocks: there or ABSENT. Words are written and read whole, each for itself.
@@ -282,6 +281,7 @@ DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 DEVICE void hold(float& d) { asm volatile("" : "+f"(d)::"memory"); }  // reads of d stay behind the wait before this
+DEVICE void hold(uint32_t& v) { asm volatile("" : "+r"(v)); }  // kept in a register, not computed anew
 #else
 #include "machine_emulator.h"
 #endif

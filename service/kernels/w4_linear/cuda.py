@@ -29,8 +29,8 @@ from service.kernels.w4_linear.variants import Few, Tile, Variant, most_shared_b
 class Workspace:
     """Where blocks of w4_tile leave for each other what they have of a tile. All launches are on one stream.
 
-    A launch raises each flag of its grid by one, so that nothing is reset and a captured launch can be
-    repeated; grids of one size share their flags.
+    A launch that cuts tiles raises each flag of its grid by one, so that nothing is reset and a captured
+    launch can be repeated; grids of one size share their flags.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -7,6 +7,7 @@ alone: layers, self-check and compilation ahead of the first launch share it. Me
 docs/experiments.md, section 6.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +17,12 @@ from service.kernels.w4_linear.layout import AFFINE_GROUP, BLOCK_ROWS, NF4_BLOCK
 from service.kernels.w4_linear.variants import Few, Tile, Variant, most_shared_bytes
 
 MAX_PARTS = 4  # of a merged layer, as w4_device.h has it
+MOST_SHARES = 8  # of a tile, as w4_tile.cu has it
 OUTPUTS = 32  # that the outputs are a multiple of: scales are fetched so
 DTYPES = (torch.float16, torch.bfloat16)  # of activations
+MULTIPROCESSORS = 132  # of the H100 that was measured
+ROWS = 1024  # for which the last row of a table is chosen, and any number served
+ANOTHER_ROUND = 0.99  # what a round of whole tiles is worth beside one of the same sum
 
 
 class FewSettings(NamedTuple):
@@ -25,6 +30,8 @@ class FewSettings(NamedTuple):
     stages: int
     per_sm: int
     each: int
+    tiles: int = 1
+    wide_table: int = 0
 
 
 class TileSettings(NamedTuple):
@@ -33,57 +40,60 @@ class TileSettings(NamedTuple):
     wgs: int
     ks: int
     stages: int
-    per_sm: int
-    scaled_sums: int
-    whole_from: int
+    wide_table: int = 0
+    scaled_sums: int = 0
+    stretched: float = 0.0  # if tiles are laid end to end: how busy others must keep the device to be as good
 
 
 class Table(NamedTuple):
     few: tuple[FewSettings, ...]  # in turn, each for as many rows as it takes
-    tiles: tuple[tuple[int | None, TileSettings], ...]  # by the most rows
+    tiles: tuple[tuple[int | None, tuple[TileSettings, ...]], ...]  # by the most rows; `worth` says which
 
 
-FEW, TILE_OF_8 = FewSettings(16, 3, 2, 1), TileSettings(8, 1, 2, 2, 6, 2, 1, 90)
-NARROW = Table(
-    (FEW,),
-    (
-        (8, TILE_OF_8),
-        (16, TileSettings(16, 1, 4, 2, 7, 1, 1, 90)),
-        (32, TileSettings(32, 1, 4, 2, 6, 1, 0, 90)),
-        (64, TileSettings(64, 1, 2, 2, 6, 1, 1, 90)),
-        (256, TileSettings(128, 1, 3, 1, 6, 1, 0, 90)),
-        (None, TileSettings(256, 1, 2, 1, 4, 1, 0, 70)),
-    ),
-)
-# As many outputs as nearly fill the device with tall tiles: to leave some of it idle costs less than to cut.
-MANY_ROWS = (
-    (64, TileSettings(64, 2, 2, 2, 5, 1, 0, 80)),
-    (128, TileSettings(128, 2, 2, 1, 7, 1, 0, 80)),
-    (None, TileSettings(256, 1, 2, 1, 4, 1, 0, 70)),
-)
-WIDE: dict[Kind, Table] = {
-    "affine": Table(
-        (FEW,),
-        (
-            (8, TILE_OF_8),
-            (16, TileSettings(16, 2, 2, 2, 7, 1, 0, 80)),
-            (32, TileSettings(32, 2, 2, 2, 6, 1, 0, 80)),
-            *MANY_ROWS,
-        ),
-    ),
-    # with few rows decoding takes the time, for which every multiprocessor is wanted
-    "nf4": Table(
-        (FewSettings(8, 4, 2, 2), FEW),
-        (
-            (8, TILE_OF_8),
-            (16, TileSettings(16, 1, 4, 2, 7, 1, 1, 90)),
-            (32, TileSettings(32, 1, 4, 2, 6, 1, 0, 90)),
-            *MANY_ROWS,
-        ),
-    ),
+# No tile leaves room for a second block on a multiprocessor, of which the first to be free would get two.
+MANY_ROWS = (TileSettings(256, 1, 2, 1, 4), TileSettings(256, 1, 2, 1, 4, stretched=0.9))
+# fmt: off
+TABLES: dict[Kind, Table] = {
+    "affine": Table((FewSettings(16, 3, 2, 1),), (
+        (8, (TileSettings(8, 1, 4, 2, 8, scaled_sums=1),
+             TileSettings(8, 1, 4, 2, 8, scaled_sums=1, stretched=0.8))),
+        (16, (TileSettings(16, 1, 2, 2, 10, scaled_sums=1),
+              TileSettings(16, 1, 3, 2, 8, scaled_sums=1),
+              TileSettings(16, 2, 2, 2, 7, scaled_sums=1),
+              TileSettings(16, 2, 2, 2, 7, scaled_sums=1, stretched=0.8))),
+        (32, (TileSettings(32, 1, 2, 2, 8),
+              TileSettings(32, 1, 3, 2, 7),
+              TileSettings(32, 2, 2, 2, 6),
+              TileSettings(32, 2, 2, 2, 6, stretched=0.8))),
+        (64, (TileSettings(64, 1, 2, 2, 6),
+              TileSettings(64, 1, 3, 2, 6),
+              TileSettings(64, 2, 2, 2, 5),
+              TileSettings(64, 2, 2, 2, 5, stretched=0.8))),
+        (128, (TileSettings(128, 1, 2, 1, 7),
+               TileSettings(128, 1, 3, 1, 6),
+               TileSettings(128, 2, 2, 1, 7),
+               TileSettings(128, 2, 2, 1, 7, stretched=0.8))),
+        (256, MANY_ROWS),
+        (None, MANY_ROWS),
+    )),
+    "nf4": Table((FewSettings(16, 3, 2, 1),), (
+        (8, (TileSettings(8, 1, 4, 2, 8, wide_table=1, scaled_sums=1),
+             TileSettings(8, 1, 4, 2, 8, wide_table=1, scaled_sums=1, stretched=0.85))),
+        (16, (TileSettings(16, 1, 4, 2, 7, wide_table=1, scaled_sums=1),
+              TileSettings(16, 1, 4, 2, 7, wide_table=1, scaled_sums=1, stretched=0.85))),
+        (32, (TileSettings(32, 1, 3, 2, 6, wide_table=1),
+              TileSettings(32, 1, 4, 2, 6, wide_table=1, stretched=0.85))),
+        (64, (TileSettings(64, 1, 3, 2, 5, wide_table=1),
+              TileSettings(64, 1, 4, 2, 4, wide_table=1, stretched=0.85))),
+        (128, (TileSettings(128, 1, 2, 1, 7, wide_table=1),
+               TileSettings(128, 1, 3, 1, 6, wide_table=1),
+               TileSettings(128, 2, 2, 1, 6, wide_table=1),
+               TileSettings(128, 2, 2, 1, 6, wide_table=1, stretched=0.8))),
+        (256, MANY_ROWS),
+        (None, MANY_ROWS),
+    )),
 }
-MOST_WIDE = 132 * 256  # outputs of tall tiles, one for each multiprocessor of the H100 that was measured
-LEAST_WIDE = 0.8 * MOST_WIDE
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -131,32 +141,51 @@ def refusal(shape: Shape) -> str:
 def plan(shape: Shape) -> tuple[Row, ...]:
     """For a shape that is not refused."""
     assert not refusal(shape), shape
-    table, rows, served = table_of(shape), list[Row](), 0
+    table, rows, served = TABLES[shape.kind], list[Row](), 0
     for few in table.few:
         variant = few_of(shape, few)
         most = variant.max_rows(shape.in_features)  # fewer where x is long: it lies in shared memory
         if most > served:
             rows.append(Row(most, variant))
             served = most
-    for max_rows, tile in table.tiles:
+    for max_rows, tiles in table.tiles:
         if max_rows is None or max_rows > served:
-            rows.append(Row(max_rows, tile_of(shape, tile)))
+            tile = tile_of(shape, best(shape, tiles, max_rows or ROWS))
+            if rows and rows[-1].variant == tile:
+                rows.pop()
+            rows.append(Row(max_rows, tile))
     return tuple(rows)
 
 
-def table_of(shape: Shape) -> Table:
-    is_wide = LEAST_WIDE <= shape.out_features <= MOST_WIDE
-    return WIDE[shape.kind] if is_wide else NARROW
+def best(shape: Shape, tiles: tuple[TileSettings, ...], num_rows: int) -> TileSettings:
+    """The first of equals."""
+    return max(tiles, key=lambda tile: worth(shape, tile, num_rows))
+
+
+def worth(shape: Shape, tile: TileSettings, num_rows: int) -> float:
+    """Share of the device's multiprocessors that work, all the time, for outputs there are."""
+    if tile.stretched:
+        return tile.stretched
+    row_tiles = math.ceil(num_rows / tile.tile)
+    wanted = shape.out_features / (64 * tile.rt * tile.wgs) * row_tiles
+    tiles = math.ceil(wanted / row_tiles) * row_tiles
+    if tiles > MULTIPROCESSORS // 2:
+        rounds = math.ceil(tiles / MULTIPROCESSORS)
+        return wanted / (rounds * MULTIPROCESSORS) * (ANOTHER_ROUND if rounds > 1 else 1)
+    shares = min(MULTIPROCESSORS // tiles, MOST_SHARES, shape.in_features // AFFINE_GROUP)
+    return wanted * shares / MULTIPROCESSORS
 
 
 def few_of(shape: Shape, few: FewSettings) -> Few:
-    return Few(shape.kind, is_bf16(shape), few.stages, few.per_sm, few.each, few.warps)
+    rest = (few.warps, few.tiles, few.wide_table)
+    return Few(shape.kind, is_bf16(shape), few.stages, few.per_sm, few.each, *rest)
 
 
 def tile_of(shape: Shape, tile: TileSettings) -> Tile:
-    rest = (tile.tile, tile.rt, tile.wgs, tile.ks, tile.scaled_sums, tile.whole_from)
-    found = Tile(shape.kind, is_bf16(shape), tile.stages, tile.per_sm, 1, *rest)
-    assert found.shared_bytes <= most_shared_bytes(1), found
+    size = (tile.tile, tile.rt, tile.wgs, tile.ks)
+    rest = (int(tile.stretched > 0), tile.scaled_sums, tile.wide_table)
+    found = Tile(shape.kind, is_bf16(shape), tile.stages, 1, 1, *size, *rest)
+    assert most_shared_bytes(2) < found.shared_bytes <= most_shared_bytes(1), found
     return found
 
 
@@ -166,6 +195,9 @@ def is_bf16(shape: Shape) -> int:
 
 def most_sums() -> int:
     """Float32 numbers that a block of any of the tables' variants leaves for others."""
-    example = Shape("affine", (OUTPUTS,), AFFINE_GROUP, AFFINE_GROUP, torch.float16)
-    tables = (NARROW, *WIDE.values())
-    return max(tile_of(example, tile).sums_of_block for table in tables for _, tile in table.tiles)
+    return max(
+        64 * tile.rt * tile.wgs * tile.tile
+        for table in TABLES.values()
+        for _, tiles in table.tiles
+        for tile in tiles
+    )

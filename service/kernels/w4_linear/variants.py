@@ -22,6 +22,11 @@ def most_shared_bytes(each: int) -> int:
     return SHARED_BYTES // each - SYSTEM_BYTES
 
 
+def table_bytes(wide_table: int) -> int:
+    """Of NF4's pairs of levels, one copy for each bank of shared memory."""
+    return 64 << 10 if wide_table else 32 << 10
+
+
 def rounded_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
@@ -66,10 +71,12 @@ class Variant(ABC):
 
 @dataclass(frozen=True)
 class Few(Variant):
-    """Weights stream once past up to 8 rows; every block has all input features."""
+    """Weights stream once past up to 8 or 16 rows; every block has all input features."""
 
     kernel = "w4_few"
     warps: int
+    tiles: int  # of 8 rows
+    wide_table: int  # NF4's: fewer instructions, more shared memory
 
     @property
     def threads(self) -> int:
@@ -77,7 +84,8 @@ class Few(Variant):
 
     @property
     def shared_bytes(self) -> int:
-        chunk, table = (1072, 1024) if self.kind == "affine" else (1056, 34816)
+        chunk = 1072 if self.kind == "affine" else 1056
+        table = 1024 if self.kind == "affine" else 2048 + table_bytes(self.wide_table)
         return rounded_up(table + self.warps * self.stages * chunk, 128) - 1024
 
     def shared_bytes_for(self, num_rows: int, in_features: int) -> int:
@@ -90,7 +98,7 @@ class Few(Variant):
     def max_rows(self, in_features: int) -> int:
         """0 where not even one row fits."""
         room = most_shared_bytes(self.each) - self.shared_bytes
-        return max(0, min(8, room // self.row_bytes(in_features)))
+        return max(0, min(8 * self.tiles, room // self.row_bytes(in_features)))
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,11 @@ class Tile(Variant):
     rt: int  # of 64 outputs, of a warpgroup
     wgs: int  # warpgroups that multiply
     ks: int  # of 64 input features, of a stage
+    stretched: (
+        int  # tiles lie end to end and are cut alike for all blocks; else each into as many shares as fit
+    )
     scaled_sums: int  # scales are applied to sums in float32, not to weights
-    whole_from: int = 90  # per cent of the device that whole tiles fill, from which on none is cut
+    wide_table: int  # NF4's, as above
 
     @property
     def outputs(self) -> int:
@@ -119,12 +130,12 @@ class Tile(Variant):
         scales = self.outputs * 5 // 2 if affine else self.outputs * self.ks
         stage = rounded_up(self.ks * self.tile * 128 + self.outputs * 32 * self.ks + scales, 1024)
         table = rounded_up((1280 if affine else 2304) + self.wgs * 4 * min(self.tile, 16) * 32, 1024)
-        return table + (0 if affine else 32768) + self.stages * stage - 1024
+        return table + (0 if affine else table_bytes(self.wide_table)) + self.stages * stage - 1024
 
     def shared_bytes_for(self, num_rows: int, in_features: int) -> int:
         return self.shared_bytes
 
     @property
     def sums_of_block(self) -> int:
-        """Float32 numbers that a block may leave for others: of two tiles that it has a part of."""
-        return 2 * self.outputs * self.tile
+        """Float32 numbers that a block may leave for others: its part of a tile."""
+        return self.outputs * self.tile

@@ -43,8 +43,8 @@ DEVICE void decode_nf4(uint32_t word, uint32_t bank, uint32_t* a) {  // bank: 4 
     a[2] = look_up_at<TABLE>(and_or(word >> 9, 0x7f80, bank));
     a[3] = look_up_at<TABLE>(and_or(word >> 17, 0x7f80, bank));
 }
-// The same with entries 256 bytes apart (base: a multiple of 64 KiB + 4 lane): the byte is put into the address by one
-// instruction. The other half of an entry has room for another table of 256 words.
+// The same with entries 256 bytes apart: the byte is put into the address by one instruction. The other half of an entry
+// has room for another table of 256 words.
 DEVICE void fill_wide_table(char* table, const float* second, int thread, int threads) {
     for (int i = thread; i < 512; i += threads) {
         const uint32_t pair = nf4_pair(i >> 1);
@@ -60,25 +60,19 @@ DEVICE void fill_wide_table(char* table, const float* second, int thread, int th
     }
 }
 template <int BYTE>
-DEVICE uint32_t entry(uint32_t word, uint32_t base) {
-    return permute(word, base, 0x7604 | BYTE << 4);
+DEVICE uint32_t entry(uint32_t word, uint32_t bank) {
+    return permute(word, bank, 0x7604 | BYTE << 4);
 }
-DEVICE void decode_nf4_wide(uint32_t word, uint32_t base, uint32_t* a) {
-    a[0] = look_up(entry<0>(word, base));
-    a[1] = look_up(entry<1>(word, base));
-    a[2] = look_up(entry<2>(word, base));
-    a[3] = look_up(entry<3>(word, base));
+template <int TABLE>
+DEVICE void decode_nf4_wide(uint32_t word, uint32_t bank, uint32_t* a) {
+    a[0] = look_up_at<TABLE>(entry<0>(word, bank));
+    a[1] = look_up_at<TABLE>(entry<1>(word, bank));
+    a[2] = look_up_at<TABLE>(entry<2>(word, bank));
+    a[3] = look_up_at<TABLE>(entry<3>(word, bank));
 }
-// Without a table in memory: four codes at a time from the bytes of the sixteen levels, 22 instructions a word.
-DEVICE void decode_nf4_permuted(uint32_t word, uint32_t* a) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t four = i ? word >> 16 : word;
-        const uint32_t index = four & 0x7777, upper = and_or(four >> 1, 0x4444, 0x3210);
-        const uint32_t low = permute(permute(0x52339200, 0x00d4ea8d, index), permute(0x68e02618, 0x00c9800d, index), upper);
-        const uint32_t high = permute(permute(0xb6b8b9bc, 0x00adb1b4, index), permute(0x3533312d, 0x3c393837, index), upper);
-        a[2 * i] = permute(low, high, 0x5140), a[2 * i + 1] = permute(low, high, 0x7362);
-    }
+template <int BYTE, int TABLE>
+DEVICE float wide_level(uint32_t word, uint32_t bank) {
+    return bits_to_float(look_up_at<TABLE + 128>(entry<BYTE>(word, bank)));
 }
 // Registers 0 and 2 hold row g, 1 and 3 row g + 8. float16: 1024 + code, or 1024 + 16 code, less the zero; bfloat16:
 // 128 + code less the zero. Exact.

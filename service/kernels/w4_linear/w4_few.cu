@@ -1,7 +1,7 @@
-// W4 linear for up to 8 rows: weights stream once, every block has all of K. Fourth version of w4_persistent.cu.
+// W4 linear for up to 8 rows, or 16: weights stream once, every block has all of K.
 //
 // y[m, n] = sum_k w[n, k] x[m, k]; w = nf4(code) * absmax (groups of 64) or (code - zero) * scale (groups of 128),
-// zeros 4-bit, absmax 8-bit codes under nested absmax and an offset a part; layout: w4_layout.py.
+// zeros 4-bit, absmax 8-bit codes under nested absmax and an offset a part; layout: layout.py.
 //
 //   persistent block: 16 outputs at a time; chunks of 128 input features are dealt to its warps in turn
 //       warp: chunks arrive through its own cp.async ring, across outputs without a gap; x comes from shared memory in
@@ -25,14 +25,20 @@
 #ifndef PER_SM
 #define PER_SM 2
 #endif
+#ifndef TILES  // of 8 rows of x
+#define TILES 1
+#endif
+#ifndef WIDE_TABLE  // NF4's table has entries 256 bytes apart, 64 KiB: fewer instructions, less room for another block
+#define WIDE_TABLE 0
+#endif
 constexpr int THREADS = WARPS * 32;
 // chunk of the ring: codes 1024, then scales 32 and zeros 8, or absmax 2 x 16
 constexpr int CHUNK_BYTES = AFFINE ? 1072 : 1056;
 // addresses in shared memory; the first 1024 bytes are the system's
-constexpr int MAP = 1024, TABLE = 2048, RING = AFFINE ? 1024 : TABLE + 32768;
+constexpr int MAP = 1024, TABLE = 2048, RING = AFFINE ? 1024 : TABLE + (WIDE_TABLE ? 65536 : 32768);
 constexpr int PARTIALS = (RING + WARPS * STAGES * CHUNK_BYTES + 127) / 128 * 128;
 constexpr int ROW_PARTIALS = WARPS * 64;  // bytes: [warp][16 outputs]; rows follow, and two rounds in turn
-static_assert(WARPS % 2 == 0 && WARPS >= 8);
+static_assert(WARPS % 2 == 0 && WARPS >= 8 * TILES);
 
 #ifdef SHARED_BYTES
 static_assert(SHARED_BYTES == PARTIALS - 1024);  // what the host asks for, besides what grows with the rows
@@ -85,8 +91,11 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
     for (int i = 0; i < STAGES - 1; i++) fetch();
     release_successor();
     if (!AFFINE) {
-        fill_table(window + TABLE, thread, THREADS);
-        for (int i = thread; i < 256; i += THREADS) reinterpret_cast<float*>(window + MAP)[i] = load_global(map + i);
+        if (WIDE_TABLE) fill_wide_table(window + TABLE, map, thread, THREADS);
+        else {
+            fill_table(window + TABLE, thread, THREADS);
+            for (int i = thread; i < 256; i += THREADS) reinterpret_cast<float*>(window + MAP)[i] = load_global(map + i);
+        }
     }
 
     await_predecessor();
@@ -108,8 +117,11 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
     sync_block();
 
     const float* levels = reinterpret_cast<const float*>(window + MAP);
-    const char* my_x = window + x_at + (g < rows ? g : 0) * x_row_bytes + t * 16;
-    uint32_t this_stage = ring;
+    const char* my_x[TILES];
+#pragma unroll
+    for (int n = 0; n < TILES; n++) my_x[n] = window + x_at + (n * 8 + g < rows ? n * 8 + g : 0) * x_row_bytes + t * 16;
+    uint32_t this_stage = ring, bank = lane * 4;
+    hold(bank);
     // NF4: nested absmax of the chunk after this one; absmax of a row before its first chunk
     float outer_low = 0, outer_high = 0;
     auto row_of = [&](int unit) { return AFFINE || unit >= units ? 0 : first_absmax(parts, unit, tiles) + g * tiles; };
@@ -122,7 +134,7 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x, round ^= 1) {
         const float offset = AFFINE ? 0 : part_of(parts, unit).offset;
         const int next_row = row_of(unit + gridDim.x);
-        float sum[4] = {};
+        float sum[TILES][4] = {};
 #pragma unroll 1
         for (int chunk = warp; chunk < chunks; chunk += WARPS) {
             copies_wait<STAGES - 2>();
@@ -142,38 +154,45 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
 #pragma unroll
                 for (int tile = 0; tile < 2; tile++) {
                     const uint32_t both = *reinterpret_cast<const uint16_t*>(stage + 1024 + tile * 16 + g * 2);
-                    scale[tile][0] = levels[both & 255] * outer_low + offset;
-                    scale[tile][1] = levels[both >> 8] * outer_high + offset;
+                    const float low = WIDE_TABLE ? wide_level<0, TABLE>(both, bank) : levels[both & 255];
+                    const float high = WIDE_TABLE ? wide_level<1, TABLE>(both, bank) : levels[both >> 8];
+                    scale[tile][0] = low * outer_low + offset, scale[tile][1] = high * outer_high + offset;
                 }
                 load_outer(chunk + WARPS < chunks ? row + (chunk + WARPS) * 2 : next_row + warp * 2);
             }
             fetch();  // overwrites the stage before this one, which every lane has read
-            float part[2][4] = {};
+            float part[2][TILES][4] = {};
 #pragma unroll
             for (int tile = 0; tile < 2; tile++) {
                 const uint32_t words[4] = {word[tile].x, word[tile].y, word[tile].z, word[tile].w};
-                uint4 b[2];
+                uint4 b[TILES][2];
 #pragma unroll
-                for (int i = 0; i < 2; i++) b[i] = *reinterpret_cast<const uint4*>(my_x + chunk * 256 + (tile * 2 + i) * 64);
+                for (int n = 0; n < TILES; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        b[n][i] = *reinterpret_cast<const uint4*>(my_x[n] + chunk * 256 + (tile * 2 + i) * 64);
 #pragma unroll
                 for (int s = 0; s < 4; s++) {
                     uint32_t a[4];
                     if (AFFINE) decode_affine(words[s], low_zero, high_zero, a);
-                    else decode_nf4<TABLE>(words[s], lane * 4, a);
-                    mma(part[tile], a, s & 1 ? b[s / 2].z : b[s / 2].x, s & 1 ? b[s / 2].w : b[s / 2].y);
+                    else if (WIDE_TABLE) decode_nf4_wide<TABLE>(words[s], bank, a);
+                    else decode_nf4<TABLE>(words[s], bank, a);
+#pragma unroll
+                    for (int n = 0; n < TILES; n++)
+                        mma(part[tile][n], a, s & 1 ? b[n][s / 2].z : b[n][s / 2].x, s & 1 ? b[n][s / 2].w : b[n][s / 2].y);
                 }
             }
 #pragma unroll
             for (int tile = 0; tile < 2; tile++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) sum[i] += part[tile][i] * scale[tile][i >> 1];
+                for (int i = 0; i < 4 * TILES; i++) sum[i >> 2][i & 3] += part[tile][i >> 2][i & 3] * scale[tile][i >> 1 & 1];
         }
         row = next_row;
         float* partials = reinterpret_cast<float*>(window + PARTIALS + round * rows * ROW_PARTIALS);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int m = 2 * t + (i & 1);
-            if (m < rows) partials[(m * WARPS + warp) * 16 + g + 8 * (i >> 1)] = sum[i];
+        for (int i = 0; i < 4 * TILES; i++) {
+            const int m = (i >> 2) * 8 + 2 * t + (i & 1);
+            if (m < rows) partials[(m * WARPS + warp) * 16 + g + 8 * (i >> 1 & 1)] = sum[i >> 2][i & 3];
         }
         sync_block();
         const int m = (warp + unit) % WARPS;  // few rows: another warp adds each time

@@ -1,5 +1,5 @@
 // W4 linear: wgmma with the dequantized weights as the register operand. Computes y^T = W x^T, so that weights are the
-// 64-row side and R outputs x T rows of activations are a tile; layout of weights: w4_layout.py.
+// 64-row side and R outputs x T rows of activations are a tile; layout of weights: layout.py.
 //
 //   producer (one thread): x [T][64 K] boxes under the 128-byte swizzle and codes [R/16][512 * KS bytes] boxes through
 //       tensor maps, scales (and zeros) of R outputs as plain bulk copies, into STAGES stages of KS * 64 K; the first
@@ -7,13 +7,16 @@
 //   WGS consumer warpgroups: 64 * RT outputs each, a warp 16 of every 64. It reads its tile of codes (16 bytes a lane)
 //       and decodes the next 64 of K into one set of fragments while the tensor cores work on the other set.
 //
-// Work: one block a multiprocessor, all at once. Tiles that do not fill a round of the grid are cut by K: laid end to
-// end, every block takes an equal stretch, to 128 of K. Who has only a part of a tile leaves its sums in the workspace
-// and raises its flag; at the end everybody adds a share of each tile it had a part in, parts in the order of K, so that
-// bits do not depend on the run. Whole tiles come after the cut ones and hide the wait.
-//
-// A flag counts launches: a launch raises each by one, so nothing is reset, and a captured graph can be replayed. All
-// launches on one workspace have the same grid and follow each other on one stream.
+// Work: one block a multiprocessor, all at once. Tiles fill rounds of the grid; what is left is cut by K, one of two ways:
+//   few tiles       each into as many equal shares as there are blocks for; every share leaves its sums in the workspace
+//                   and then adds up some of the tile's
+//   STRETCHED       laid end to end, every block takes an equal stretch, to 128 of K. It begins inside a tile, whose sums it
+//                   leaves, and ends with a tile's first units, whose sums it keeps and adds the rest of that tile to, which
+//                   its neighbour finished long before
+// Parts are added in the order of K, so bits do not depend on the run. Flags tell who has left its sums; an idle warp
+// raises and awaits them beside the consumers. A flag counts launches: a launch that cuts raises each by one, so nothing
+// is reset, and a captured graph can be replayed. All launches on one workspace have the same grid and follow each other
+// on one stream.
 #include "w4_device.h"
 
 #ifndef AFFINE
@@ -37,16 +40,18 @@
 #ifndef PER_SM
 #define PER_SM 1
 #endif
-#ifndef PERMUTED  // words of four that NF4 decodes without the table: shared memory is busy with wgmma
-#define PERMUTED 0
+#ifndef WIDE_TABLE  // NF4's table has entries 256 bytes apart, 64 KiB: fewer instructions, less room for stages
+#define WIDE_TABLE 0
+#endif
+#ifndef STRETCHED  // tiles are laid end to end and cut alike for all blocks; else each into as many shares as there are blocks
+#define STRETCHED 0
 #endif
 #ifndef SCALED_SUMS  // scales are applied to the sums of 64 of K in float32, not to the weights
 #define SCALED_SUMS 0
 #endif
-#ifndef WHOLE_FROM  // per cent of the rounds' room that whole tiles fill, from which on none is cut
-#define WHOLE_FROM 90
-#endif
 constexpr int T = TILE, R = 64 * RT * WGS, J = T / 8, WARPS = WGS * 4, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 128;
+constexpr int MOST_SHARES = 8, PIECES = RT * J;  // pieces of a warp: 8 rows of 16 outputs, 16 bytes a lane
+constexpr int LOADS = WGS == 4 || PER_SM == 2 ? 8 : 16, SHARES_AT_ONCE = 4, ITEMS = LOADS / SHARES_AT_ONCE;  // in flight a thread
 constexpr int UNIT = 2 / KS;  // steps of the 128 K in which work is dealt
 constexpr int X_BYTES = T * 128, CODE_BYTES = R * 32 * KS;
 constexpr int SCALE_BYTES = AFFINE ? R * 2 : R * KS, ZERO_BYTES = AFFINE ? R / 2 : 0;
@@ -55,13 +60,12 @@ constexpr int STAGE_BYTES = (ZEROS + ZERO_BYTES + 1023) / 1024 * 1024;
 // addresses in shared memory; the first 1024 bytes are the system's
 constexpr int OUT_ROWS = T < 16 ? T : 16, OUT_BYTES = OUT_ROWS * 32;
 constexpr int FULL = 1024, EMPTY = FULL + 8 * STAGES, MAP = 1280, OUT = AFFINE ? MAP : MAP + 1024;
-constexpr int TABLE = (OUT + WARPS * OUT_BYTES + 1023) / 1024 * 1024, RING = TABLE + (AFFINE ? 0 : 32768);
-constexpr int END = RING + STAGES * STAGE_BYTES;
+constexpr int TABLE = (OUT + WARPS * OUT_BYTES + 1023) / 1024 * 1024;
+constexpr int RING = TABLE + (AFFINE ? 0 : WIDE_TABLE ? 65536 : 32768), END = RING + STAGES * STAGE_BYTES;
 static_assert(STAGES * 16 <= 256 && END * PER_SM <= 232448 + 1024);
 // of a thread; together no more than the launch gives, 65536 / PER_SM / THREADS down to eights for everyone
 constexpr int CONSUMER_REGISTERS = PER_SM == 2 ? (WGS == 1 ? 216 : 104) : WGS == 4 ? 112 : WGS == 3 ? 152 : 232;
 constexpr int PRODUCER_REGISTERS = PER_SM == 2 ? (WGS == 1 ? 40 : 32) : WGS == 4 ? 32 : WGS == 3 ? 56 : 40;
-static_assert(PERMUTED == 0 || !BF16);  // the permuted bytes are those of float16
 static_assert(PER_SM == 2 ? WGS <= 2 : WGS >= 2 && WGS <= 4);
 static_assert(X_BYTES % 1024 == 0 && CODE_BYTES % 128 == 0);
 
@@ -69,52 +73,8 @@ static_assert(X_BYTES % 1024 == 0 && CODE_BYTES % 128 == 0);
 static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
 #endif
 
-// A stretch of one tile: `units` of 128 K from unit `first`.
-struct Stretch {
-    int tile, first, units;
-};
-// What a block does, in order: its stretches of the cut tiles 0 .. cut, then whole tiles.
-struct Work {
-    int tile_units, cut, total, at, end, whole, tiles, blocks;
-    DEVICE Work(int tiles, int tile_units, int block, int blocks) : tile_units(tile_units), tiles(tiles), blocks(blocks) {
-        const int rounds = (tiles + blocks - 1) / blocks, rest = tiles - (rounds - 1) * blocks;
-        // so full: the tail of whole tiles costs no more than the cuts would
-        cut = tiles * 100 >= rounds * blocks * WHOLE_FROM ? 0 : rounds == 1 ? tiles : rest + blocks;
-        total = cut * tile_units;
-        at = start(block), end = start(block + 1), whole = cut + block;
-    }
-    DEVICE int start(int block) const { return int(int64_t(total) * block / blocks); }
-    DEVICE int block_of(int unit) const { return int((int64_t(unit + 1) * blocks - 1) / total); }
-    DEVICE bool next(Stretch& s) {
-        if (at < end) {
-            const int tile = at / tile_units, first = at - tile * tile_units;
-            const int left = tile_units - first, mine = end - at;
-            s = {tile, first, left < mine ? left : mine};
-            at += s.units;
-            return true;
-        }
-        if (whole >= tiles) return false;
-        s = {whole, 0, tile_units};
-        whole += blocks;
-        return true;
-    }
-};
-// Step by step through a block's work, for the producer.
-struct Cursor {
-    Work work;
-    int row_tiles, n, m, step, left;
-    DEVICE Cursor(const Work& work, int row_tiles) : work(work), row_tiles(row_tiles), n(0), m(0), step(0), left(0) {}
-    DEVICE bool next() {
-        if (left == 0) {
-            Stretch s;
-            if (!work.next(s)) return false;
-            n = s.tile / row_tiles * R, m = s.tile % row_tiles * T;
-            step = s.first * UNIT - 1, left = s.units * UNIT;
-        }
-        step++, left--;
-        return true;
-    }
-};
+#include "w4_work.h"
+
 // A scale as factor of a pair of weights. bfloat16: in two parts, so that a product is rounded once.
 struct Factor {
     uint32_t pair;
@@ -140,7 +100,7 @@ DEVICE uint32_t scaled(uint32_t weights, Factor factor) {
 }
 
 // N: outputs as packed, a multiple of 32; width: of them in y, a multiple of 8. K: a multiple of 128.
-// workspace: float32 [gridDim.x][2][R * T]; flags: uint32 [gridDim.x], zero before the first launch.
+// workspace: float32 [gridDim.x][R * T]; flags: uint32 [gridDim.x], zero before the first launch.
 KERNEL __launch_bounds__(THREADS, PER_SM)
 w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const char* __restrict__ scales,
         const char* __restrict__ zeros, const float* __restrict__ nested, const float* __restrict__ map,
@@ -201,16 +161,32 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                     if (++stage == STAGES) stage = 0, phase ^= 1;
                 }
         }
+        if (warp == WARPS + 1 && work.total > 0) {
+            await_predecessor();
+            const uint32_t mark = flag_value(flags + block) + 1;  // of this launch
+            sync_warp();
+            if (work.is_heard()) sync_named<1, CONSUMERS + 32>();
+            if (lane == 0) fence_device(), flag_publish(flags + block, mark);
+            const int others = work.num_heard(block), first = STRETCHED ? block + 1 : block / work.shares * work.shares;
+            for (int i = lane; i < others; i += 32) flag_await(flags + first + i, mark);
+            sync_warp();
+            if (others > 0) arrive_named<2, CONSUMERS + 32>();
+        }
         return;
     }
 
     registers_raise<CONSUMER_REGISTERS>();
     if (!AFFINE) {
-        fill_table(window + TABLE, thread, CONSUMERS);
-        for (int i = thread; i < 256; i += CONSUMERS) reinterpret_cast<float*>(window + MAP)[i] = load_global(map + i);
-        sync_first<CONSUMERS>();
+        if (WIDE_TABLE) fill_wide_table(window + TABLE, map, thread, CONSUMERS);
+        else {
+            fill_table(window + TABLE, thread, CONSUMERS);
+            for (int i = thread; i < 256; i += CONSUMERS) reinterpret_cast<float*>(window + MAP)[i] = load_global(map + i);
+        }
+        sync_named<3, CONSUMERS>();
     }
     const int g = lane >> 2, group = warp >> 2, quarter = warp & 3, all_tiles = K / 64;
+    uint32_t bank = lane * 4;
+    hold(bank);
     const float* levels = reinterpret_cast<const float*>(window + MAP);
     uint32_t stage = 0, phase = 0, done = 0;  // `done`: the stage given back next
     float sum[RT][J * 4], part[SCALED_SUMS ? 2 : 1][RT][J * 4];
@@ -244,8 +220,10 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 const int low = absmax_at[r] + k_tile, high = low + 8 * all_tiles;
                 if (is_first || (low & 255) == 0) outer[r][0] = load_global(nested + (low >> 8));
                 if (is_first || (high & 255) == 0) outer[r][1] = load_global(nested + (high >> 8));
-                scales_here[r][0] = levels[both & 255] * outer[r][0] + offset[r];
-                scales_here[r][1] = levels[both >> 8] * outer[r][1] + offset[r];
+                const float low_level = WIDE_TABLE ? wide_level<0, TABLE>(both, bank) : levels[both & 255];
+                const float high_level = WIDE_TABLE ? wide_level<1, TABLE>(both, bank) : levels[both >> 8];
+                scales_here[r][0] = low_level * outer[r][0] + offset[r];
+                scales_here[r][1] = high_level * outer[r][1] + offset[r];
             }
             const Factor low = factor_of(scales_here[r][0]), high = factor_of(scales_here[r][1]);
             const uint32_t words[4] = {word.x, word.y, word.z, word.w};
@@ -253,8 +231,8 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
             for (int s = 0; s < 4; s++) {
                 uint32_t* a = fragments[r][s];
                 if (AFFINE) decode_affine(words[s], zero[r][0], zero[r][1], a);
-                else if (s < PERMUTED) decode_nf4_permuted(words[s], a);
-                else decode_nf4<TABLE>(words[s], lane * 4, a);
+                else if (WIDE_TABLE) decode_nf4_wide<TABLE>(words[s], bank, a);
+                else decode_nf4<TABLE>(words[s], bank, a);
                 if (!SCALED_SUMS) {
                     a[0] = scaled(a[0], low), a[1] = scaled(a[1], high);
                     a[2] = scaled(a[2], low), a[3] = scaled(a[3], high);
@@ -306,25 +284,29 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
         sync_warp();
     };
 
-    int inner_tile = -1, outer_tile = -1;  // tiles of which this block has a part: from an inner unit on, from the first
-    bool raised = work.cut == 0;
-    uint32_t mark = 0;  // of this launch
-    auto raise = [&]() {
-        await_predecessor();
-        mark = flag_value(flags + block) + 1;
-        fence_device();
-        sync_first<CONSUMERS>();
-        if (thread == 0) flag_publish(flags + block, mark);
-        raised = true;
+    auto write_sums = [&](int n, int m) {
+#pragma unroll
+        for (int r = 0; r < RT; r++) {
+            const int column = n + (group * RT + r) * 64 + quarter * 16;
+#pragma unroll
+            for (int j = 0; j < J; j++) {
+                stage_piece(j * 8 % OUT_ROWS, &sum[r][j * 4]);
+                if ((j + 1) * 8 % OUT_ROWS == 0) write_rows(OUT_ROWS, m + (j + 1) * 8 - OUT_ROWS, column);
+            }
+        }
     };
+
+    const int others = work.num_heard(block);
+    int n = 0, m = 0;
     Stretch s;
     while (work.next(s)) {
-        const int n = s.tile / row_tiles * R, m = s.tile % row_tiles * T;
+        n = s.tile / row_tiles * R, m = s.tile % row_tiles * T;
 #pragma unroll
         for (int r = 0; r < RT; r++) {
             const int row_block = n / 16 + (group * RT + r) * 4 + quarter;
             absmax_at[r] = AFFINE || row_block * 16 >= N ? 0 : first_absmax(parts, row_block, all_tiles) + g * all_tiles;
             offset[r] = AFFINE ? 0 : part_of(parts, row_block).offset;
+            if (!AFFINE) hold(offset[r]);  // in a register, not selected anew for every step
             if (SCALED_SUMS) {
 #pragma unroll
                 for (int i = 0; i < J * 4; i++) sum[r][i] = 0;
@@ -340,59 +322,68 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
 
         await_predecessor();  // which may still read y, or add its own parts
         if (s.units == work.tile_units) {
+            write_sums(n, m);
+        } else if (!STRETCHED || s.first > 0) {
+            float* to = workspace + size_t(block) * (R * T) + thread * 4;
 #pragma unroll
-            for (int r = 0; r < RT; r++) {
-                const int column = n + (group * RT + r) * 64 + quarter * 16;
-#pragma unroll
-                for (int j = 0; j < J; j++) {
-                    stage_piece(j * 8 % OUT_ROWS, &sum[r][j * 4]);
-                    if ((j + 1) * 8 % OUT_ROWS == 0) write_rows(OUT_ROWS, m + (j + 1) * 8 - OUT_ROWS, column);
-                }
+            for (int i = 0; i < PIECES; i++) {
+                const float* v = &sum[i / J][i % J * 4];
+                store_partial(to + i * CONSUMERS * 4, make_float4(v[0], v[1], v[2], v[3]));
             }
-        } else {
-            const int slot = s.first == 0;
-            if (slot) outer_tile = s.tile;
-            else inner_tile = s.tile;
-            float* to = workspace + size_t(block * 2 + slot) * (R * T) + thread * 4;
-#pragma unroll
-            for (int r = 0; r < RT; r++)
-#pragma unroll
-                for (int j = 0; j < J; j++)
-                    store_partial(to + (r * J + j) * CONSUMERS * 4,
-                                  make_float4(sum[r][j * 4], sum[r][j * 4 + 1], sum[r][j * 4 + 2], sum[r][j * 4 + 3]));
+            arrive_named<1, CONSUMERS + 32>();
         }
-        if (!raised && work.at == work.end) raise();
     }
-    if (!raised) raise();
-
+    // What is added up comes last, and outside of the loop: divergent branches inside would make a warp's stage, phase and
+    // descriptors its threads'.
+    if (others == 0) return;
+    sync_named<2, CONSUMERS + 32>();
+    if (STRETCHED) {  // `sum` has the tile's first units
+        const float* from = workspace + size_t(block + 1) * (R * T) + thread * 4;
 #pragma unroll 1
-    for (int slot = 0; slot < 2; slot++) {
-        const int tile = slot ? outer_tile : inner_tile;
-        if (tile < 0) continue;
-        const int first = work.block_of(tile * work.tile_units), last = work.block_of((tile + 1) * work.tile_units - 1);
-        const int sharers = last - first + 1;
-        for (int i = lane; i < sharers; i += 32) flag_await(flags + first + i, mark);
-        sync_warp();
-        const int n = tile / row_tiles * R, m = tile % row_tiles * T;
-        // an item: 8 rows of a warp's 16 outputs
-        for (int item = block - first + warp * sharers; item < RT * J * WARPS; item += sharers * WARPS) {
-            const int from_warp = item % WARPS, r = item / WARPS / J, j = item / WARPS % J;
-            const float* from = workspace + item * 128 + lane * 4;
-            float total[4] = {};
-            for (int begin = 0; begin < sharers; begin += 8) {
-                float4 v[8];
+        for (int i = 0; i < others; i++, from += R * T) {
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const int sharer = begin + i;
-                    v[i] = make_float4(0, 0, 0, 0);
-                    if (sharer < sharers)  // of the first the sums from the tile's first unit on
-                        v[i] = load_partial(from + size_t((first + sharer) * 2 + (sharer == 0)) * (R * T));
+            for (int begin = 0; begin < PIECES; begin += LOADS) {
+                float4 v[LOADS];
+#pragma unroll
+                for (int piece = 0; piece < LOADS && begin + piece < PIECES; piece++)
+                    v[piece] = load_partial(from + (begin + piece) * CONSUMERS * 4, true);
+#pragma unroll
+                for (int piece = 0; piece < LOADS && begin + piece < PIECES; piece++) {
+                    float* to = &sum[(begin + piece) / J][(begin + piece) % J * 4];
+                    to[0] += v[piece].x, to[1] += v[piece].y, to[2] += v[piece].z, to[3] += v[piece].w;
                 }
-#pragma unroll
-                for (int i = 0; i < 8; i++) total[0] += v[i].x, total[1] += v[i].y, total[2] += v[i].z, total[3] += v[i].w;
             }
-            stage_piece(0, total);
-            write_rows(8, m + j * 8, n + ((from_warp >> 2) * RT + r) * 64 + (from_warp & 3) * 16);
+        }
+        write_sums(n, m);
+        return;
+    }
+    // every share adds some of the tile's pieces, shares in the order of K
+    const int rank = block % work.shares, step = work.shares * WARPS;
+    const float* base = workspace + size_t(block - rank) * (R * T) + lane * 4;
+#pragma unroll 1
+    for (int first = rank + warp * work.shares; first < PIECES * WARPS; first += step * ITEMS) {
+        float total[ITEMS][4] = {};
+#pragma unroll 1
+        for (int share = 0; share < work.shares; share += SHARES_AT_ONCE) {
+            float4 v[ITEMS][SHARES_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++)
+#pragma unroll
+                for (int j = 0; j < SHARES_AT_ONCE; j++)
+                    v[i][j] = load_partial(base + (first + i * step) * 128 + size_t(share + j) * (R * T),
+                                           first + i * step < PIECES * WARPS && share + j < work.shares);
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++)
+#pragma unroll
+                for (int j = 0; j < SHARES_AT_ONCE; j++)
+                    total[i][0] += v[i][j].x, total[i][1] += v[i][j].y, total[i][2] += v[i][j].z, total[i][3] += v[i][j].w;
+        }
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int item = first + i * step, from_warp = item % WARPS, piece = item / WARPS;
+            if (item >= PIECES * WARPS) continue;
+            stage_piece(0, total[i]);
+            write_rows(8, m + piece % J * 8, n + ((from_warp >> 2) * RT + piece / J) * 64 + (from_warp & 3) * 16);
         }
     }
 }
