@@ -9,6 +9,7 @@ measured here is in the result too, with the reason.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ METHOD = (
     "median time of a call among calls that follow each other, each with a weight of its own; "
     "the ceiling is a kernel that only reads as many bytes in the same way"
 )
-CACHES_ROTATED = 8  # times the last cache's bytes that the weights of a figure have together
+CACHES_ROTATED = 4  # times the last cache's bytes that the weights of a figure have together
 LEAST_COPIES, MOST_COPIES = 2, 64
 OUTLIER, LARGEST_USUAL = 20.0, 5.0  # of x: beyond LLM.int8()'s threshold of 6, and below it
 
@@ -139,17 +140,17 @@ def measure_linear(plan: Plan, contestant: Contestant, name: str, reader: Reader
 
 
 def copies_of(plan: Plan, contestant: Contestant, source: RandomWeights, name: str) -> Iterator[Built]:
-    """The same linear of the model's layers, as many as are needed to come from memory each time."""
-    num_layers = source.config.num_layers
-    wanted, index = 1, 0
-    while index < wanted:
-        parts = layer_groups(source.config, index % num_layers)[name]
+    """One linear of the first layer, built as often as is needed to come from memory each time."""
+    read = cache(source.read)  # drawing takes longer than building
+    wanted, count = 1, 0
+    while count < wanted:
+        parts = layer_groups(source.config, 0)[name]
         group = LinearGroup(name, parts, plan.device, contestant.dtype)
-        built = contestant.build(group, source.read)
-        if not index:
+        built = contestant.build(group, read)
+        if not count:
             total = CACHES_ROTATED * devices.last_cache_bytes(plan.device)
             wanted = min(MOST_COPIES, max(LEAST_COPIES, -(-total // built.num_bytes)))
-        index += 1
+        count += 1
         yield built
 
 
