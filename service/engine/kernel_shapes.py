@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from service.kernels import dense_linear, w4_linear
+from service.kernels import dense_linear, w4_linear, w8_linear
 from service.kernels.cuda import absence
 from service.messages import EngineConfig
 from service.model.checkpoint import TensorSource
@@ -45,6 +45,7 @@ class Shapes:
     deterministic: bool
     w4_kind: w4_linear.Kind | None = None  # of codes, where our own 4-bit kernels serve what their table has
     cuda_dense: bool = False  # our own 16-bit kernel in CUDA C++ serves what its table has
+    cuda_int8: bool = False  # our own 8-bit kernel in CUDA C++ serves many rows of what its table has
 
     def w4(self, name: str) -> w4_linear.Shape | None:
         """The linear of this layer class, if these kernels serve it."""
@@ -55,6 +56,15 @@ class Shapes:
         group_size = NF4_BLOCK if self.w4_kind == "nf4" else self.group_size
         shape = w4_linear.Shape(self.w4_kind, outs, parts[0].in_features, group_size, self.dtype)
         return None if w4_linear.refusal(shape) else shape
+
+    def w8(self, name: str) -> w8_linear.Shape | None:
+        """The linear of this layer class, if kernels/w8_linear serves its many rows."""
+        if self.int8 is None or not self.cuda_int8 or name in self.int8.skipped:
+            return None
+        parts = layer_groups(self.config, 0)[name]
+        out_features = sum(part.out_features for part in parts)
+        shape = w8_linear.Shape(out_features, parts[0].in_features, self.dtype, self.int8.threshold)
+        return None if w8_linear.refusal(shape) else shape
 
     def dense(self, out_features: int, in_features: int) -> tuple[dense_linear.Row, ...]:
         """Of a 16-bit linear the plan for few rows; empty where the kernels of Triton serve it."""
@@ -91,6 +101,7 @@ def shapes_of(
         config.max_context_tokens or source.config.max_context_tokens,
         config.deterministic,
         None if config.deterministic or absence() else w4_kind(backend),
+        not (config.deterministic or absence()),
         not (config.deterministic or absence()),
     )
 

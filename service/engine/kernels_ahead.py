@@ -1,7 +1,7 @@
 """The kernels of a start, Triton's and those in CUDA C++, compiled on all cores while the weights load.
 
 startup --Shapes--> KernelsAhead --steps on meta tensors--> kernels/*/triton --launch--> Triton's caches
-                                 '--variants of a plan--> kernels/w4_linear, dense_linear --> kernels/cuda
+                                 '--variants of a plan--> kernels/*_linear --> kernels/cuda
 
 A launch on meta tensors only compiles. So a start's steps are walked through here without weights: prompts,
 and a decode step of each size that is captured. Of kernels in CUDA C++ all are compiled that a table has for
@@ -23,7 +23,7 @@ from service.engine.decode_step import sampling_rows
 from service.engine.kernel_shapes import Shapes
 from service.engine.penalties import MAX_BIASES
 from service.engine.state import NUM_WORDS
-from service.kernels import dense_linear, w4_linear
+from service.kernels import dense_linear, w4_linear, w8_linear
 from service.kernels.int8_rows import Live, OutlierRule
 from service.kernels.kv_codes import is_coded
 from service.kernels.shape_logits import NEUTRAL
@@ -82,9 +82,12 @@ def cuda_loads(shapes: Shapes) -> list[Callable[[], object]]:
     """What compiles and loads each variant of our kernels in CUDA C++ that a layer of this model may call."""
     found = [shape for name in GROUPS if (shape := shapes.w4(name))]
     w4 = {row.variant for shape in found for row in w4_linear.plan(shape)}
+    int8 = [many for name in GROUPS if (many := shapes.w8(name))]
+    w8 = {row.variant.program: row.variant for many in int8 for row in w8_linear.plan(many)}
     dense = {row.variant for linear in shapes.dense_linears() for row in shapes.dense(*linear)}
     return [
         *(partial(w4_linear.load, variant) for variant in sorted(w4, key=lambda each: each.name)),
+        *(partial(w8_linear.load, variant) for variant in sorted(w8.values(), key=lambda each: each.name)),
         *(partial(dense_linear.load, variant) for variant in sorted(dense, key=lambda each: each.name)),
     ]
 
@@ -283,7 +286,9 @@ class Steps:
         bias = self.activations(out_features) if is_biased else None
         return few_rows(x, rows, row_scales, codes, scales, bias)
 
-    def int8(self, name: str, num_rows: int) -> tuple[Tensor, Tensor, Tensor | None, OutlierRule, Live]:
+    def int8(
+        self, name: str, num_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, OutlierRule, Live, w8_linear.Tiles | None]:
         """What int8's linears take beside x."""
         kind = self.shapes.int8
         assert kind is not None
@@ -291,13 +296,12 @@ class Steps:
         out_features = sum(part.out_features for part in parts)
         is_biased = any(part.bias for part in parts)
         counts, slots = empty(2, dtype=torch.int64), empty(num_rows, dtype=torch.int64)
-        return (
-            empty(out_features, parts[0].in_features, dtype=torch.int8),
-            empty(out_features, dtype=torch.float32),
-            self.activations(out_features) if is_biased else None,
-            OutlierRule(kind.threshold, kind.by_row, counts),
-            Live(slots, BLOCK_TOKENS),
-        )
+        codes = empty(out_features, parts[0].in_features, dtype=torch.int8)
+        scales = empty(out_features, dtype=torch.float32)
+        bias = self.activations(out_features) if is_biased else None
+        rule, shape = OutlierRule(kind.threshold, kind.by_row, counts), self.shapes.w8(name)
+        tiles = w8_linear.bind(codes, scales, bias, rule, shape, 0) if shape else None
+        return codes, scales, bias, rule, Live(slots, BLOCK_TOKENS), tiles
 
     def head(self, num_rows: int) -> Tensor:
         x, vocab_size = (

@@ -1,14 +1,18 @@
 """LLM.int8(): int8 rows of weights against int8 rows of activations, outlier features in 16 bits.
 
 16-bit weights --build: bitsandbytes' row-wise absmax--> codes, scales --forward: int8_linear, or its ops--> y
+                                                      on an H100 more than 16 rows: w8_linear
 
 An activation that reaches `threshold` is no part of the int8 product: it is multiplied in 16 bits. By row
 (`outliers=row`) that is decided in each row alone, so a row's result does not depend on what else is in the
-batch. bitsandbytes' rule (`outliers=batch`) takes a feature out of all rows of a forward where any of them
-reaches the threshold. Alone, a row is computed alike under both. Source: arXiv 2208.07339.
+batch, but for the order in which w8_linear adds up. bitsandbytes' rule (`outliers=batch`) takes a feature out
+of all rows of a forward where any of them reaches the threshold. Alone, a row is computed alike under both.
+Source: arXiv 2208.07339.
 """
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -16,6 +20,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from service.errors import PrecisionError
+from service.kernels import w8_linear
 from service.kernels.int8_linear import gated_linear, int8_linear, native, normed_linear
 from service.kernels.int8_linear.plan import KERNEL_ROWS
 from service.kernels.int8_rows import OutlierRule
@@ -32,6 +37,8 @@ from service.precision.source import (
     tensor_bytes,
 )
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
+
+logger = logging.getLogger(__name__)
 
 LAYER_CLASSES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
@@ -81,16 +88,24 @@ class Int8Options(Options):
 class Int8Linear(QuantLinear):
     codes: Tensor  # int8 [out_features of all parts, in_features], or as kernels.int8_linear packs them
     scales: Tensor  # float32 [out_features of all parts], the largest magnitude of each row
+    steps: Tensor | None  # float32 [out_features of all parts], what a code counts, where w8_linear serves
     bias: Tensor | None  # [out_features of all parts]
 
     def __init__(
-        self, group: LinearGroup, codes: Tensor, scales: Tensor, bias: Tensor | None, options: Int8Options
+        self,
+        group: LinearGroup,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        options: Int8Options,
+        number: int = 0,
     ) -> None:
+        """`number`: in the order in which layers are built, which is that of a forward pass."""
         super().__init__()
         assert codes.shape == (group.out_features, group.in_features)
         assert scales.shape == (group.out_features,)
         self.group = group
-        self.by_row = self.row_invariant = options.by_row
+        self.by_row = options.by_row
         fits = native.fits(group.device, group.dtype, *codes.shape)
         self.is_native = options.kernel == "auto" and fits
         is_ours = options.kernel == "auto" and (self.by_row or group.device.type == "cuda")
@@ -103,6 +118,15 @@ class Int8Linear(QuantLinear):
         else:
             kernel = "triton.int8_linear" if group.device.type == "cuda" else "torch.int8_linear"
             self.kernel_rows = KERNEL_ROWS if group.device.type == "cuda" else ()
+        threshold = native.in_float16(options.threshold)
+        shape = w8_linear.Shape(group.out_features, group.in_features, group.dtype, threshold)
+        has_tiles = is_ours and not self.is_native and serves(group, shape)
+        if has_tiles:
+            kernel = f"{kernel} up to {w8_linear.AFTER_ROWS} rows, {w8_linear.kernel_name()}"
+            ends = [row.max_rows for row in w8_linear.plan(shape) if row.max_rows]
+            self.kernel_rows = (*(rows for rows in KERNEL_ROWS if rows <= w8_linear.AFTER_ROWS), *ends)
+        # tiles add outliers up in float32, in places that depend on the other rows' outliers
+        self.row_invariant = self.by_row and not has_tiles
         rule = "row" if self.by_row else "batch"
         self.kernel = f"{kernel}, outliers by {rule}" if options.threshold else kernel
         self.register_buffer("codes", native.pack(codes) if self.is_native else codes)
@@ -112,7 +136,11 @@ class Int8Linear(QuantLinear):
         if group.device.type == "cuda" and is_ours:
             self.outlier_counts = counts
         self.makes_rows = self.by_row and is_ours
-        self.rule = OutlierRule(native.in_float16(options.threshold), self.by_row, counts)
+        self.rule = OutlierRule(threshold, self.by_row, counts)
+        self.register_buffer("steps", scales / 127 if has_tiles else None)
+        self.tiles: w8_linear.Tiles | None = None
+        if self.steps is not None:
+            self.tiles = w8_linear.bind(codes, self.steps, bias, self.rule, shape, number)
         told = self.codes, scales, bias, options.threshold
         self.bound = native.linear(*told, self.by_row) if self.is_native else None
 
@@ -121,18 +149,20 @@ class Int8Linear(QuantLinear):
             return self.bound(x)
         if self.is_bitsandbytes:
             return self.by_bitsandbytes(x)
-        return int8_linear(x, self.codes, self.scales, self.bias, self.rule, self.group.live)
+        told = self.codes, self.scales, self.bias, self.rule, self.group.live
+        return int8_linear(x, *told, self.tiles)
 
     def normed(self, hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if not (self.makes_rows and hidden.is_cuda):
             return super().normed(hidden, delta, gain, eps)
         told = self.codes, self.scales, self.bias, self.rule, self.group.live
-        return normed_linear(hidden, delta, gain, eps, *told)
+        return normed_linear(hidden, delta, gain, eps, *told, self.tiles)
 
     def gated(self, gate_up: Tensor) -> Tensor:
         if not (self.makes_rows and gate_up.is_cuda):
             return super().gated(gate_up)
-        return gated_linear(gate_up, self.codes, self.scales, self.bias, self.rule, self.group.live)
+        told = self.codes, self.scales, self.bias, self.rule, self.group.live
+        return gated_linear(gate_up, *told, self.tiles)
 
     def by_bitsandbytes(self, x: Tensor) -> Tensor:
         # its CUDA kernel reads fp16 only; the CPU follows so that codes agree between the two
@@ -152,7 +182,7 @@ class Int8Linear(QuantLinear):
     def bytes(self) -> dict[str, int]:
         return {
             "codes": tensor_bytes(self.codes),
-            "scales": tensor_bytes(self.scales),
+            "scales": tensor_bytes(self.scales, self.steps),
             "weights16": tensor_bytes(self.bias),
         }
 
@@ -167,6 +197,7 @@ class Int8(InFlight):
         self.options: Int8Options = check_options(spec, Int8Options)
         self.canonical = canonical(self.name, self.options)
         self._reads_codes = False
+        self._num_built = 0
 
     @classmethod
     def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
@@ -202,4 +233,22 @@ class Int8(InFlight):
                 continue
             weight = read_weight(part, read, torch.float16).to(group.device)
             codes[rows], scales[rows], _ = bitsandbytes.int8_vectorwise_quant(weight)
-        return Int8Linear(group, codes, scales, bias, self.options)
+        self._num_built += 1
+        return Int8Linear(group, codes, scales, bias, self.options, self._num_built)
+
+
+def serves(group: LinearGroup, shape: w8_linear.Shape) -> bool:
+    """Does kernels/w8_linear serve many rows of this group? The log says why not, on a GPU that could."""
+    if group.device.type != "cuda":
+        return False
+    reason = w8_linear.absence() or w8_linear.refusal(shape)
+    if group.deterministic:
+        reason = reason or "its sums depend on the other rows, which `deterministic` forbids"
+    if reason:
+        tell_refusal(group.name, reason)
+    return not reason
+
+
+@cache
+def tell_refusal(layer: str, reason: str) -> None:
+    logger.info("many rows of `%s` are not served by our own 8-bit kernel: %s", layer, reason)

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from service.engine.kernel_shapes import Shapes, shapes_of
 from service.engine.kernels_ahead import META, KernelsAhead, compile_all, cuda_loads, walk
 from service.engine.warm_up import warm_up
 from service.kernels.dense_linear import Variant
+from service.kernels.w8_linear import AFTER_ROWS
 from service.messages import EngineConfig, Loading
 from service.model.batch import BLOCK_TOKENS
 from service.model.instance import ModelInstance
@@ -133,6 +135,45 @@ def test_so_does_one_of_8_bits(
         "quantize_kernel",
         "list_columns_kernel",
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [("qwen2", "int8"), ("llama", "int8:outliers=batch"), ("llama", "int8:threshold=0,skip=down_proj")],
+)
+def test_so_does_one_of_int8_whose_many_rows_are_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, precision: str
+) -> None:
+    """The rows before them are Triton's; every variant of their kernel is loaded."""
+    monkeypatch.setattr("service.kernels.dense_linear.triton.MIN_WEIGHT_BYTES", 0)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | FAMILIES[family]))
+    source, backend = RandomWeights(tmp_path, CPU, Draw()), load_backend(precision)
+    config = EngineConfig(model_path="", precision=precision)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.engine.kernel_shapes.absence", lambda: "")
+        shapes = shapes_of(source, backend, config, torch.float16, MAX_REQUESTS)
+    shapes = replace(shapes, cuda_dense=False)
+    loaded: list[Any] = []
+    monkeypatch.setattr("service.engine.kernels_ahead.w8_linear.load", loaded.append)
+    for load in cuda_loads(shapes):
+        load()
+    assert {variant.tile for variant in loaded} == {32, 64, 128}
+    assert len({variant.program for variant in loaded}) == len(loaded)
+    with recorded() as ahead:
+        walk(shapes, batch_sizes(MAX_REQUESTS))
+    assert not {kind[0] for kind in ahead} & {"many_rows_kernel", "list_columns_kernel"}
+
+    def multiply(self: Any, rows: Any) -> Tensor:
+        assert len(rows.x) > AFTER_ROWS
+        assert rows.codes.shape == (1, *rows.x.shape)
+        return rows.x.new_zeros(len(rows.x), self.shape.out_features)
+
+    monkeypatch.setattr("service.precision.int8.serves", lambda group, shape: True)
+    monkeypatch.setattr("service.kernels.w8_linear.cuda.multiprocessors", lambda: 132)
+    monkeypatch.setattr("service.kernels.w8_linear.cuda.Bound.__call__", multiply)
+    with recorded() as launched, tensors_on_it():
+        whole_start(source, precision, monkeypatch)
+    assert launched <= ahead
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)

@@ -13,7 +13,7 @@ from service.kernels.cuda.driver import SWIZZLE_128, TensorMap, tensor_map
 
 MAX_MAPS = 4096  # that are kept: 128 bytes each
 ALIGNMENT = 16  # bytes
-COLUMNS = 64  # of a box, of 16-bit numbers
+COLUMNS = 64  # of a box, of 16-bit numbers; of bytes twice as many
 
 _maps: dict[tuple[Any, ...], TensorMap] = {}  # (address, rows, columns, type, rows of a box) -> map
 
@@ -25,11 +25,12 @@ def readable(x: Tensor) -> Tensor:
 
 
 def rows_map(x: Tensor, box_rows: int) -> TensorMap:
-    """Of a readable x [rows, columns]; boxes of [`box_rows`, 64] under the 128-byte swizzle."""
+    """Of a readable x [rows, columns]; boxes of `box_rows` times 128 bytes under the 128-byte swizzle."""
     key = (x.data_ptr(), x.shape[0], x.shape[1], x.dtype, box_rows)
     found = _maps.get(key)
     if found is None:
         if len(_maps) >= MAX_MAPS:
             _maps.clear()
-        found = _maps[key] = tensor_map(key[0], x.dtype, (key[1], key[2]), (box_rows, COLUMNS), SWIZZLE_128)
+        box = (box_rows, 2 * COLUMNS // x.dtype.itemsize)
+        found = _maps[key] = tensor_map(key[0], x.dtype, (key[1], key[2]), box, SWIZZLE_128)
     return found

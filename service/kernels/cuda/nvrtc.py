@@ -18,7 +18,8 @@ from service.errors import DeviceError
 LOG_CHARACTERS = 2000  # of the compiler's, in an error
 # NVRTC brings no C library; these are what the sources take from it
 STANDARD_HEADERS = {
-    "stdint.h": "typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef int int32_t;"
+    "stdint.h": "typedef signed char int8_t; typedef unsigned char uint8_t; typedef unsigned short uint16_t;"
+    " typedef int int32_t;"
     " typedef unsigned int uint32_t; typedef unsigned long long uint64_t, uintptr_t;"
     " typedef long long int64_t;\n"
 }

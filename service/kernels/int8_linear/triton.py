@@ -30,6 +30,7 @@ from service.kernels.int8_rows.triton import (
     quantize_rows,
 )
 from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
+from service.kernels.w8_linear import AFTER_ROWS, Tiles
 
 LINE_BYTES = 2 * LINE
 TILE_LISTED = 32  # columns of outliers in a product of many rows
@@ -244,16 +245,28 @@ def int8_linear(
     bias: Tensor | None,
     rule: OutlierRule,
     live: Live = ALL_LIVE,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """See the package."""
+    if tiles and len(x) > AFTER_ROWS:
+        return tiles.multiply(quantize_rows(x, rule, live, marks=tiles.marks))
     rows = quantize_rows(x, rule, live, lists_columns=len(x) > FEW_ROWS)
     return multiply(rows, codes, scales, bias, rule)
 
 
 def gated_linear(
-    gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, rule: OutlierRule, live: Live
+    gate_up: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rule: OutlierRule,
+    live: Live,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """`int8_linear` of kernels/gated_silu of gate_up [T, 2 in], outliers by row."""
+    if tiles and len(gate_up) > AFTER_ROWS:
+        rows = quantize_gated(gate_up, rule, live, lists_columns=False, marks=tiles.marks)
+        return tiles.multiply(rows)
     rows = quantize_gated(gate_up, rule, live, lists_columns=len(gate_up) > FEW_ROWS)
     return multiply(rows, codes, scales, bias, rule)
 
@@ -268,8 +281,13 @@ def normed_linear(
     bias: Tensor | None,
     rule: OutlierRule,
     live: Live,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden + delta, and `int8_linear` of its norm as kernels/add_rms_norm, outliers by row."""
+    if tiles and len(hidden) > AFTER_ROWS:
+        told = hidden, delta, gain, eps, rule, live
+        total, rows = quantize_normed(*told, lists_columns=False, marks=tiles.marks)
+        return total, tiles.multiply(rows)
     lists_columns = len(hidden) > FEW_ROWS
     total, rows = quantize_normed(hidden, delta, gain, eps, rule, live, lists_columns=lists_columns)
     return total, multiply(rows, codes, scales, bias, rule)

@@ -26,3 +26,15 @@ class Live:
 
 
 ALL_LIVE = Live()
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Where columns with outliers are told, for kernels/w8_linear: column 32 j + i by bit i of word j.
+
+    By row, bits are only ever added, and those of the call before, which marked another bitmap, are cleared:
+    a bit too many costs time, no more. By batch each call writes all of its bits.
+    """
+
+    bitmap: Tensor  # int32
+    spent: Tensor  # int32, as long: of another layer, which has read it

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels.int8_rows import ALL_LIVE, Live, OutlierRule
+from service.kernels.int8_rows import ALL_LIVE, Live, Marks, OutlierRule
 from service.kernels.launch import await_predecessor, cdiv, launch
 
 TILE = 2048  # of a row, eight numbers a thread
@@ -32,7 +32,8 @@ class Rows:
     codes: Tensor
     scales: Tensor  # float32 [NUM_SCALES, T]: what a code of each level counts, and the row's largest outlier
     dtype: torch.dtype  # of x
-    # where columns were asked for: x [T, in]; int32 [in], those with an outlier in any order; int32 [1]
+    # where columns were asked for: x [T, in]; if listed, int32 [in], those with an outlier in any order, and
+    # int32 [1]
     x: Tensor | None = None
     columns: Tensor | None = None
     num_columns: Tensor | None = None
@@ -71,6 +72,13 @@ def magnitude_bits(x):  # type: ignore[no-untyped-def]
 def in_float16(x):  # type: ignore[no-untyped-def]
     """What bitsandbytes sees of it."""
     return x.to(tl.float32).to(tl.float16).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def bits_of(flags, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each 32 flags -> int32 [WORDS]."""
+    apart = tl.reshape(flags.to(tl.int32), [WORDS, 32])
+    return tl.sum(apart << tl.arange(0, 32)[None, :], 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -122,13 +130,15 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     delta_ptr,  # [num_rows, WIDTH], what ADDS to x before the norm
     gain_ptr,  # [WIDTH] of the norm
     total_ptr,  # [num_rows, WIDTH]: x with delta
-    made_ptr,  # [num_rows, WIDTH]: what has been made of it, if LISTS
+    made_ptr,  # [num_rows, WIDTH]: what has been made of it, if KEEPS
     slots_ptr,  # int64 [num_rows], or one number for all
-    flags_ptr,  # int8 [WIDTH]: by batch, what columns are outliers; by row, if LISTS, what is told of them
+    # int8 [WIDTH]: by batch, what columns are outliers; by row, if LISTS, what is told of them, and
+    # if MARKS int32 [words]: the bits of those with outliers
+    flags_ptr,
     codes_ptr,  # int8 [LEVELS, num_rows, WIDTH]
     scales_ptr,  # float32 [NUM_SCALES, num_rows]
     counts_ptr,  # int64 [2]
-    num_columns_ptr,  # int32 [1], if LISTS: becomes 0
+    cleared_ptr,  # int32 [CLEARED]: becomes 0
     num_rows,
     slot_stride,  # 1, or 0
     first_slot,  # rows with slots below are padding
@@ -139,6 +149,9 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     BY_ROW: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr,
     LISTS: tl.constexpr,
+    MARKS: tl.constexpr,
+    KEEPS: tl.constexpr,
+    CLEARED: tl.constexpr,
     LEVELS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -182,15 +195,15 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
         tl.store(scales_ptr + num_rows + row, coarse_step)
         tl.store(scales_ptr + 2 * num_rows + row, tl.math.div_rn(coarse_step, 254.0))
         tl.store(scales_ptr + 3 * num_rows + row, outlier_most)
-        if LISTS and row == 0:
-            tl.store(num_columns_ptr, 0)
+        if CLEARED > 0 and row == 0:
+            tl.store(cleared_ptr + tl.arange(0, CLEARED), tl.zeros([CLEARED], tl.int32))
     factor = per_127(most)
     num_kept = tl.zeros([TILE], tl.int32)
     for number in tl.static_range(TILES):
         columns = (part * TILES + number) * TILE + tl.arange(0, TILE)
         inside = columns < WIDTH
         x = numbers_of(x_ptr, delta_ptr, gain_ptr, row, columns, live, scale, SOURCE, ADDS, WIDTH)
-        if LISTS and SOURCE != "x":
+        if KEEPS and SOURCE != "x":
             tl.store(made_ptr + row * WIDTH + columns, x, mask=inside)
         regular = in_float16(x)
         codes_at = codes_ptr + row * WIDTH + columns
@@ -209,6 +222,10 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
                 tl.store(codes_at + 2 * level, fine, mask=inside)
             if LISTS and BY_ROW:  # whoever finds one tells the same
                 tl.store(flags_ptr + columns, tl.full([TILE], 1, tl.int8), mask=inside & is_outlier)
+            if MARKS and BY_ROW:  # a row without outliers leaves memory alone
+                words = (part * TILES + number) * (TILE // 32) + tl.arange(0, TILE // 32)
+                bits = bits_of(is_outlier, TILE // 32)
+                tl.atomic_or(flags_ptr + words, bits, mask=bits != 0, sem="relaxed")
         tl.store(codes_at, nearest(regular * factor).to(tl.int8), mask=inside)
     if HAS_OUTLIERS:
         kept_here = tl.sum(num_kept, 0)
@@ -225,10 +242,12 @@ def flag_columns_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [num_rows, WIDTH]
     slots_ptr,  # int64 [num_rows], or one number for all
     flags_ptr,  # int8 [WIDTH]
+    bitmap_ptr,  # int32 [words], if MARKS
     num_rows,
     slot_stride,  # 1, or 0
     first_slot,  # rows with slots below are padding
     threshold,
+    MARKS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
@@ -246,7 +265,11 @@ def flag_columns_kernel(  # type: ignore[no-untyped-def]
         at = x_ptr + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         x = tl.load(at, mask=read[:, None] & inside[None, :], other=0.0)
         found |= (tl.abs(in_float16(x)) >= threshold).to(tl.int32)
-    tl.store(flags_ptr + columns, tl.max(found, 0).to(tl.int8), mask=inside)
+    flags = tl.max(found, 0)
+    tl.store(flags_ptr + columns, flags.to(tl.int8), mask=inside)
+    if MARKS:
+        words = tl.program_id(0) * (TILE_COLUMNS // 32) + tl.arange(0, TILE_COLUMNS // 32)
+        tl.store(bitmap_ptr + words, bits_of(flags, TILE_COLUMNS // 32))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -281,22 +304,31 @@ def zeroed_flags(device: torch.device, width: int) -> Tensor:
 
 
 def quantize_rows(
-    x: Tensor, rule: OutlierRule, live: Live = ALL_LIVE, *, lists_columns: bool = False
+    x: Tensor,
+    rule: OutlierRule,
+    live: Live = ALL_LIVE,
+    *,
+    lists_columns: bool = False,
+    marks: Marks | None = None,
 ) -> Rows:
     """[T, in] of any float type -> its codes; padding has codes of 0.
 
-    `lists_columns`: one level of codes and the outliers' columns, else outliers are codes of two more levels.
+    `lists_columns`, or `marks` of columns: one level of codes and x itself, else outliers are codes of two
+    more levels.
     """
     x = x.contiguous()
-    return _quantize("x", x, x, x, x, 0.0, x.shape[1], rule, live, lists_columns)
+    return _quantize("x", x, x, x, x, 0.0, x.shape[1], rule, live, lists_columns, marks)
 
 
-def quantize_gated(gate_up: Tensor, rule: OutlierRule, live: Live, *, lists_columns: bool) -> Rows:
+def quantize_gated(
+    gate_up: Tensor, rule: OutlierRule, live: Live, *, lists_columns: bool, marks: Marks | None = None
+) -> Rows:
     """[T, 2 in] -> `quantize_rows` of kernels/gated_silu of it, outliers by row."""
     assert rule.by_row
     gate_up = gate_up.contiguous()
     width = gate_up.shape[1] // 2
-    return _quantize("gate_up", gate_up, gate_up, gate_up, gate_up, 0.0, width, rule, live, lists_columns)
+    given = gate_up, gate_up, gate_up, gate_up
+    return _quantize("gate_up", *given, 0.0, width, rule, live, lists_columns, marks)
 
 
 def quantize_normed(
@@ -308,13 +340,14 @@ def quantize_normed(
     live: Live,
     *,
     lists_columns: bool,
+    marks: Marks | None = None,
 ) -> tuple[Tensor, Rows]:
     """hidden + delta [T, in], and `quantize_rows` of its norm as kernels/add_rms_norm, outliers by row."""
     assert rule.by_row
     hidden = hidden.contiguous()
     delta = hidden if delta is None else delta.contiguous()
     total, width = torch.empty_like(hidden), hidden.shape[1]
-    rows = _quantize("hidden", hidden, delta, gain, total, eps, width, rule, live, lists_columns)
+    rows = _quantize("hidden", hidden, delta, gain, total, eps, width, rule, live, lists_columns, marks)
     return total, rows
 
 
@@ -329,11 +362,12 @@ def _quantize(
     rule: OutlierRule,
     live: Live,
     lists_columns: bool,
+    marks: Marks | None,
 ) -> Rows:
     num_rows = len(x)
     has_outliers = rule.threshold > 0
-    lists = lists_columns and has_outliers
-    levels = 3 if has_outliers and not lists else 1
+    lists = lists_columns and marks is None and has_outliers
+    levels = 3 if has_outliers and not lists and marks is None else 1
     codes = x.new_empty(levels, num_rows, width, dtype=torch.int8)
     scales = x.new_empty(NUM_SCALES, num_rows, dtype=torch.float32)
     # a count stands for the slots where all rows are live: it is not negative
@@ -346,24 +380,42 @@ def _quantize(
         launch(
             flag_columns_kernel,
             (cdiv(width, TILE_COLUMNS),),
-            (x, slots, flags),
+            (x, slots, flags, flags if marks is None else marks.bitmap),
             (num_rows, stride, first_slot, rule.threshold),
-            (width, TILE_ROWS, TILE_COLUMNS),
+            (marks is not None, width, TILE_ROWS, TILE_COLUMNS),
         )
+    elif has_outliers and marks is not None:
+        flags = marks.bitmap
     elif lists:
         flags = zeroed_flags(x.device, width)
-    made = x.new_empty(num_rows, width) if lists and source != "x" else x
+    keeps = lists or marks is not None
+    made = x.new_empty(num_rows, width) if keeps and source != "x" else x
     columns = x.new_empty(width, dtype=torch.int32) if lists else None
     num_columns = x.new_empty(1, dtype=torch.int32) if lists else None
-    counted = scales if num_columns is None else num_columns
+    cleared = scales if num_columns is None else num_columns
+    if marks is not None and has_outliers and rule.by_row:
+        cleared = marks.spent
     tiles = cdiv(width, TILE)
     tiles_each = 1 if num_rows <= SHARED_ROWS else tiles
     launch(
         quantize_kernel,
         (num_rows, cdiv(tiles, tiles_each)),
-        (x, delta, gain, total, made, slots, flags, codes, scales, rule.counts, counted),
+        (x, delta, gain, total, made, slots, flags, codes, scales, rule.counts, cleared),
         (num_rows, stride, first_slot, rule.threshold, eps),
-        (source, delta is not x, rule.by_row, has_outliers, lists, levels, width, TILE, tiles_each),
+        (
+            source,
+            delta is not x,
+            rule.by_row,
+            has_outliers,
+            lists,
+            marks is not None,
+            keeps,
+            0 if cleared is scales else len(cleared),
+            levels,
+            width,
+            TILE,
+            tiles_each,
+        ),
         num_warps=WARPS,
         contracts=False,
     )
@@ -375,4 +427,4 @@ def _quantize(
             (),
             (width, TILE_LISTED),
         )
-    return Rows(codes, scales, x.dtype, made if lists else None, columns, num_columns)
+    return Rows(codes, scales, x.dtype, made if keeps else None, columns, num_columns)

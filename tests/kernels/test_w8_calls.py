@@ -1,0 +1,151 @@
+"""What a bound int8 weight tells the W8A8 kernel of its plan; no kernel runs."""
+
+import ctypes
+from typing import Any
+from weakref import WeakValueDictionary
+
+import pytest
+import torch
+from torch import Tensor
+
+from service.kernels.cuda import driver, maps
+from service.kernels.int8_rows import OutlierRule
+from service.kernels.w8_linear import Shape
+from service.kernels.w8_linear.variants import THREADS, Tile
+
+pytest.importorskip("triton")
+
+from service.kernels.int8_rows.triton import Rows
+from service.kernels.w8_linear import cuda
+
+OUTS, WIDTH = 4096, 8192  # deep: few rows share tiles
+STREAM = 77
+
+
+class Kernel:
+    handle = ctypes.c_void_p(1)
+
+    def __init__(self, variant: Tile) -> None:
+        self.name, self.threads = variant.name, THREADS
+
+
+class Driver:
+    """Copies arguments when it is called, as the real one does."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[driver.Config, list[int]]] = []
+        self.maps: list[tuple[Any, ...]] = []
+
+    def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
+        addresses = (ctypes.c_void_p * 18).from_address(arguments)
+        told = driver.Config.from_buffer_copy(driver.Config.from_address(config))
+        self.launches.append((told, list(addresses)))
+        return 0
+
+    def encode(self, made: Any, dtype: int, dimensions: int, address: Any, *told: Any) -> int:
+        shape, strides, box, _, interleave, swizzle, promotion, fill = told
+        assert (dimensions, interleave, swizzle, promotion, fill) == (2, 0, 3, 3, 0)
+        self.maps.append((dtype, address.value, list(shape), list(strides), list(box)))
+        return 0
+
+    def check(self, what: str, code: int) -> None:
+        assert code == 0
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    found = Driver()
+    monkeypatch.setattr(driver, "driver", lambda: found)
+    monkeypatch.setattr(maps, "_maps", {})
+    monkeypatch.setattr(cuda, "load", Kernel)
+    monkeypatch.setattr(cuda, "_workspaces", WeakValueDictionary())
+    monkeypatch.setattr(cuda, "multiprocessors", lambda: 13)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    return found
+
+
+def bound(number: int = 0, bias: Tensor | None = None, **changes: float) -> cuda.Bound:
+    codes, steps = torch.zeros(OUTS, WIDTH, dtype=torch.int8), torch.zeros(OUTS)
+    rule = OutlierRule(changes.get("threshold", 6.0), bool(changes.get("by_row", True)), torch.zeros(2))
+    shape = Shape(OUTS, WIDTH, torch.float16, rule.threshold)
+    return cuda.Bound(codes, steps, bias, rule, shape, number)
+
+
+def rows_of(num_rows: int) -> Rows:
+    x = torch.zeros(num_rows, WIDTH, dtype=torch.float16)
+    return Rows(x[None].to(torch.int8), torch.zeros(4, num_rows), x.dtype, x)
+
+
+def pointers(addresses: list[int], numbers: range) -> list[int]:
+    return [ctypes.c_void_p.from_address(addresses[number]).value or 0 for number in numbers]
+
+
+def integers(addresses: list[int]) -> list[int]:
+    return [ctypes.c_int.from_address(address).value for address in addresses]
+
+
+def test_arguments_stand_in_the_kernel_s_order(library: Driver) -> None:
+    """Maps of x and codes, x's steps, the weight's, x, bitmap, codes, y, sums, arrived, x_out, gathered."""
+    multiply, rows = bound(), rows_of(50)
+    y = multiply(rows)
+    assert y.shape == (50, OUTS)
+    assert rows.x is not None
+    of_codes, of_rows = library.maps
+    variant = multiply.rows[1].variant
+    assert of_rows == (0, rows.codes.data_ptr(), [WIDTH, 50], [WIDTH], [128, variant.tile])
+    assert of_codes == (0, multiply.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
+    config, told = library.launches[0]
+    workspace = multiply.workspace
+    assert pointers(told, range(2, 12)) == [
+        rows.scales.data_ptr(),
+        multiply.steps.data_ptr(),
+        rows.x.data_ptr(),
+        multiply.marks.bitmap.data_ptr(),
+        multiply.codes.data_ptr(),
+        y.data_ptr(),
+        workspace.sums.data_ptr(),
+        workspace.arrived.data_ptr(),
+        rows.x.data_ptr(),
+        workspace.gathered.data_ptr(),
+    ]
+    blocks, shared = variant.work(50, OUTS, WIDTH, 13)
+    assert shared == 32 % 13
+    assert integers(told[12:17]) == [50, OUTS, WIDTH, shared, cuda.GATHERED_COLUMNS]
+    assert ctypes.c_float.from_address(told[17]).value == 6.0
+    assert (config.grid_x, config.block_x, config.stream) == (blocks, THREADS, STREAM)
+    assert config.shared_bytes == variant.shared_bytes
+    assert workspace.sums.numel() >= 13 * variant.sums_of_block
+
+
+def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
+    multiply = bound()
+    for num_rows in (17, 32, 33, 64, 65, 128, 200, 257, 1000):
+        multiply(rows_of(num_rows))
+        variant = next(r.variant for r in multiply.rows if r.max_rows is None or num_rows <= r.max_rows)
+        config, told = library.launches[-1]
+        assert config.shared_bytes == variant.shared_bytes
+        gathers = pointers(told, range(4, 5)) != pointers(told, range(10, 11))
+        assert gathers == (num_rows > 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "threshold"),
+    [({"threshold": 5.5}, 5.5), ({"by_row": 0}, 0.0), ({"threshold": 0.0}, float("inf"))],
+)
+def test_from_where_on_a_number_counts(library: Driver, changes: dict[str, float], threshold: float) -> None:
+    bound(**changes)(rows_of(20))
+    assert ctypes.c_float.from_address(library.launches[0][1][17]).value == threshold
+
+
+def test_neighbours_mark_in_turn(library: Driver) -> None:
+    """Each clears what the one before has marked; all share a device's workspace."""
+    first, second, third = (bound(number) for number in range(3))
+    assert first.workspace is third.workspace
+    assert first.marks.bitmap.data_ptr() == second.marks.spent.data_ptr() == third.marks.bitmap.data_ptr()
+    assert first.marks.spent.data_ptr() == second.marks.bitmap.data_ptr() != first.marks.bitmap.data_ptr()
+
+
+def test_a_bias_is_added(library: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)
+    bias = torch.randn(OUTS).half()
+    assert torch.equal(bound(bias=bias)(rows_of(20)), bias.expand(20, -1))
