@@ -506,7 +506,7 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
                                 const float* theirs = workspace + (size_t(2 * other + (other == from)) * (R * T / 4) + thread) * 4;
                                 float4 four[BATCH];
 #pragma unroll
-                                for (int i = 0; i < BATCH; i++) four[i] = load_partial(theirs + (r * J + j + i) * CONSUMERS * 4);
+                                for (int i = 0; i < BATCH; i++) four[i] = load_partial(theirs + (r * J + j + i) * CONSUMERS * 4, true);
 #pragma unroll
                                 for (int i = 0; i < BATCH; i++)
                                     total[i][0] += four[i].x, total[i][1] += four[i].y, total[i][2] += four[i].z, total[i][3] += four[i].w;
