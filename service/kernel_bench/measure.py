@@ -33,6 +33,7 @@ METHOD = (
     "the ceiling is a kernel that only reads as many bytes in the same way"
 )
 CACHES_ROTATED = 4  # times the last cache's bytes that the weights of a figure have together
+READ_REPEATS = 15  # at least: every share hangs on one of these
 LEAST_COPIES, MOST_COPIES = 2, 64
 OUTLIER, LARGEST_USUAL = 20.0, 5.0  # of x: beyond LLM.int8()'s threshold of 6, and below it
 
@@ -60,7 +61,7 @@ def measure(plan: Plan, model: str, progress: Progress) -> dict[str, Any]:
         *ours(plan.precisions, plan.device, plan.dtype),
         *others(plan.device, plan.dtype),
     ]
-    reader = Reader(plan.device, plan.repeats)
+    reader = Reader(plan.device, max(plan.repeats, READ_REPEATS))
     figures: list[dict[str, Any]] = []
     absent: list[dict[str, Any]] = []
     for number, contestant in enumerate(contestants):
