@@ -95,7 +95,7 @@ def test_the_log_says_once_why_a_layer_is_not_served(
     monkeypatch.setattr(w4.w4_linear, "absence", lambda: "")
     w4.tell_refusal.cache_clear()
     on_gpu = replace(group(torch.float32), device=torch.device("cuda"))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, w4.logger.name):
         for _ in range(2):
             assert not w4.serves(on_gpu, w4.shape_of(on_gpu, "nf4", 64))
         half = replace(on_gpu, dtype=HALF)
