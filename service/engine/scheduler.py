@@ -20,7 +20,7 @@ from service.model.batch import BLOCK_TOKENS
 # Scored prompt tokens need their whole row of logits; this bounds those rows in one step.
 MAX_SCORED_TOKENS = 256
 # A crowd: prompts for so many steps wait, of at least half as many requests as decode.
-CROWD_STEPS = 32
+CROWD_STEPS = 48
 
 
 @dataclass(slots=True)
