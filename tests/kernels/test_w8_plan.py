@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from service.kernels.w8_linear import AFTER_ROWS, Shape, plan, refusal
 from service.kernels.w8_linear.plan import most_sums
-from service.kernels.w8_linear.variants import SHARED_BYTES, STEP, SYSTEM_BYTES
+from service.kernels.w8_linear.variants import SHARED_BYTES, STEP, SYSTEM_BYTES, Tile
 
 HALF = torch.float16
 
@@ -71,3 +71,23 @@ def test_the_shapes_that_were_measured(outs: int, width: int) -> None:
     assert [row.max_rows for row in rows] == [32, 64, 128, 256, None]
     gathers = [row.variant.gathers for row in rows]
     assert gathers == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("outs", "width", "num_rows", "most_blocks", "work"),
+    [
+        (128, 1024, 64, 132, (8, 1)),  # one tile of eight steps
+        (128 * 13, 256, 64, 132, (26, 13)),
+        (128 * 13, 4096, 64, 132, (132, 13)),
+        (128 * 132, 256, 64, 132, (132, 0)),
+        (128 * 133, 256, 64, 132, (132, 0)),  # two steps are not worth it
+        (128 * 133, 32768, 64, 132, (132, 1)),
+        (128, 1024, 65, 132, (16, 2)),
+    ],
+)
+def test_every_block_that_shares_has_a_step(
+    outs: int, width: int, num_rows: int, most_blocks: int, work: tuple[int, int]
+) -> None:
+    assert Tile(0, 64, 1, 4, 64, cuts=True).work(num_rows, outs, width, most_blocks) == work
+    tiles = min(-(-outs // 128) * -(-num_rows // 64), most_blocks)
+    assert Tile(0, 64, 1, 4, 64).work(num_rows, outs, width, most_blocks) == (tiles, 0)
