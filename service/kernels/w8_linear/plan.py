@@ -30,14 +30,17 @@ class Settings(NamedTuple):
     cuts: bool = False
 
 
-FLAT = Settings(128, 1, 5, 256)
+FEW, FEW_CUT = Settings(32, 1, 8, 256), Settings(32, 1, 8, 256, cuts=True)
+SOME, SOME_CUT = Settings(64, 1, 7, 256), Settings(64, 1, 7, 256, cuts=True)
+FLAT, FLAT_CUT = Settings(128, 1, 5, 256), Settings(128, 1, 5, 256, cuts=True)
+TALL = Settings(128, 2, 4, 64)
 # by the most rows: for a layer that is narrow and shallow, for a deep one, for a wide one
 TILES: tuple[tuple[int | None, tuple[Settings, Settings, Settings]], ...] = (
-    (32, (Settings(32, 1, 8, 256), Settings(32, 1, 8, 256, cuts=True), Settings(32, 2, 4, 64))),
-    (64, (Settings(64, 1, 7, 256), Settings(64, 1, 7, 256, cuts=True), Settings(64, 2, 4, 64))),
-    (128, (FLAT, FLAT, Settings(128, 2, 4, 64))),
-    (256, (FLAT, FLAT, Settings(256, 1, 4, 64))),
-    (None, (Settings(128, 2, 4, 64),) * 3),
+    (32, (FEW_CUT, FEW_CUT, FEW)),
+    (64, (SOME_CUT, SOME_CUT, SOME)),
+    (128, (FLAT, FLAT_CUT, TALL)),
+    (256, (FLAT, FLAT_CUT, Settings(256, 1, 4, 64))),
+    (None, (FLAT, TALL, TALL)),
 )
 
 
