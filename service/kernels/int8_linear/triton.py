@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from service.kernels.dense_linear.triton import LINE, arrivals
+from service.kernels.int8_columns.triton import in_float16
 from service.kernels.int8_linear.plan import FEW_ROWS, PLACES, Block, Tile, block_for, splits_of, tile_for
 from service.kernels.int8_rows import ALL_LIVE, Live, OutlierRule
 from service.kernels.int8_rows.triton import (
@@ -23,7 +24,6 @@ from service.kernels.int8_rows.triton import (
     FINE_STEP,
     LARGEST_OUTLIER,
     Rows,
-    in_float16,
     outlier_codes,
     quantize_gated,
     quantize_normed,
@@ -265,8 +265,7 @@ def gated_linear(
 ) -> Tensor:
     """`int8_linear` of kernels/gated_silu of gate_up [T, 2 in], outliers by row."""
     if tiles and len(gate_up) > AFTER_ROWS:
-        rows = quantize_gated(gate_up, rule, live, lists_columns=False, marks=tiles.marks)
-        return tiles.multiply(rows)
+        return tiles.multiply(quantize_gated(gate_up, rule, live, marks=tiles.marks))
     rows = quantize_gated(gate_up, rule, live, lists_columns=len(gate_up) > FEW_ROWS)
     return multiply(rows, codes, scales, bias, rule)
 
@@ -285,8 +284,7 @@ def normed_linear(
 ) -> tuple[Tensor, Tensor]:
     """hidden + delta, and `int8_linear` of its norm as kernels/add_rms_norm, outliers by row."""
     if tiles and len(hidden) > AFTER_ROWS:
-        told = hidden, delta, gain, eps, rule, live
-        total, rows = quantize_normed(*told, lists_columns=False, marks=tiles.marks)
+        total, rows = quantize_normed(hidden, delta, gain, eps, rule, live, marks=tiles.marks)
         return total, tiles.multiply(rows)
     lists_columns = len(hidden) > FEW_ROWS
     total, rows = quantize_normed(hidden, delta, gain, eps, rule, live, lists_columns=lists_columns)
@@ -316,11 +314,8 @@ def few_rows(
     share = cdiv(cdiv(in_features, splits), tile.inputs) * tile.inputs
     splits = cdiv(in_features, share)
     out = codes.new_empty(num_rows, out_features, dtype=rows.dtype)
-    parts = (
-        out
-        if splits == 1
-        else rows.codes.new_empty(splits, levels * num_rows, out_features, dtype=torch.int32)
-    )
+    shape = (splits, levels * num_rows, out_features) if splits > 1 else (0,)
+    parts = rows.codes.new_empty(shape, dtype=torch.int32)
     places = next(most for most in PLACES if num_rows <= most and (levels == 3 or most >= 16))
     launch(
         few_rows_kernel,

@@ -12,14 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.int8_columns.triton import (
+    bits_of,
+    flag_columns,
+    in_float16,
+    list_columns,
+    zeroed_flags,
+)  # fmt: skip
 from service.kernels.int8_rows import ALL_LIVE, Live, Marks, OutlierRule
 from service.kernels.launch import await_predecessor, cdiv, launch
 
 TILE = 2048  # of a row, eight numbers a thread
 WARPS = 8
 SHARED_ROWS = 64  # up to so many are shared
-TILE_COLUMNS, TILE_ROWS = 64, 16  # of the search for a batch's outlier columns
-TILE_LISTED = 1024
 NUM_SCALES = 4
 STEP, COARSE_STEP, FINE_STEP, LARGEST_OUTLIER = range(NUM_SCALES)
 
@@ -66,19 +71,6 @@ def outlier_codes(outlier, most):  # type: ignore[no-untyped-def]
 def magnitude_bits(x):  # type: ignore[no-untyped-def]
     """float32 -> int32 in the order of |x|: above all infinity, above it NaN, which so survives a maximum."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def in_float16(x):  # type: ignore[no-untyped-def]
-    """What bitsandbytes sees of it."""
-    return x.to(tl.float32).to(tl.float16).to(tl.float32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def bits_of(flags, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of each 32 flags -> int32 [WORDS]."""
-    apart = tl.reshape(flags.to(tl.int32), [WORDS, 32])
-    return tl.sum(apart << tl.arange(0, 32)[None, :], 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -235,74 +227,6 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
         tl.atomic_add(counts_ptr + 1, tl.full([], WIDTH, tl.int64), sem="relaxed")
 
 
-@triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["num_rows", "slot_stride", "first_slot"], do_not_specialize_on_alignment=["slots_ptr"]
-)
-def flag_columns_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # [num_rows, WIDTH]
-    slots_ptr,  # int64 [num_rows], or one number for all
-    flags_ptr,  # int8 [WIDTH]
-    bitmap_ptr,  # int32 [words], if MARKS
-    num_rows,
-    slot_stride,  # 1, or 0
-    first_slot,  # rows with slots below are padding
-    threshold,
-    MARKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
-):
-    """1 for a column in which any live row reaches the threshold."""
-    await_predecessor(IS_DEPENDENT)
-    columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    inside = columns < WIDTH
-    found = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.int32)
-    for first in range(0, num_rows, TILE_ROWS):
-        rows = first + tl.arange(0, TILE_ROWS)
-        read = rows < num_rows
-        read &= tl.load(slots_ptr + rows * slot_stride, mask=read, other=0) >= first_slot
-        at = x_ptr + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-        x = tl.load(at, mask=read[:, None] & inside[None, :], other=0.0)
-        found |= (tl.abs(in_float16(x)) >= threshold).to(tl.int32)
-    flags = tl.max(found, 0)
-    tl.store(flags_ptr + columns, flags.to(tl.int8), mask=inside)
-    if MARKS:
-        words = tl.program_id(0) * (TILE_COLUMNS // 32) + tl.arange(0, TILE_COLUMNS // 32)
-        tl.store(bitmap_ptr + words, bits_of(flags, TILE_COLUMNS // 32))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def list_columns_kernel(  # type: ignore[no-untyped-def]
-    flags_ptr,  # int8 [WIDTH], zeros afterwards
-    columns_ptr,  # int32 [WIDTH]
-    num_columns_ptr,  # int32 [1]
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
-):
-    """The flagged columns. A tile's stand together, tiles in any order: exact sums do not depend on it."""
-    await_predecessor(IS_DEPENDENT)
-    columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = columns < WIDTH
-    flags = tl.load(flags_ptr + columns, mask=inside, other=0).to(tl.int32)
-    num_found = tl.sum(flags, 0)
-    if num_found > 0:
-        first = tl.atomic_add(num_columns_ptr, num_found, sem="relaxed")
-        tl.store(columns_ptr + first + tl.cumsum(flags, 0) - 1, columns, mask=flags > 0)
-        tl.store(flags_ptr + columns, tl.zeros([TILE], tl.int8), mask=inside)
-
-
-_flags: dict[torch.device, Tensor] = {}
-
-
-def zeroed_flags(device: torch.device, width: int) -> Tensor:
-    """int8 [at least width]: zeros but for a quantization under way; shared, as these follow one another."""
-    if device not in _flags or len(_flags[device]) < width:
-        _flags[device] = torch.zeros(max(width, 1 << 16), dtype=torch.int8, device=device)
-    return _flags[device]
-
-
 def quantize_rows(
     x: Tensor,
     rule: OutlierRule,
@@ -321,7 +245,7 @@ def quantize_rows(
 
 
 def quantize_gated(
-    gate_up: Tensor, rule: OutlierRule, live: Live, *, lists_columns: bool, marks: Marks | None = None
+    gate_up: Tensor, rule: OutlierRule, live: Live, *, lists_columns: bool = False, marks: Marks | None = None
 ) -> Rows:
     """[T, 2 in] -> `quantize_rows` of kernels/gated_silu of it, outliers by row."""
     assert rule.by_row
@@ -339,7 +263,7 @@ def quantize_normed(
     rule: OutlierRule,
     live: Live,
     *,
-    lists_columns: bool,
+    lists_columns: bool = False,
     marks: Marks | None = None,
 ) -> tuple[Tensor, Rows]:
     """hidden + delta [T, in], and `quantize_rows` of its norm as kernels/add_rms_norm, outliers by row."""
@@ -377,13 +301,7 @@ def _quantize(
     flags = codes
     if has_outliers and not rule.by_row:
         flags = x.new_empty(width, dtype=torch.int8)
-        launch(
-            flag_columns_kernel,
-            (cdiv(width, TILE_COLUMNS),),
-            (x, slots, flags, flags if marks is None else marks.bitmap),
-            (num_rows, stride, first_slot, rule.threshold),
-            (marks is not None, width, TILE_ROWS, TILE_COLUMNS),
-        )
+        flag_columns(x, slots, flags, None if marks is None else marks.bitmap, stride, first_slot, rule)
     elif has_outliers and marks is not None:
         flags = marks.bitmap
     elif lists:
@@ -420,11 +338,5 @@ def _quantize(
         contracts=False,
     )
     if columns is not None and num_columns is not None:
-        launch(
-            list_columns_kernel,
-            (cdiv(width, TILE_LISTED),),
-            (flags, columns, num_columns),
-            (),
-            (width, TILE_LISTED),
-        )
+        list_columns(flags, columns, num_columns)
     return Rows(codes, scales, x.dtype, made if keeps else None, columns, num_columns)
