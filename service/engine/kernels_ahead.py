@@ -24,9 +24,10 @@ from service.engine.kernel_shapes import Shapes
 from service.engine.penalties import MAX_BIASES
 from service.engine.state import NUM_WORDS
 from service.kernels import dense_linear, w4_linear, w8_linear
-from service.kernels.int8_rows import Live, OutlierRule
+from service.kernels.int8_rows import Live, Marks, OutlierRule
 from service.kernels.kv_codes import is_coded
 from service.kernels.shape_logits import NEUTRAL
+from service.kernels.w8_linear.variants import MAX_INPUTS
 from service.model.batch import BLOCK_TOKENS
 from service.model.decoder import layer_groups
 from service.model.instance import GROUPS
@@ -299,9 +300,14 @@ class Steps:
         codes = empty(out_features, parts[0].in_features, dtype=torch.int8)
         scales = empty(out_features, dtype=torch.float32)
         bias = self.activations(out_features) if is_biased else None
-        rule, shape = OutlierRule(kind.threshold, kind.by_row, counts), self.shapes.w8(name)
-        tiles = w8_linear.bind(codes, scales, bias, rule, shape, 0) if shape else None
+        rule = OutlierRule(kind.threshold, kind.by_row, counts)
+        tiles = self.tiles(num_rows, out_features) if self.shapes.w8(name) else None
         return codes, scales, bias, rule, Live(slots, BLOCK_TOKENS), tiles
+
+    def tiles(self, num_rows: int, out_features: int) -> w8_linear.Tiles:
+        """Their kernel is no walk's affair, the one that marks columns for it is."""
+        bitmap, spent = (empty(MAX_INPUTS // 32, dtype=torch.int32) for _ in range(2))
+        return w8_linear.Tiles(Marks(bitmap, spent), lambda _: self.activations(num_rows, out_features))
 
     def head(self, num_rows: int) -> Tensor:
         x, vocab_size = (

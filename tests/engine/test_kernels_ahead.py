@@ -159,7 +159,9 @@ def test_so_does_one_of_int8_whose_many_rows_are_tiles(
         load()
     assert {variant.tile for variant in loaded} == {32, 64, 128}
     assert len({variant.program for variant in loaded}) == len(loaded)
-    with recorded() as ahead:
+    with pytest.MonkeyPatch.context() as patch, recorded() as ahead:
+        # its arithmetic on meta tensors would have torch import its compiler
+        patch.setattr("service.kernels.w8_linear.reference.w8_linear", None)
         walk(shapes, batch_sizes(MAX_REQUESTS))
     assert not {kind[0] for kind in ahead} & {"many_rows_kernel", "list_columns_kernel"}
 
