@@ -101,6 +101,15 @@ def test_a_folder_that_cannot_be_written_costs_time_alone(
     assert "compiled at every start" in caplog.text
 
 
+def test_a_file_that_cannot_be_read_is_compiled_again(
+    compiler: Compiler, program: Program, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that another user's server has left in a shared folder; a folder stands for it."""
+    (cubins.folder() / f"{program.key((13, 0))}.cubin").mkdir(parents=True)
+    assert cubins.cubin(program) == b"code 1"
+    assert "cannot be read" in caplog.text
+
+
 def test_a_program_that_fails_fails_for_all(compiler: Compiler, program: Program) -> None:
     def fail() -> None:
         raise DeviceError("CUDA kernel `twice` does not compile")

@@ -90,8 +90,12 @@ def cubin(program: Program) -> bytes:
 
 def _read_or_compile(program: Program) -> bytes:
     file = folder() / f"{program.key(compiler().version)}.cubin"
-    if file.exists():
+    try:
         return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        logger.warning("a CUDA kernel is compiled again: `%s` cannot be read: %s", file, error)
     _, *headers = program.texts
     source = program.texts[program.source.name]
     included = STANDARD_HEADERS | {name: program.texts[name] for name in headers}
