@@ -9,6 +9,7 @@ import torch
 
 from service.kernels import dense_linear, w4_linear, w8_linear
 from service.kernels.cuda import absence
+from service.kernels.w4_linear.layout import NF4_BLOCK
 from service.messages import EngineConfig
 from service.model.checkpoint import TensorSource
 from service.model.config import ModelConfig
@@ -16,7 +17,6 @@ from service.model.decoder import layer_groups
 from service.model.instance import GROUPS
 from service.precision.base import Backend
 
-NF4_BLOCK = 64  # weights under one absmax
 LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq", "fp8": "fp8", "int3": "int3"}
 
 
