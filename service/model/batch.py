@@ -55,10 +55,6 @@ class PagedKV:
         ]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.keys[0].dtype
-
-    @property
     def tensors(self) -> list[Tensor]:
         """All of them."""
         return [*self.keys, *self.values, *(scales for scales in self.scales if scales is not None)]
