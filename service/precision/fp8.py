@@ -100,7 +100,7 @@ def check_on_cuda(group: LinearGroup, capability: tuple[int, int]) -> None:
     if group.dtype != torch.bfloat16:
         raise PrecisionError(
             f"precision `fp8` computes with bfloat16 activations on a GPU, got dtype {group.dtype}",
-            hint="leave `--dtype auto`, or give `--dtype bfloat16`",
+            hint="leave `--dtype auto`, or give `--dtype bf16`",
         )
     if group.in_features % MULTIPLE or group.out_features % MULTIPLE:
         raise PrecisionError(
