@@ -27,8 +27,8 @@ MEETING = (
     (70, Sampling(1, prompt_logprobs=1, ignore_eos=True)),
 )
 
-# cuBLAS has tiles for each multiple of eight rows; behind many rows large tiles do for all
-FINE_ROWS, MANY_ROWS, COARSE_ROWS = 8, 1024, 128
+# cuBLAS has tiles for each multiple of eight rows; behind many rows large tiles do for all, in the end the same
+FINE_ROWS, MANY_ROWS, COARSE_ROWS, MOST_ROWS = 8, 1024, 128, 4096
 
 
 @torch.inference_mode()
@@ -73,7 +73,7 @@ def touch_kernels(model: ModelInstance, num_tokens: int, num_requests: int) -> N
         if linear.chosen_by_rows:
             x = torch.zeros(most_rows, in_features, dtype=model.dtype, device=model.device)
             fine = range(FINE_ROWS, min(most_rows, MANY_ROWS + 1), FINE_ROWS)
-            coarse = range(MANY_ROWS + COARSE_ROWS, most_rows, COARSE_ROWS)
+            coarse = range(MANY_ROWS + COARSE_ROWS, min(most_rows, MOST_ROWS), COARSE_ROWS)
             for num_rows in (*fine, *coarse, most_rows):
                 linear(x[:num_rows])
 

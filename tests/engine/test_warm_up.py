@@ -50,3 +50,6 @@ def test_a_librarys_kernels_are_launched_for_all_numbers_of_rows(
     touch_kernels(model, 1300, 20)
     assert rows["down_proj"] == [*range(8, 1025, 8), 1152, 1280, 1300]
     assert rows["head"] == [8, 16, 20]
+    rows["down_proj"].clear()
+    touch_kernels(model, 65_536, 20)
+    assert rows["down_proj"][-3:] == [3840, 3968, 65_536]

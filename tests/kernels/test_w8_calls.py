@@ -137,12 +137,18 @@ def test_from_where_on_a_number_counts(library: Driver, changes: dict[str, float
     assert ctypes.c_float.from_address(library.launches[0][1][17]).value == threshold
 
 
-def test_neighbours_mark_in_turn(library: Driver) -> None:
-    """Each clears what the one before has marked; all share a device's workspace."""
-    first, second, third = (bound(number) for number in range(3))
-    assert first.workspace is third.workspace
-    assert first.marks.bitmap.data_ptr() == second.marks.spent.data_ptr() == third.marks.bitmap.data_ptr()
-    assert first.marks.spent.data_ptr() == second.marks.bitmap.data_ptr() != first.marks.bitmap.data_ptr()
+@pytest.mark.parametrize("num_before", [4, 7, 13])
+def test_marks_are_clean_wherever_the_step_before_ended(library: Driver, num_before: int) -> None:
+    """Each layer clears what the one before it has marked, and the first all that a step can leave behind."""
+    bounds = [bound(number) for number in range(16)]
+    layers, bitmaps = [layer.marks for layer in bounds], bounds[0].workspace.bitmaps
+    assert all(layer.workspace is bounds[0].workspace for layer in bounds)
+    for step in (layers, layers[:num_before], layers):
+        for marks in step:
+            marks.spent.zero_()
+            assert not marks.bitmap.any()
+            marks.bitmap.fill_(1)
+    assert sum(int(bitmap.any()) for bitmap in bitmaps) == 1
 
 
 def test_a_bias_is_added(library: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

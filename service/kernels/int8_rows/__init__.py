@@ -37,4 +37,4 @@ class Marks:
     """
 
     bitmap: Tensor  # int32
-    spent: Tensor  # int32, as long: of another layer, which has read it
+    spent: Tensor  # int32: of other layers, which have read it

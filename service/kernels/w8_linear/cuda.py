@@ -40,7 +40,7 @@ class Workspace:
         self.sums = torch.empty(self.blocks * most_sums(), dtype=torch.float32, device=device)
         self.arrived = torch.zeros(self.blocks, dtype=torch.int32, device=device)  # of tiles that are shared
         self.gathered = torch.zeros(2, dtype=torch.int32, device=device)
-        self.bitmaps = torch.zeros(2, MAX_INPUTS // 32, dtype=torch.int32, device=device)
+        self.bitmaps = torch.zeros(3, MAX_INPUTS // 32, dtype=torch.int32, device=device)
 
 
 # one for a device while a layer has it: made while layers are built, for memory that is taken while a graph
@@ -101,6 +101,17 @@ class Call:
         self.launch(blocks, variant.shared_bytes, stream)
 
 
+def marks_of(number: int, bitmaps: Tensor) -> Marks:
+    """int32 [3, words] -> where the layer with this number marks, and what it clears.
+
+    Layers take turns with two bitmaps. The first of a forward pass has one of its own and clears both: which of
+    them the pass before left behind depends on how many layers it went through.
+    """
+    if number == 0:
+        return Marks(bitmaps[2], bitmaps[:2].view(-1))
+    return Marks(bitmaps[number % 2], bitmaps[2 if number == 1 else (number + 1) % 2])
+
+
 class Bound:
     """Rows of x -> [T, out] in their type; it keeps the tensors whose addresses it has told."""
 
@@ -112,8 +123,7 @@ class Bound:
         # here, not while a graph is captured: kernels read weights before they wait for their predecessors
         devices.synchronize(codes.device)
         self.workspace = workspace_on(codes.device)
-        bitmaps = self.workspace.bitmaps
-        self.marks = Marks(bitmaps[number % 2], bitmaps[(number + 1) % 2])
+        self.marks = marks_of(number, self.workspace.bitmaps)
         self.rows: tuple[Row, ...] = plan(shape)
         self._ends = [row.max_rows for row in self.rows if row.max_rows]
         self._calls: list[Call | None] = [None] * len(self.rows)

@@ -16,7 +16,8 @@ from service.kernels.w8_linear.variants import MAX_INPUTS, SHARED_BYTES, SYSTEM_
 
 AFTER_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)  # of activations
-MULTIPLE = 16  # of inputs and outputs: rows are copied and stored so
+MULTIPLE = 16  # of outputs: rows are stored so
+WORD_BITS = 32  # of the bitmap of columns: a word's end is no column's of a narrower layer
 WIDE = 16_384  # outputs, and
 DEEP = 8_192  # inputs, from which another variant is the fastest
 LEAST_THRESHOLD = 2.0**-14  # below float16 numbers thin out, and bfloat16's would be rounded up to it
@@ -68,8 +69,8 @@ def refusal(shape: Shape) -> str:
         return f"activations are {shape.dtype}, it computes with 16-bit types"
     if shape.out_features % MULTIPLE:
         return f"{shape.out_features} outputs are no multiple of {MULTIPLE}"
-    if shape.in_features % MULTIPLE:
-        return f"{shape.in_features} input features are no multiple of {MULTIPLE}"
+    if shape.in_features % WORD_BITS:
+        return f"{shape.in_features} input features are no multiple of {WORD_BITS}"
     if shape.in_features > MAX_INPUTS:
         return f"{shape.in_features} input features are more than {MAX_INPUTS}"
     if 0 < shape.threshold < LEAST_THRESHOLD:
