@@ -27,7 +27,7 @@ MEETING = (
     (70, Sampling(1, prompt_logprobs=1, ignore_eos=True)),
 )
 
-# cuBLAS has tiles for each multiple of eight rows; behind many rows large tiles do for all, in the end the same
+# cuBLAS has tiles for each multiple of eight rows; for many rows large ones do, in the end the same for all
 FINE_ROWS, MANY_ROWS, COARSE_ROWS, MOST_ROWS = 8, 1024, 128, 4096
 
 

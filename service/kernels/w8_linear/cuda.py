@@ -104,8 +104,8 @@ class Call:
 def marks_of(number: int, bitmaps: Tensor) -> Marks:
     """int32 [3, words] -> where the layer with this number marks, and what it clears.
 
-    Layers take turns with two bitmaps. The first of a forward pass has one of its own and clears both: which of
-    them the pass before left behind depends on how many layers it went through.
+    Layers take turns with two bitmaps. The first of a forward pass has one of its own and clears both: which
+    of them the pass before left behind depends on how many layers it went through.
     """
     if number == 0:
         return Marks(bitmaps[2], bitmaps[:2].view(-1))
