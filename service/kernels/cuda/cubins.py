@@ -111,5 +111,10 @@ def _write(file: Path, code: bytes) -> None:
     """Whole or not at all: another process may read or write the same."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as fresh:
-        fresh.write(code)
-    os.replace(fresh.name, file)
+        try:
+            fresh.write(code)
+            fresh.flush()
+            os.replace(fresh.name, file)
+        except OSError:
+            os.unlink(fresh.name)
+            raise
