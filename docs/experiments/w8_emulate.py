@@ -1,20 +1,23 @@
-"""Runs w8_tile.cu on a CPU (w4_emulator.h, w8_emulator.h) against float64 on small shapes; no GPU, no CUDA. A minute.
+"""Runs production's w8_tile.cu on a CPU (tests/kernels/emulated.py) against float64 on small shapes; no GPU, no CUDA. A minute.
 
 python docs/experiments/w8_emulate.py
 """
 
 import ctypes
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from w8_problem import Problem
-from w8_variants import HERE, THREADS, Kernel, cut
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-DRIVER = f"""extern "C" void run(int grid, TensorMap* x, TensorMap* w_map, const float* x_steps, const float* w_steps,
+import torch
+from w8_problem import Problem
+from w8_variants import SOURCE, STEP, THREADS, Kernel, cut
+
+from service.kernels.cuda import Program
+from tests.kernels.emulated import box, build, pointer
+
+RUN = f"""void run(int grid, TensorMap* x, TensorMap* w_map, const float* x_steps, const float* w_steps,
     const uint16_t* x16, const uint32_t* bitmap, const int8_t* w, char* y, float* workspace, int* arrived, uint16_t* x_out,
     int* gathered, int rows, int n, int k, int stream_tiles, int x_out_columns, float threshold) {{
     emulated_order = 1;  // blocks are held up at random
@@ -22,27 +25,6 @@ DRIVER = f"""extern "C" void run(int grid, TensorMap* x, TensorMap* w_map, const
         w8_tile(*x, *w_map, x_steps, w_steps, x16, bitmap, w, y, workspace, arrived, x_out, gathered, rows, n, k, stream_tiles,
                 x_out_columns, threshold); }}); }}"""
 X_OUT_COLUMNS = 64
-
-
-def build(kernel: Kernel) -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="w8_"))
-    source, library = folder / "driver.cpp", folder / "kernel.so"
-    source.write_text(f'#include "w8_tile.cu"\n{DRIVER}\n')
-    flags = [f"-D{key}={value}" for key, value in kernel.defines.items()]
-    command = ["g++", "-std=c++17", "-O2", "-mavx2", "-mf16c", "-mfma", "-shared", "-fPIC", "-w", "-Wno-psabi", f"-I{HERE}"]  # fmt: skip
-    subprocess.run([*command, *flags, "-o", str(library), str(source)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    assert tensor.data_ptr() % 16 == 0
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def box(tensor: Tensor, columns: int, rows: int, box_rows: int, use: int) -> Tensor:
-    """`use` is 1 for what a predecessor wrote, 2 for weights."""
-    fields = [tensor.data_ptr(), columns, rows, columns, 1, 128, box_rows, use]
-    return torch.tensor([*fields, *[0] * 8], dtype=torch.int64)
 
 
 def check(kernel: Kernel, library: ctypes.CDLL, problem: Problem, how: str, multiprocessors: int) -> bool:
@@ -66,7 +48,10 @@ def check(kernel: Kernel, library: ctypes.CDLL, problem: Problem, how: str, mult
         x_out,
         gathered,
     )
-    maps = (box(x, k, rows, kernel.tile, 1), box(w, k, n, kernel.outputs, 2))
+    maps = (
+        box(x, (rows, k), kernel.tile, STEP, swizzled=1),
+        box(w, (n, k), kernel.outputs, STEP, swizzled=2),
+    )
     library.run(
         blocks,
         *map(pointer, (*maps, *tensors)),
@@ -112,7 +97,8 @@ def main() -> None:
     built: dict[Kernel, ctypes.CDLL] = {}
     for kernel, rows, n, k, count, how, multiprocessors in CASES:
         if kernel not in built:
-            built[kernel] = build(kernel)
+            program = Program(SOURCE, "w8_tile", tuple(kernel.defines.items()))
+            built[kernel] = build(program, Path(tempfile.mkdtemp(prefix="w8_")), RUN)
         fine &= check(
             kernel, built[kernel], Problem(rows, n, k, count, "cpu", bf16=kernel.bf16), how, multiprocessors
         )

@@ -3,7 +3,19 @@
 //
 // Bits are set by OR: their order does not matter, and a row without outliers touches nothing. `spent` is another site's
 // bitmap, read for the last time by a kernel that is over, which is cleared for its next use.
-#include "w8_device.h"
+#include "../../service/kernels/w8_linear/w8_device.h"
+
+#ifdef __CUDACC__
+DEVICE void or_global(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
+DEVICE float inverse_root(float v) { return rsqrtf(v); }
+DEVICE float exponential(float v) { return __expf(v); }
+DEVICE float nearest(float v) { return rintf(v); }
+#else  // on a CPU
+inline void or_global(uint32_t* word, uint32_t bits) { *word |= bits; }
+inline float inverse_root(float v) { return 1 / std::sqrt(v); }
+inline float exponential(float v) { return std::exp(v); }
+inline float nearest(float v) { return std::nearbyint(v); }
+#endif
 
 #ifndef SILU
 #define SILU 0

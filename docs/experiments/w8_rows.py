@@ -23,12 +23,16 @@ import torch
 from torch import Tensor
 from w8_problem import THRESHOLD, bits
 
-HERE = Path(__file__).parent
+from service.kernels.cuda import Program
+from service.kernels.cuda.cubins import SHARED_HEADERS
+from tests.kernels.emulated import build
+
+SOURCE = Path(__file__).with_suffix(".cu")
 EPS = 1e-5
 ROTATED_BYTES = 192 << 20
 # (silu, threads, chunks of 8 columns a thread)
 KERNELS = ((0, 512, 1), (0, 256, 2), (1, 448, 4), (1, 896, 2))
-DRIVER = """extern "C" void run(int rows, const uint16_t* first, const uint16_t* delta, const uint16_t* gain, const int* live,
+RUN = """void run(int rows, const uint16_t* first, const uint16_t* delta, const uint16_t* gain, const int* live,
     uint16_t* total, uint16_t* x16, char* codes, float* steps, uint32_t* bitmap, uint32_t* spent, int spent_words, int width,
     float eps, float threshold) {
     emulate(rows, 1, ROW_THREADS, [=] { w8_rows(first, delta, gain, live, total, x16, codes, steps, bitmap, spent, spent_words, width,
@@ -106,12 +110,8 @@ def emulate() -> bool:
     fine = True
     for silu, threads, chunks in KERNELS:
         with tempfile.TemporaryDirectory() as folder:
-            source, library = Path(folder) / "driver.cpp", Path(folder) / "kernel.so"
-            source.write_text(f'#include "w8_rows.cu"\n{DRIVER}\n')
-            flags = [f"-DSILU={silu}", f"-DROW_THREADS={threads}", f"-DROW_CHUNKS={chunks}", f"-I{HERE}"]
-            command = ["g++", "-std=c++17", "-O2", "-mavx2", "-mf16c", "-mfma", "-shared", "-fPIC", "-w", "-Wno-psabi"]  # fmt: skip
-            subprocess.run([*command, *flags, "-o", str(library), str(source)], check=True)
-            kernel = ctypes.CDLL(str(library))
+            definitions = (("SILU", silu), ("ROW_THREADS", threads), ("ROW_CHUNKS", chunks))
+            kernel = build(Program(SOURCE, "w8_rows", definitions), Path(folder), RUN)
         for rows in (1, 3):
             problem = Rows(silu, rows, threads * chunks * 8 - 64, "cpu")
             addresses = [ctypes.c_void_p(t.data_ptr()) for t in problem.tensors()]
@@ -150,9 +150,14 @@ def measure(folder: Path) -> bool:
     told, images, fine = [], [], True
     for silu, threads, chunks in KERNELS:
         file = folder / f"w8_rows_{silu}_{threads}"
-        flags = [f"-DSILU={silu}", f"-DROW_THREADS={threads}", f"-DROW_CHUNKS={chunks}"]
+        flags = [
+            f"-DSILU={silu}",
+            f"-DROW_THREADS={threads}",
+            f"-DROW_CHUNKS={chunks}",
+            f"-I{SHARED_HEADERS}",
+        ]
         subprocess.run(["nvcc", "-cubin", "-arch=sm_90a", "-std=c++17", "-O3", *flags, "-o", str(file),
-                        str(HERE / "w8_rows.cu")], check=True)  # fmt: skip
+                        str(SOURCE)], check=True)  # fmt: skip
         module, handle = ctypes.c_void_p(), ctypes.c_void_p()
         images.append(file.read_bytes())
         driver().call("cuModuleLoadData", ctypes.byref(module), images[-1])

@@ -1,4 +1,4 @@
-"""W8A8 linears (w8_tile.cu) at M = 1 ... 1024 on Llama-3.1-8B's four shapes: built, checked and timed in one call.
+"""W8A8 linears (production's w8_tile.cu) at M = 1 ... 1024 on Llama-3.1-8B's four shapes: built, checked and timed in one call.
 
 python docs/experiments/w8_tile.py --out FOLDER [--seconds 120] [--rows 1,16,64,256,1024]
 

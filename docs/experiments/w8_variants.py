@@ -1,10 +1,11 @@
-"""Variants of w8_tile.cu: their constants, what they need, nvcc, and how a tile's work is cut."""
+"""Variants of production's w8_tile.cu: their constants, what they need, nvcc, and how a tile's work is cut."""
 
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+KERNELS = Path(__file__).parents[2] / "service" / "kernels"
+SOURCE = KERNELS / "w8_linear" / "w8_tile.cu"
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 THREADS, WARPGROUPS, STEP = 384, 2, 128  # STEP: of K
 
@@ -56,11 +57,8 @@ class Kernel:
         """-> what nvcc complained about: errors, spills, serialized products."""
         flags = [f"-D{name}={value}" for name, value in self.defines.items()]
         command = ["nvcc", "-cubin", "-arch=sm_90a", "-std=c++17", "-O3", "-Xptxas", "-v", *flags]
-        done = subprocess.run(
-            [*command, "-o", str(folder / self.file), str(HERE / "w8_tile.cu")],
-            capture_output=True,
-            text=True,
-        )
+        command += ["-I", str(KERNELS / "cuda"), "-o", str(folder / self.file), str(SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in done.stderr.splitlines() if "error" in line or "C75" in line]
         spills = [line.strip() for line in done.stderr.splitlines() if "spill" in line]
         return "; ".join(lines + [line for line in spills if not line.startswith("0 bytes stack")])
