@@ -1,58 +1,40 @@
-"""Runs w16_stream.cu on a CPU (w4_emulator.h) against float64 on small shapes; no GPU, no CUDA. A minute or two.
+"""Runs production's dense_stream.cu on a CPU (tests/kernels/emulated.py) against float64 on small shapes; no GPU, no CUDA. A minute or two.
 
 python docs/experiments/w16_emulate.py [variants]
 """
 
-import ctypes
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from w16_variants import HERE, Variant, all_variants
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-DRIVER = """#include "w16_stream.cu"
-extern "C" void run(int grid, uint32_t order, TensorMap* x, TensorMap* w, const uint16_t* bias, char* y, float* workspace,
+import torch
+from w16_variants import SOURCE, Variant, all_variants
+
+from service.kernels.cuda import Program
+from tests.kernels.emulated import box, build, pointer
+
+RUN = """void run(int grid, uint32_t order, TensorMap* x, TensorMap* w, const uint16_t* bias, char* y, float* workspace,
     int rows, int n, int k) {
     emulated_order = order;
-    emulate(grid, grid, THREADS, [=] { w16_stream(*x, *w, bias, y, workspace, rows, n, k); });
+    emulate(grid, grid, THREADS, [=] { dense_stream(*x, *w, bias, y, workspace, rows, n, k); });
     launch_over(); }
 """
 ORDERS = (0, 11, 2026)  # seeds by which blocks are held up
 
 
-def build(variant: Variant) -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="w16_"))
-    source, library = folder / "driver.cpp", folder / "kernel.so"
-    source.write_text(DRIVER)
-    flags = ["-std=c++17", "-O2", "-mavx2", "-mf16c", "-mfma", "-shared", "-fPIC", "-w", "-Wno-psabi"]
-    command = ["g++", *flags, f"-I{HERE}", *variant.definitions, "-o", str(library), str(source)]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(library))
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def box(matrix: Tensor, rows: int, is_weight: bool) -> Tensor:
-    """A tensor map of the emulator's: boxes of 64 columns under the swizzle. A weight may be read at any time."""
-    height, width = matrix.shape
-    fields = [matrix.data_ptr(), width, height, width * 2, 2, 64, rows, 1 + is_weight]
-    return torch.tensor([*fields, *[0] * 8], dtype=torch.int64)
-
-
 def check(variant: Variant, rows: int, n: int, k: int, blocks: int, biased: bool) -> bool:
     """Launches follow each other on one workspace, blocks in another order each time; every bit is the same."""
-    library = build(variant)
+    program = Program(SOURCE, "dense_stream", tuple(variant.definitions.items()))
+    library = build(program, Path(tempfile.mkdtemp(prefix="w16_")), RUN)
     dtype = torch.bfloat16 if variant.bf16 else torch.float16
     x, w = torch.randn(rows, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
     bias = torch.randn(n).to(dtype) if biased else None
     want = x.double() @ w.double().t() + (bias.double() if bias is not None else 0)
     workspace = torch.full((blocks, 2, variant.outputs * variant.tile), -1, dtype=torch.int32)  # ABSENT
-    x_map, w_map = box(x, variant.tile // variant.share, False), box(w, variant.outputs, True)
+    x_map = box(x, (rows, k), variant.tile // variant.share, 64, swizzled=1)
+    w_map = box(w, (n, k), variant.outputs, 64, swizzled=2)
     found = []
     for order in ORDERS:
         y = torch.full((rows + 1, n), float("nan"), dtype=dtype)

@@ -1,4 +1,4 @@
-"""16-bit linears of few rows on Llama-3.1-8B's shapes: every variant of w16_stream.cu built, checked and timed.
+"""16-bit linears of few rows on Llama-3.1-8B's shapes: every variant of dense_stream.cu built, checked and timed.
 
 python docs/experiments/w16_stream.py --out FOLDER [--rows 1,16,32,64,128]
 
@@ -64,7 +64,7 @@ class Launcher:
 
         self.driver, self.variant = Driver(), variant
         cubin = folder / variant.file
-        self.function = Function(self.driver, cubin, "w16_stream", variant.threads, variant.shared_bytes)
+        self.function = Function(self.driver, cubin, "dense_stream", variant.threads, variant.shared_bytes)
         self.grid = multiprocessors() // variant.share * variant.share * variant.per_sm
         words = self.grid * 2 * variant.outputs * variant.tile
         self.workspace = torch.full((words,), -1, dtype=torch.int32, device="cuda")  # every number ABSENT

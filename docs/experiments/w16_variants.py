@@ -1,4 +1,4 @@
-"""The variants of w16_stream.cu that the experiment tries: their shared memory, their cubins."""
+"""The variants of production's dense_stream.cu that the experiment tries: their shared memory, their cubins."""
 
 import subprocess
 import tempfile
@@ -7,12 +7,14 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "service" / "kernels"
+SOURCE = KERNELS / "dense_linear" / "dense_stream.cu"
 FIELDS = ("TILE", "RT", "WGS", "KS", "STAGES", "SHARE", "PER_SM", "AHEAD", "EARLY", "BF16")
 
 
 @dataclass(frozen=True, order=True)
 class Variant:
-    """The definitions of w16_stream.cu, in the order of FIELDS."""
+    """The definitions of dense_stream.cu, in the order of FIELDS."""
 
     tile: int
     rt: int
@@ -40,9 +42,8 @@ class Variant:
         return ring + self.stages * self.ks * (self.outputs + self.tile) * 128
 
     @property
-    def definitions(self) -> list[str]:
-        values = zip(FIELDS, astuple(self), strict=True)
-        return [*(f"-D{name}={value}" for name, value in values), f"-DSHARED_BYTES={self.shared_bytes}"]
+    def definitions(self) -> dict[str, int]:
+        return {**dict(zip(FIELDS, astuple(self), strict=True)), "SHARED_BYTES": self.shared_bytes}
 
     @property
     def file(self) -> str:
@@ -57,8 +58,9 @@ class Variant:
 
     def compile(self, folder: Path) -> str:
         """Writes the cubin; -> the compiler's complaint, empty where there is none."""
-        command = ["nvcc", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", *self.definitions]
-        command += ["-o", str(folder / self.file), str(HERE / "w16_stream.cu")]
+        command = ["nvcc", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
+        command += [f"-D{name}={value}" for name, value in self.definitions.items()]
+        command += ["-I", str(KERNELS / "cuda"), "-o", str(folder / self.file), str(SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True)
         lines = [line.strip() for line in done.stderr.splitlines()]
         told = [line for line in lines if "error" in line or "C75" in line]
