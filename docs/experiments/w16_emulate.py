@@ -1,4 +1,4 @@
-"""Runs production's dense_stream.cu on a CPU (tests/kernels/emulated.py) against float64 on small shapes; no GPU, no CUDA. A minute or two.
+"""Runs production's dense_stream.cu on a CPU (tests/kernels/emulated.py) against float64 on small shapes. Half a minute.
 
 python docs/experiments/w16_emulate.py [variants]
 """

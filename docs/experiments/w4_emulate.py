@@ -1,13 +1,14 @@
-"""Runs the W4 kernels on a CPU (w4_emulator.h) against float64 on small shapes; no GPU, no CUDA. A few minutes.
+"""Runs production's W4 kernels on a CPU (tests/kernels/emulated.py) against float64 on small shapes. A minute.
 
 python docs/experiments/w4_emulate.py [few] [tile] [variants]
 """
 
 import ctypes
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
@@ -15,51 +16,20 @@ from torch import Tensor
 from w4_problem import Problem, make_parts
 from w4_variants import WIDE, Kernel, all_kernels
 
-HERE = Path(__file__).parent
-DRIVERS = {
-    "w4_few": """extern "C" void run(int grid, const char* codes, const char* scales, const char* zeros, const float* nested,
+from service.kernels.cuda import Program
+from tests.kernels.emulated import box, build, pointer
+
+RUNS = {
+    "few": """void run(int grid, const char* codes, const char* scales, const char* zeros, const float* nested,
         const float* map, const char* x, char* y, int rows, int n, int width, int k, Parts* parts) {
         emulate(grid, 1, THREADS, [=] { w4_few(codes, scales, zeros, nested, map, x, y, rows, n, width, k, *parts); }); }""",
-    "w4_tile": """extern "C" void run(int order, int grid, TensorMap* x, TensorMap* codes, const char* scales, const char* zeros,
+    "tile": """void run(int order, int grid, TensorMap* x, TensorMap* codes, const char* scales, const char* zeros,
         const float* nested, const float* map, char* y, float* workspace, uint32_t* flags, int rows, int n, int width, int k,
         Parts* parts) {
         emulated_order = order;
         emulate(grid, grid, THREADS, [=] {
             w4_tile(*x, *codes, scales, zeros, nested, map, y, workspace, flags, rows, n, width, k, *parts); }); }""",
 }
-
-
-def build(name: str, defines: dict[str, int]) -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp(prefix="w4_"))
-    source, library = folder / "driver.cpp", folder / "kernel.so"
-    source.write_text(f'#include "{name}.cu"\n{DRIVERS[name]}\n')
-    flags = [f"-D{key}={value}" for key, value in defines.items()]
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O2",
-        "-mavx2",
-        "-mf16c",
-        "-mfma",
-        "-shared",
-        "-fPIC",
-        "-w",
-        "-Wno-psabi",
-        f"-I{HERE}",
-    ]
-    subprocess.run([*command, *flags, "-o", str(library), str(source)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    assert tensor.data_ptr() % 16 == 0
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def box(tensor: Tensor, columns: int, rows: int, box_columns: int, box_rows: int, swizzled: bool) -> Tensor:
-    size = tensor.element_size()
-    fields = [tensor.data_ptr(), columns, rows, columns * size, size, box_columns, box_rows, int(swizzled)]
-    return torch.tensor([*fields, *[0] * 8], dtype=torch.int64)
 
 
 def report(label: str, got: Tensor, want: Tensor) -> bool:
@@ -71,8 +41,8 @@ def report(label: str, got: Tensor, want: Tensor) -> bool:
 
 def check_one(kernel: Kernel, problem: Problem, blocks: int, rows: int, width: int = 0) -> bool:
     v = kernel.values
-    defines = {**v, "AFFINE": kernel.affine, "SHARED_BYTES": kernel.shared_bytes}
-    library = build(f"w4_{kernel.family}", defines)
+    program = Program(kernel.source, f"w4_{kernel.family}", tuple(kernel.definitions.items()))
+    library = build(program, Path(tempfile.mkdtemp(prefix="w4_")), RUNS[kernel.family])
     operands = problem.affine if kernel.affine else problem.nf4
     n, k = problem.n, problem.k
     width = width or n
@@ -86,9 +56,9 @@ def check_one(kernel: Kernel, problem: Problem, blocks: int, rows: int, width: i
         library.run(blocks, *(pointer(t) for t in (*operands, problem.map, x, y)), rows, n, width, k, parts)
         return report(label, y, want)
     codes, *rest = operands
-    x_map = box(x, k, rows, 64, v["TILE"], True)
+    x_map = box(x, (rows, k), v["TILE"], 64, swizzled=1)
     words = codes.view(torch.int32).view(n // 16, -1)
-    code_map = box(words, k * 2, n // 16, 128 * v["KS"], kernel.outputs // 16, False)
+    code_map = box(words, (n // 16, k * 2), kernel.outputs // 16, 128 * v["KS"], swizzled=0)
     workspace = torch.full((blocks, kernel.outputs * v["TILE"]), float("nan"))
     flags = torch.zeros(blocks, dtype=torch.int32)
     outputs = []

@@ -2,7 +2,7 @@
 
 python docs/experiments/w4_regimes.py --out FOLDER [--seconds 200] [--rows 1,16,64,256,1024]
 
-Own kernels (w4_few.cu, w4_tile.cu) and a kernel that only reads the same bytes. Checked against float64 on fresh random
+Own kernels (production's w4_few.cu and w4_tile.cu) and a kernel that only reads the same bytes. Checked against float64 on fresh random
 inputs with poisoned outputs, also with fewer rows than the tile, and twice for the same bits; timed in CUDA graphs with
 weights rotated past the L2, plain and as dependent launches. At last whole layers, qkv, o, gate_up, down in turn, with
 the best variant of each. A worker process runs them: one that dies or hangs costs that variant, and the next worker

@@ -1,4 +1,4 @@
-"""The variants of w4_few.cu and w4_tile.cu that an experiment tries, their shared memory and their cubins."""
+"""The variants of production's w4_few.cu and w4_tile.cu that an experiment tries, their shared memory and their cubins."""
 
 import subprocess
 import tempfile
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "service" / "kernels"
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 # PER_SM: blocks that registers must leave room for; EACH: blocks of one launch on a multiprocessor
 FIELDS = {
@@ -37,6 +38,14 @@ class Kernel:
     @property
     def values(self) -> dict[str, int]:
         return dict(zip(FIELDS[self.family], self.config, strict=True))
+
+    @property
+    def source(self) -> Path:
+        return KERNELS / "w4_linear" / f"w4_{self.family}.cu"
+
+    @property
+    def definitions(self) -> dict[str, int]:
+        return {**self.values, "AFFINE": self.affine, "SHARED_BYTES": self.shared_bytes}
 
     @property
     def label(self) -> str:
@@ -76,12 +85,18 @@ class Kernel:
 
     def compile(self, folder: Path) -> str:
         """Writes the cubin; -> the compiler's complaint, empty where there is none."""
-        defines = {**self.values, "AFFINE": self.affine, "SHARED_BYTES": self.shared_bytes}
-        return compile_one(HERE / f"w4_{self.family}.cu", folder / self.file, defines)
+        return compile_one(self.source, folder / self.file, self.definitions)
 
 
 def compile_one(source: Path, cubin: Path, defines: dict[str, int]) -> str:
-    command = ["nvcc", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
+    command = [
+        "nvcc",
+        "-cubin",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xptxas=-v",
+        "-I",
+        str(KERNELS / "cuda"),
+    ]
     command += [f"-D{name}={value}" for name, value in defines.items()]
     done = subprocess.run([*command, "-o", str(cubin), str(source)], capture_output=True, text=True)
     told = [line.strip() for line in done.stderr.splitlines()]
