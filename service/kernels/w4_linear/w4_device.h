@@ -2,7 +2,7 @@
 #pragma once
 #include "machine.h"
 #ifdef __CUDACC__
-#include "w4_wgmma.h"
+#include "wgmma_registers.h"
 #endif
 
 // The parts of a merged layer under nested absmax: the first block of 16 rows of each, the place of its first absmax

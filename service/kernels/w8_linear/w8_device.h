@@ -3,6 +3,7 @@
 #include "machine.h"
 
 #ifdef __CUDACC__
+#include "wgmma_registers.h"
 #include "w8_wgmma.h"
 DEVICE void sync_threads_of(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
