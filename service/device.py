@@ -97,6 +97,11 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def device_uuid(device: torch.device) -> str:
+    """NVML's name of the device, the same whatever CUDA_VISIBLE_DEVICES says; empty for a CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+
+
 def batch_defaults(device: torch.device) -> BatchDefaults:
     """A step stays short enough for the others to stream on; a GPU needs a wide one to be busy."""
     return BatchDefaults(1024, 256, crowd_factor=2) if device.type == "cuda" else BatchDefaults(512, 64)

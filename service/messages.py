@@ -151,6 +151,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     calibration: dict[str, str] = msgspec.field(default_factory=dict)  # text, sha256, python
     random_weights: dict[str, str] = msgspec.field(default_factory=dict)  # seed, ...; empty: trained ones
     deterministic: bool = False
+    device_uuid: str = ""  # as NVML names it; empty: a CPU
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):

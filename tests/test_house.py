@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "cores": set(),
     "logs": set(),
     "device": BELOW,
-    "metrics": BELOW,
+    "energy": {"errors"},
+    "metrics": BELOW | {"energy"},
     "kernels": BELOW | {"device"},
     "precision": BELOW | {"device", "kernels"},
     "model": BELOW | {"device", "kernels", "precision"},
@@ -37,9 +38,9 @@ MAY_IMPORT = {
     "quantize": BELOW | {"device", "kernels", "model", "precision", "quality"},
     "engine": BELOW | {"device", "kernels", "model", "precision", "quality", "quantize", "logs"},
     "kernel_bench": BELOW | {"device", "kernels", "model", "precision", "quantize"},
-    "front": BELOW | {"metrics"},
+    "front": BELOW | {"energy", "metrics"},
     "api": BELOW | {"front", "metrics"},
-    "compare": BELOW | {"front", "metrics", "precision", "quality"},
+    "compare": BELOW | {"energy", "front", "metrics", "precision", "quality"},
     "__main__": {"cli", "errors"},
 }
 MODULES = {path.stem for path in (ROOT / "service").iterdir()}

@@ -340,6 +340,7 @@ def engine_info(
         calibration=calibration_of(model),
         random_weights=model.random_weights,
         deterministic=engine.deterministic,
+        device_uuid=devices.device_uuid(model.device),
     )
 
 
