@@ -4,11 +4,12 @@ engine_client, api/ --events--> Metrics --render()--> /metrics
 
 The engine sends deltas with its steps, so counters live here and outlive it. Own counters instead of
 prometheus_client's: a step adds n equal observations in one call, and takes no lock (everything runs on the
-event loop). All series carry `model` and `precision`, so that two modes can be laid side by side.
+event loop). All series carry `model` and `precision`, so that two modes can be laid side by side: of two
+servers, of one that holds both, or of one whose precision was swapped.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -142,35 +143,44 @@ class Histogram:
         return buckets
 
 
-class Metrics:
-    """The counts of one server. Built once a front; `precision` is what was asked for until an engine says
-    what it serves."""
+class Series:
+    """What was counted while one precision was served."""
 
-    def __init__(self, model: str, precision: str) -> None:
-        self.common = (model, precision)
-        self._scalars: dict[str, dict[tuple[str, ...], float]] = {}
-        self._histograms: dict[str, dict[tuple[str, ...], Histogram]] = {}
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
+        self.scalars: dict[str, dict[tuple[str, ...], float]] = {}
+        self.histograms: dict[str, dict[tuple[str, ...], Histogram]] = {}
         for family in _FAMILIES:
             if family.type == "histogram":
-                self._histograms[family.name] = {} if family.labels else {(): Histogram(family.bounds)}
+                self.histograms[family.name] = {} if family.labels else {(): Histogram(family.bounds)}
             else:
-                self._scalars[family.name] = {} if family.labels else {(): 0.0}
+                self.scalars[family.name] = {} if family.labels else {(): 0.0}
         # these series exist from the start: a rate over one that appears with its first event misses it
         for kind in ("prompt", "cached", "generated", "discarded"):
-            self._scalars["halftone_tokens_total"][(kind,)] = 0.0
+            self.scalars["halftone_tokens_total"][(kind,)] = 0.0
         for reason in ("stop", "length", "abort", "error"):
-            self._scalars["halftone_requests_total"][(reason,)] = 0.0
-        self._scalars["halftone_requests_rejected_total"][("overloaded",)] = 0.0
-        self._first_token = self._histograms["halftone_time_to_first_token_seconds"][()]
-        self._inter_token = self._histograms["halftone_inter_token_latency_seconds"][()]
-        self._per_token = self._histograms["halftone_time_per_output_token_seconds"][()]
-        phases = ("queue", "prefill", "decode")
-        self._phases = [self._histograms[f"halftone_{phase}_seconds"][()] for phase in phases]
-        self._step = self._histograms["halftone_step_seconds"][()]
-        self._batch_size = self._histograms["halftone_batch_size"][()]
+            self.scalars["halftone_requests_total"][(reason,)] = 0.0
+        self.scalars["halftone_requests_rejected_total"][("overloaded",)] = 0.0
+
+    def retire(self) -> None:
+        """Another precision is served in this one's place: counters stay, gauges of now go."""
+        for family in _FAMILIES:
+            if family.type == "gauge":
+                self.scalars[family.name] = {}
+        self.scalars["halftone_engine_up"] = {(): 0.0}
+
+
+class Metrics:
+    """The counts of one engine client. `precision` is what was asked for until an engine says what it serves.
+    When an engine serves another, its series begin, or go on where they were when it was last served."""
+
+    def __init__(self, model: str, precision: str) -> None:
+        self.model = model
+        self._of_precision: dict[str, Series] = {}
+        self._was_ready = False
         self._kv_capacity_tokens = 0
-        self.registry = CollectorRegistry()
-        self.registry.register(self)
+        self._count_in(Series(precision))
+        self.registry = registry_of([self])
 
     # --- a request's life ----------------------------------------------------------------------
 
@@ -202,7 +212,7 @@ class Metrics:
 
     def http_request(self, endpoint: str, status: int, seconds: float) -> None:
         """An HTTP response ended. `endpoint` is a route's template, never a path that a client chose."""
-        series = self._histograms["halftone_request_duration_seconds"]
+        series = self._now.histograms["halftone_request_duration_seconds"]
         labels = (endpoint, str(status))
         if labels not in series:
             series[labels] = Histogram(REQUEST_SECONDS)
@@ -246,9 +256,16 @@ class Metrics:
 
     def engine_ready(self, info: EngineInfo) -> None:
         """A loaded engine said what it serves."""
-        self.common = (self.common[0], info.precision)
+        if not self._was_ready:  # what has been counted so far was asked of this one
+            self._was_ready = True
+            del self._of_precision[self._now.precision]
+            self._now.precision = info.precision
+            self._of_precision[info.precision] = self._now
+        elif info.precision != self._now.precision:
+            self._now.retire()
+            self._count_in(self._of_precision.get(info.precision) or Series(info.precision))
         self._kv_capacity_tokens = info.kv_tokens
-        self._scalars["halftone_build_info"] = {
+        self._now.scalars["halftone_build_info"] = {
             (
                 __version__,
                 info.dtype,
@@ -259,7 +276,7 @@ class Metrics:
                 info.architecture,
             ): 1.0
         }
-        self._scalars["halftone_kernel_info"] = {item: 1.0 for item in info.kernels.items()}
+        self._now.scalars["halftone_kernel_info"] = {item: 1.0 for item in info.kernels.items()}
         self._replace("halftone_model_load_seconds", info.load_seconds)
         self._replace("halftone_memory_bytes", info.memory_bytes)
         self._replace("halftone_memory_peak_bytes", {"load": info.peak_load_bytes})
@@ -270,7 +287,7 @@ class Metrics:
         self._set("halftone_engine_up", state == "ready")
         if state == "starting":
             for name in ("halftone_loading_done", "halftone_loading_expected"):
-                self._scalars[name].clear()
+                self._now.scalars[name].clear()
         if state in ("down", "failed"):
             # a dead engine holds nothing; its last figures would stand as if it did
             for name in (
@@ -294,28 +311,66 @@ class Metrics:
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Called by the registry at a scrape."""
-        for family in _FAMILIES:
-            labels = (*COMMON_LABELS, *family.labels)
-            if family.type == "histogram":
-                metric = HistogramMetricFamily(family.name, family.help, labels=labels)
-                for values, histogram in self._histograms[family.name].items():
-                    metric.add_metric((*self.common, *values), histogram.cumulative(), histogram.sum)
-            else:
-                make = CounterMetricFamily if family.type == "counter" else GaugeMetricFamily
-                metric = make(family.name, family.help, labels=labels)
-                for values, value in self._scalars[family.name].items():
-                    metric.add_metric((*self.common, *values), value)
-            yield metric
+        """Every family with the series of this client alone."""
+        return collected([self])
+
+    def fill(self, family: Family, metric: Metric) -> None:
+        """Adds the samples of each precision that has been served."""
+        for series in self._of_precision.values():
+            common = (self.model, series.precision)
+            if isinstance(metric, HistogramMetricFamily):
+                for values, histogram in series.histograms[family.name].items():
+                    metric.add_metric((*common, *values), histogram.cumulative(), histogram.sum)
+            elif isinstance(metric, CounterMetricFamily | GaugeMetricFamily):
+                for values, value in series.scalars[family.name].items():
+                    metric.add_metric((*common, *values), value)
 
     # --- inside --------------------------------------------------------------------------------
 
+    def _count_in(self, series: Series) -> None:
+        """From now on events are this precision's; those of each step are found without a look-up."""
+        self._now = self._of_precision[series.precision] = series
+        self._first_token = series.histograms["halftone_time_to_first_token_seconds"][()]
+        self._inter_token = series.histograms["halftone_inter_token_latency_seconds"][()]
+        self._per_token = series.histograms["halftone_time_per_output_token_seconds"][()]
+        phases = ("queue", "prefill", "decode")
+        self._phases = [series.histograms[f"halftone_{phase}_seconds"][()] for phase in phases]
+        self._step = series.histograms["halftone_step_seconds"][()]
+        self._batch_size = series.histograms["halftone_batch_size"][()]
+
     def _add(self, name: str, amount: float, *labels: str) -> None:
-        series = self._scalars[name]
+        series = self._now.scalars[name]
         series[labels] = series.get(labels, 0.0) + amount
 
     def _set(self, name: str, value: float, *labels: str) -> None:
-        self._scalars[name][labels] = value
+        self._now.scalars[name][labels] = value
 
     def _replace(self, name: str, values: Mapping[str, float]) -> None:
-        self._scalars[name] = {(label,): float(value) for label, value in values.items()}
+        self._now.scalars[name] = {(label,): float(value) for label, value in values.items()}
+
+
+class Scrape:
+    """What a registry asks at a scrape."""
+
+    def __init__(self, metrics: Sequence[Metrics]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        return collected(self._metrics)
+
+
+def collected(all_metrics: Sequence[Metrics]) -> Iterator[Metric]:
+    """Every family once, with the series of all clients: a page names each family one time."""
+    kinds = {"histogram": HistogramMetricFamily, "counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+    for family in catalogue():
+        metric = kinds[family.type](family.name, family.help, labels=family.labels)
+        for metrics in all_metrics:
+            metrics.fill(family, metric)
+        yield metric
+
+
+def registry_of(all_metrics: Sequence[Metrics]) -> CollectorRegistry:
+    """One page for the clients of a server; `generate_latest` of it is the body of /metrics."""
+    registry = CollectorRegistry()
+    registry.register(Scrape(all_metrics))
+    return registry

@@ -6,16 +6,26 @@ import os
 import signal
 import socket
 
+import msgspec
 import prometheus_client
 import pytest
 from engine_rig import running
 from fake_engine import FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.messages import EngineConfig, EngineInfo, StepStats
-from service.metrics import DECODE_SECONDS, FIRST_TOKEN_SECONDS, TOKEN_SECONDS, Histogram, Metrics, catalogue
+from service.metrics import (
+    DECODE_SECONDS,
+    FIRST_TOKEN_SECONDS,
+    TOKEN_SECONDS,
+    Histogram,
+    Metrics,
+    catalogue,
+    registry_of,
+)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -114,6 +124,40 @@ def test_instances_share_nothing() -> None:
     assert value(one, "halftone_requests_accepted_total") == 1
     assert value(other, "halftone_requests_accepted_total") == 0
     assert value(other, "halftone_time_to_first_token_seconds_count") == 0
+
+
+def test_each_precision_keeps_its_own_counts() -> None:
+    """A swap must not count bf16's tokens as nf4's, nor leave gauges of what is gone."""
+    metrics = Metrics("demo", "auto")
+    fake = FakeEngine(socket.socket(), EngineConfig(model_path="/nowhere", precision="bf16"), {})
+    metrics.rejected("overloaded")  # before anything was ready: asked of `auto`
+    bf16 = fake.info()
+    nf4 = msgspec.structs.replace(bf16, precision="nf4")
+    for info, num_tokens in ((bf16, 5), (nf4, 7), (bf16, 11)):
+        metrics.engine_ready(info)
+        metrics.engine_state("ready")
+        metrics.tokens("generated", num_tokens)
+        metrics.first_token(0.1)
+    fake.connection.close()
+    generated, first = "halftone_tokens_total", "halftone_time_to_first_token_seconds_count"
+    assert value(metrics, generated, precision="bf16", kind="generated") == 16
+    assert value(metrics, generated, precision="nf4", kind="generated") == 7
+    assert value(metrics, first, precision="bf16") == 2
+    assert value(metrics, "halftone_requests_rejected_total", reason="overloaded", precision="bf16") == 1
+    assert value(metrics, "halftone_engine_up", precision="bf16") == 1
+    assert value(metrics, "halftone_engine_up", precision="nf4") == 0
+    assert {
+        dict(labels)["precision"] for (name, labels) in samples(metrics) if name == "halftone_memory_bytes"
+    } == {"bf16"}
+
+
+def test_one_page_for_several_engines_names_each_family_once() -> None:
+    both = [Metrics("demo", "bf16"), Metrics("demo", "nf4")]
+    both[1].accepted()
+    page = generate_latest(registry_of(both)).decode()
+    assert page.count("# TYPE halftone_requests_accepted_total ") == 1
+    assert 'halftone_requests_accepted_total{model="demo",precision="bf16"} 0.0' in page
+    assert 'halftone_requests_accepted_total{model="demo",precision="nf4"} 1.0' in page
 
 
 def test_a_step_adds_deltas_and_replaces_gauges() -> None:
