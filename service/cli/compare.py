@@ -27,7 +27,7 @@ def compare(settings: Settings, precisions: str, out: Path, *, text: str, prompt
     options = CompareOptions(text=text, prompts=prompts, seed=seed)
     with told_disk_errors(out):
         report = run_compare(settings, model_path, modes, out, options)
-    failed = [row.precision for row in report.rows if not row.ok]
+    failed = [row.name for row in report.rows if not row.ok]
     if failed:
         raise HalftoneError(
             f"{len(failed)} of {len(modes)} modes failed: {', '.join(failed)}",

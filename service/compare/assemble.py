@@ -14,7 +14,7 @@ import msgspec
 from loadtest.workload import Prompts
 from service import __version__
 from service.compare.plan import Plan
-from service.compare.report import FORMAT, Device, Model, Report, Row, Text, Workload, purchase
+from service.compare.report import FORMAT, Device, Model, Report, Row, Text, Turn, Workload, purchase
 from service.compare.windows import EvaluationText
 from service.cores import physical_cores
 
@@ -47,8 +47,9 @@ def build_report(
     options = plan.options
     place = plan.precisions.index(plan.reference)
     reference = done[place].row if place in done else None
+    tokens = request_tokens(reference)
     rows = [
-        msgspec.structs.replace(done[n].row, purchase=purchase(done[n].row, reference))
+        msgspec.structs.replace(done[n].row, purchase=purchase(done[n].row, reference, tokens))
         if n in done
         else failures[n]
         for n in range(len(plan.precisions))
@@ -67,21 +68,26 @@ def build_report(
         prompts=f"{len(prompts.texts)} texts of {prompts.source}",
         prompts_sha256=prompts.sha256,
         seed=options.seed,
-        rate_per_s=first.rate_per_s if first else options.rate_per_s,
         rate_rule="as asked" if options.rate_per_s else RATE_RULE,
         output_tokens=options.output_tokens,
         kv_tokens=plan.settings.kv_tokens,
+        num_repeats=1,
+        max_repeats=1,
+        throughput_level=f"closed-{max(options.concurrencies)}",
+        latency_level="open",
         deterministic=plan.settings.deterministic,
     )
     return Report(
         format=FORMAT,
-        first_line=first_line(plan, model, device, workload),
+        first_line=first_line(
+            plan, model, device, workload, first.rate_per_s if first else options.rate_per_s
+        ),
         supports=supports(plan, model),
         complete=len(done) == len(plan.precisions),
         not_measured=[
             precision for n, precision in enumerate(plan.precisions) if n not in done and n not in failures
         ],
-        reference=reference.precision if reference else plan.reference,
+        reference=plan.reference,
         model=model,
         device=device,
         workload=workload,
@@ -96,13 +102,14 @@ def build_report(
             protocol=text.protocol,
         ),
         rows=rows,
+        schedule=[Turn(order=n, repeat=0, mode=precision) for n, precision in enumerate(plan.precisions)],
         environment=environment(first),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=sum(row.seconds for row in rows),
     )
 
 
-def first_line(plan: Plan, model: Model, device: Device, workload: Workload) -> str:
+def first_line(plan: Plan, model: Model, device: Device, workload: Workload, rate_per_s: float) -> str:
     """Model, device, workload."""
     size = (
         f" ({model.architecture}, {model.num_parameters / 1e6:.1f} M {parameters(model)})"
@@ -112,8 +119,16 @@ def first_line(plan: Plan, model: Model, device: Device, workload: Workload) -> 
     streams = " and ".join(str(width) for width in sorted(plan.options.concurrencies))
     return (
         f"{model.name}{size} on {device.name} ({device.kind}); {streams} streams and Poisson arrivals at "
-        f"{workload.rate_per_s:g} requests/s, {workload.prompts}, {workload.output_tokens} output tokens each"
+        f"{rate_per_s:g} requests/s, {workload.prompts}, {workload.output_tokens} output tokens each"
     )
+
+
+def request_tokens(row: Row | None) -> float:
+    """Prompt and answer together, mean over every request that was answered."""
+    runs = [run for level in row.levels for run in level.runs] if row else []
+    num_requests = sum(run.num_ok for run in runs)
+    tokens = sum(run.prompt_tokens + run.output_tokens for run in runs)
+    return tokens / num_requests if num_requests else 0.0
 
 
 def parameters(model: Model) -> str:

@@ -21,7 +21,6 @@ from service.compare.report import (
     MIN_STANDARD_ERRORS,
     Agreement,
     Apart,
-    Latency,
     Report,
     Row,
 )
@@ -43,8 +42,19 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f}"
 
 
-def milliseconds(latency: Latency | None) -> str:
-    return f"{1e3 * latency.p50:.1f} / {1e3 * latency.p95:.1f}" if latency else NOTHING
+def latency_cell(name: str) -> Cell:
+    """`p50 / p95` in milliseconds, at the level that tables show."""
+
+    def cell(report: Report, row: Row) -> str:
+        found = [row.figure(f"{name}_{p}_s", report.workload.latency_level) for p in ("p50", "p95")]
+        return " / ".join(f"{1e3 * one.estimate:.1f}" for one in found if one) or NOTHING
+
+    return cell
+
+
+def speed_cell(report: Report, row: Row) -> str:
+    found = row.figure("output_tokens_per_s", report.workload.throughput_level)
+    return f"{found.estimate:.1f}" if found else NOTHING
 
 
 def change(value: float, base: float) -> str:
@@ -63,17 +73,18 @@ def peak_cell(report: Report, row: Row) -> str:
 
 
 def perplexity_cell(report: Report, row: Row) -> str:
-    assert row.perplexity is not None
+    assert row.quality is not None
     if not report.judges_quality:
         return NO_VERDICT
-    base = report.reference_row
-    if base is None or base.perplexity is None or base is row:
-        return f"{row.perplexity:.3f}"
-    return f"{row.perplexity:.3f} ({change(row.perplexity, base.perplexity)})"
+    base, perplexity = report.reference_row, row.quality.perplexity
+    if base is None or base.quality is None or base is row:
+        return f"{perplexity:.3f}"
+    return f"{perplexity:.3f} ({change(perplexity, base.quality.perplexity)})"
 
 
 def divergence_cell(report: Report, row: Row) -> str:
-    return f"{row.kl or 0:.4f}" if report.judges_quality else NO_VERDICT
+    assert row.quality is not None
+    return f"{row.quality.kl_mean:.4f}" if report.judges_quality else NO_VERDICT
 
 
 def top1_cell(report: Report, row: Row) -> str:
@@ -104,11 +115,11 @@ def difference(apart: Apart) -> str:
 COLUMNS: dict[str, Cell] = {
     "weights MB": memory_cell,
     "peak MB, with / without KV": peak_cell,
-    "load s": lambda report, row: f"{row.seconds_to_load:.1f}",
-    "TTFT ms p50 / p95": lambda report, row: milliseconds(row.ttft),
-    "ITL ms p50 / p95": lambda report, row: milliseconds(row.itl),
-    "TPOT ms p50 / p95": lambda report, row: milliseconds(row.tpot),
-    "tokens/s": lambda report, row: f"{row.tokens_per_s or 0:.1f}",
+    "load s": lambda report, row: f"{row.loading.seconds.estimate:.1f}" if row.loading else NOTHING,
+    "TTFT ms p50 / p95": latency_cell("ttft"),
+    "ITL ms p50 / p95": latency_cell("itl"),
+    "TPOT ms p50 / p95": latency_cell("tpot"),
+    "tokens/s": speed_cell,
     "perplexity": perplexity_cell,
     "KL": divergence_cell,
     "top-1": top1_cell,
@@ -121,15 +132,15 @@ COLUMNS: dict[str, Cell] = {
 def cells(report: Report, row: Row) -> list[str]:
     """One row as text; a failed one has its reason in place of figures."""
     if not row.ok:
-        return [row.precision, f"failed: {row.error.splitlines()[0]}"]
-    return [row.precision, *(cell(report, row) for cell in COLUMNS.values())]
+        return [row.name, f"failed: {row.error.splitlines()[0]}"]
+    return [row.name, *(cell(report, row) for cell in COLUMNS.values())]
 
 
 def notes(report: Report) -> list[str]:
     """What a reader must know to use the table."""
-    widest = max((load.concurrency for row in report.rows for load in row.loads), default=0)
+    widest = max((level.concurrency for row in report.rows for level in row.levels), default=0)
     said = [
-        f"TTFT, ITL, TPOT: open loop, Poisson at {report.workload.rate_per_s:g} requests/s "
+        f"TTFT, ITL, TPOT: open loop, Poisson arrivals "
         f"({report.workload.rate_rule}), timed from when each request was due.",
         f"tokens/s: closed loop with {widest} streams. Perplexity and KL (nats per token, against "
         f"{report.reference}): {report.text.name}, {report.text.protocol}.",
@@ -142,18 +153,18 @@ def notes(report: Report) -> list[str]:
     if report.not_measured:
         said.append(f"(!) Stopped: {', '.join(report.not_measured)} not measured. The same command goes on.")
     for row in report.rows:
-        if row.quantize_seconds:
+        if row.loading and row.loading.quantize_seconds:
             said.append(
-                f"{row.precision}: its checkpoint was made in {row.quantize_seconds:.1f} s by an engine of "
-                "its own, and is kept; the measured engine only loaded it."
+                f"{row.name}: its checkpoint was made in {row.loading.quantize_seconds:.1f} s by an engine "
+                "of its own, and is kept; the measured engine only loaded it."
             )
         if row.quality:
-            said += decode_notes(row.precision, row.quality.agreement)
-        for load in row.loads:
-            if load.num_errors or load.num_short:
+            said += decode_notes(row.name, row.quality.agreement)
+        for level in row.levels:
+            if level.num_errors or level.num_short:
                 said.append(
-                    f"(!) {row.precision}, {load.id}: {load.num_errors} requests failed, "
-                    f"{load.num_short} answers were short."
+                    f"(!) {row.name}, {level.id}: {level.num_errors} requests failed, "
+                    f"{level.num_short} answers were short."
                 )
     return said
 
@@ -185,14 +196,14 @@ def print_report(report: Report, out: Path, console: Console) -> None:
     table.add_column("")
     good = [row for row in report.rows if row.ok]
     for row in good:
-        table.add_column(escape(row.precision), justify="right")
+        table.add_column(escape(row.name), justify="right")
     for name, cell in COLUMNS.items():
         table.add_row(name, *(cell(report, row) for row in good))
     if good:
         console.print(table)
     for row in report.rows:
         if not row.ok:
-            console.print(f"{escape(row.precision)}: failed: {escape(row.error)}", highlight=False)
+            console.print(f"{escape(row.name)}: failed: {escape(row.error)}", highlight=False)
     for note in notes(report) if good else ():
         console.print(escape(note), style="dim", highlight=False)
     console.print(f"\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
@@ -220,7 +231,7 @@ def markdown(report: Report) -> str:
 def comma_separated(report: Report) -> str:
     """Plain numbers in base units, a mode a line."""
     fields: dict[str, Callable[[Row], object]] = {
-        "precision": lambda row: row.precision,
+        "precision": lambda row: row.name,
         "status": lambda row: row.status,
         "error": lambda row: row.error,
         "weight_bytes": lambda row: row.memory and row.memory.weight_bytes,
@@ -229,11 +240,11 @@ def comma_separated(report: Report) -> str:
         "peak_load_bytes": lambda row: row.memory and row.memory.peak_load_bytes,
         "peak_bytes": lambda row: row.memory and row.memory.peak_bytes,
         "peak_without_kv_bytes": lambda row: row.memory and row.memory.peak_without_kv_bytes,
-        "load_s": lambda row: row.seconds_to_load if row.ok else None,
-        "quantize_s": lambda row: row.quantize_seconds if row.ok else None,
-        "tokens_per_s": lambda row: row.tokens_per_s,
-        "perplexity": lambda row: row.perplexity,
-        "kl": lambda row: row.kl,
+        "load_s": lambda row: row.loading and row.loading.seconds.estimate,
+        "quantize_s": lambda row: row.loading and row.loading.quantize_seconds,
+        "tokens_per_s": figure_field("output_tokens_per_s", report.workload.throughput_level),
+        "perplexity": lambda row: row.quality and row.quality.perplexity,
+        "kl": lambda row: row.quality and row.quality.kl_mean,
         "top1_agreement": lambda row: row.quality and row.quality.top1_agreement,
         "disagreement": lambda row: row.quality and row.quality.agreement.disagreement,
         "more_kv_tokens": lambda row: row.purchase and row.purchase.more_kv_tokens,
@@ -243,7 +254,7 @@ def comma_separated(report: Report) -> str:
             fields[f"{mode}_{name}"] = apart_field(f"{mode}_apart", name)
     for name in ("ttft", "itl", "tpot"):
         for percent in ("p50", "p95", "p99"):
-            fields[f"{name}_{percent}_s"] = latency_field(name, percent)
+            fields[f"{name}_{percent}_s"] = figure_field(f"{name}_{percent}_s", report.workload.latency_level)
     written = io.StringIO()
     table = csv.writer(written)
     table.writerow(fields)
@@ -256,9 +267,9 @@ def apart_field(mode: str, name: str) -> Callable[[Row], object]:
     return lambda row: row.quality and getattr(getattr(row.quality.agreement, mode), name)
 
 
-def latency_field(name: str, percent: str) -> Callable[[Row], object]:
+def figure_field(name: str, level_id: str) -> Callable[[Row], object]:
     def field(row: Row) -> object:
-        latency: Latency | None = getattr(row, name)
-        return getattr(latency, percent) if latency else None
+        found = row.figure(name, level_id)
+        return found.estimate if found else None
 
     return field

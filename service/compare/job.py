@@ -19,7 +19,7 @@ from service.compare.export import print_report, write_report
 from service.compare.files import read_back, write_whole
 from service.compare.mode import STAGES, Advance, Job, Measured, measure
 from service.compare.plan import CompareOptions, Plan, claim
-from service.compare.report import Report, Row
+from service.compare.report import Mode, Report, Row
 from service.compare.windows import EvaluationText
 from service.config import Settings
 from service.errors import HalftoneError, SettingError
@@ -126,7 +126,9 @@ class Run:
         try:
             measured = await self.measure_mode(job, advance)
         except HalftoneError as error:
-            self.failures[place] = Row(precision=job.precision, status="failed", error=str(error))
+            self.failures[place] = Row(
+                mode=Mode(name=job.precision, precision=job.precision), status="failed", error=str(error)
+            )
             self.console.print(f"[red]{job.precision}: failed:[/red] {error.message}", highlight=False)
             return
         finished = Finished(

@@ -1,6 +1,6 @@
 """One phase of load, by the load generator in a process of its own: its pauses are not the server's.
 
-mode.measure() --phase--> python -m loadtest --JSON--> Load
+mode.measure() --phase--> python -m loadtest --JSON--> Level
 """
 
 import asyncio
@@ -15,8 +15,8 @@ import msgspec
 
 from loadtest.statistics import Record, percentile
 from loadtest.workload import DEFAULT_PROMPTS
+from service.compare.figures import Figures, Interval, Latency, Level, Run
 from service.compare.plan import Phase
-from service.compare.report import Latency, Load
 from service.errors import HalftoneError
 
 CURVE_PERCENTS = range(0, 101, 2)
@@ -32,7 +32,7 @@ def package_folder() -> Path:
 
 async def run_load(
     url: str, model: str, phase: Phase, rate_per_s: float, output_tokens: int, prompts: str, raw: Path
-) -> Load:
+) -> Level:
     """Drive `url` through `phase` -> its figures; every request's timestamps go to `raw`.
 
     Raises HalftoneError with the generator's own line where it got no answer at all.
@@ -65,10 +65,10 @@ async def run_load(
         raise HalftoneError(
             f"load phase `{phase.id}` failed: {said.removeprefix('error: ') or process.returncode}"
         )
-    return load_of(msgspec.json.decode(raw.read_bytes()), phase, f"{raw.parent.name}/{raw.name}")
+    return level_of(msgspec.json.decode(raw.read_bytes()), phase, f"{raw.parent.name}/{raw.name}")
 
 
-def load_of(result: dict[str, Any], phase: Phase, raw: str) -> Load:
+def level_of(result: dict[str, Any], phase: Phase, raw: str) -> Level:
     """loadtest's JSON -> the report's figures."""
     (level,) = result["levels"]
     (run,) = level["runs"]
@@ -77,28 +77,53 @@ def load_of(result: dict[str, Any], phase: Phase, raw: str) -> Load:
     def latency(name: str) -> Latency | None:
         return msgspec.convert(summary[name], Latency) if summary[name] else None
 
-    return Load(
+    def once(value: float) -> Interval:
+        return Interval(estimate=value, low=None, high=None, n=1)
+
+    latencies = {name: latency(f"{name}_s") for name in ("ttft", "itl", "tpot", "e2e")}
+    figures = {
+        f"{name}_{percent}_s": once(getattr(found, percent))
+        for name, found in latencies.items()
+        for percent in ("p50", "p95", "p99")
+        if found
+    }
+    return Level(
         id=phase.id,
         concurrency=phase.concurrency,
         rate_per_s=level["arrivals"].get("rate_per_s", 0.0),
         num_requests=phase.num_requests,
         num_warmup=phase.num_warmup,
-        output_tokens=result["workload"]["output_tokens"],
-        num_ok=summary["num_ok"],
-        num_errors=summary["num_errors"],
-        num_short=summary["num_short"],
-        errors=summary["errors"],
-        window_s=summary["window_s"],
-        output_tokens_per_s=summary["output_tokens_per_s"],
-        requests_per_s=summary["requests_per_s"],
-        ttft_s=latency("ttft_s"),
-        itl_s=latency("itl_s"),
-        tpot_s=latency("tpot_s"),
-        e2e_s=latency("e2e_s"),
+        runs=[
+            Run(
+                repeat=0,
+                order=0,
+                seed=phase.seed,
+                num_ok=summary["num_ok"],
+                num_errors=summary["num_errors"],
+                num_short=summary["num_short"],
+                errors=summary["errors"],
+                window_s=summary["window_s"],
+                prompt_tokens=summary["prompt_tokens"],
+                output_tokens=summary["output_tokens"],
+                output_tokens_per_s=summary["output_tokens_per_s"],
+                requests_per_s=summary["requests_per_s"],
+                goodput_per_s=None,
+                ttft_s=latencies["ttft"],
+                itl_s=latencies["itl"],
+                tpot_s=latencies["tpot"],
+                e2e_s=latencies["e2e"],
+                energy=None,
+                client_cpu_share=client["cpu_share"],
+                client_lag_p99_s=(client["lag_s"] or {"p99": 0.0})["p99"],
+                raw=raw,
+            )
+        ],
+        figures=Figures(
+            output_tokens_per_s=once(summary["output_tokens_per_s"]),
+            requests_per_s=once(summary["requests_per_s"]),
+            **figures,
+        ),
         itl_curve_s=gap_curve(run["requests"]),
-        client_cpu_share=client["cpu_share"],
-        client_lag_p99_s=(client["lag_s"] or {"p99": 0.0})["p99"],
-        raw=raw,
     )
 
 

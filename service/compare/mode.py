@@ -15,16 +15,20 @@ from math import exp, expm1
 from pathlib import Path
 from typing import Literal
 
+from service.compare.figures import Interval, Level
 from service.compare.loads import run_load
 from service.compare.plan import Plan
 from service.compare.report import (
     Agreement,
     Apart,
-    Load,
     Memory,
+    Mode,
     Model,
     Quality,
     Row,
+)
+from service.compare.report import (
+    Loading as LoadTime,
 )
 from service.compare.windows import EvaluationText
 from service.errors import HalftoneError
@@ -96,27 +100,24 @@ async def measure(job: Job, advance: Advance) -> Measured:
             host = await engines.enter_async_context(fresh_host())
             info = await wait_ready(host, advance)
         process = host.supervisor.process
-        loads, rate_per_s = await drive(job, host, settings.name, advance)
+        levels, rate_per_s = await drive(job, host, settings.name, advance)
         memory = memory_of(host, info)
         quality = await evaluate(job, host, advance)
         if host.supervisor.process is not process:  # another engine has answered since
             raise HalftoneError("the engine died while it was measured, and was started again")
-    widest = max((load for load in loads if load.concurrency), key=lambda load: load.concurrency)
-    opened = next(load for load in loads if not load.concurrency)
+    seconds_to_load = sum(info.load_seconds.values())
     row = Row(
-        precision=info.precision,
+        mode=Mode(name=job.precision, precision=info.precision, kv_dtype=settings.kv_dtype),
         status="ok",
-        ttft=opened.ttft_s,
-        itl=opened.itl_s,
-        tpot=opened.tpot_s,
-        tokens_per_s=widest.output_tokens_per_s,
+        num_repeats=1,
         memory=memory,
-        perplexity=quality.perplexity,
-        kl=quality.kl_mean,
         quality=quality,
-        load_seconds=info.load_seconds,
-        quantize_seconds=quantize_seconds,
-        loads=loads,
+        loading=LoadTime(
+            seconds=Interval(estimate=seconds_to_load, low=None, high=None, n=1),
+            stages=info.load_seconds,
+            quantize_seconds=quantize_seconds,
+        ),
+        levels=levels,
         dtype=info.dtype,
         kv_dtype=info.kv_dtype,
         kernels=info.kernels,
@@ -156,22 +157,24 @@ def seconds_quantizing(info: EngineInfo) -> float:
     return sum(info.load_seconds.get(stage, 0.0) for stage in (CALIBRATE, QUANTIZE))
 
 
-async def drive(job: Job, host: Host, model: str, advance: Advance) -> tuple[list[Load], float]:
+async def drive(job: Job, host: Host, model: str, advance: Advance) -> tuple[list[Level], float]:
     """Every phase of load in turn -> their figures, and the open loop's rate."""
     options, phases = job.plan.options, job.plan.phases
     rate_per_s = options.rate_per_s or job.rate_per_s
-    loads: list[Load] = []
+    levels: list[Level] = []
     for place, phase in enumerate(phases):
         advance("traffic", place / len(phases))
         if not phase.concurrency and not rate_per_s:
-            rate_per_s = round(loads[-1].requests_per_s / 2, 3)
+            rate_per_s = round(levels[-1].runs[0].requests_per_s / 2, 3)
         raw = job.out / job.plan.load_file(job.place, phase)
-        load = await run_load(host.url, model, phase, rate_per_s, options.output_tokens, options.prompts, raw)
-        if not load.num_ok:
-            reasons = "; ".join(load.errors) or "no request was answered"
+        level = await run_load(
+            host.url, model, phase, rate_per_s, options.output_tokens, options.prompts, raw
+        )
+        if not level.runs[0].num_ok:
+            reasons = "; ".join(level.runs[0].errors) or "no request was answered"
             raise HalftoneError(f"load phase `{phase.id}` got no answer: {reasons}")
-        loads.append(load)
-    return loads, rate_per_s
+        levels.append(level)
+    return levels, rate_per_s
 
 
 def memory_of(host: Host, info: EngineInfo) -> Memory:

@@ -29,7 +29,7 @@ def template() -> Template:
 
 def render_page(report: Report) -> str:
     """The whole page, as text."""
-    places = {row.precision: place for place, row in enumerate(report.rows)}
+    places = {row.name: place for place, row in enumerate(report.rows)}
     good = [row for row in report.rows if row.ok]
     return template().render(
         report=report,
@@ -42,7 +42,7 @@ def render_page(report: Report) -> str:
             if name != "quality" or report.judges_quality
         },
         sentences=[sentence(report, row) for row in good],
-        load_ids=list(dict.fromkeys(load.id for row in good for load in row.loads)),
+        level_ids=list(dict.fromkeys(level.id for row in good for level in row.levels)),
     )
 
 
@@ -54,23 +54,20 @@ def plots(rows: list[Row], places: dict[str, int]) -> dict[str, str]:
         "tokens": bars(
             [
                 (
-                    f"{load.concurrency} stream{'s' if load.concurrency > 1 else ''}",
-                    [
-                        (row.precision, places[row.precision], row.loads[n].output_tokens_per_s)
-                        for row in rows
-                    ],
+                    level.label,
+                    [(row.name, places[row.name], speed(row, level.id)) for row in rows],
                 )
-                for n, load in enumerate(rows[0].loads)
-                if load.concurrency
+                for level in rows[0].levels
+                if level.is_closed
             ],
             "output tokens/s",
         ),
-        "memory": stacks([(row.precision, memory_parts(row)) for row in rows], "MB"),
+        "memory": stacks([(row.name, memory_parts(row)) for row in rows], "MB"),
         "quality": scatter(
             [
-                (row.precision, places[row.precision], row.memory.weight_bytes / 1e6, row.perplexity)
+                (row.name, places[row.name], row.memory.weight_bytes / 1e6, row.quality.perplexity)
                 for row in rows
-                if row.memory and row.perplexity
+                if row.memory and row.quality
             ],
             "weights, MB",
             "perplexity",
@@ -78,16 +75,16 @@ def plots(rows: list[Row], places: dict[str, int]) -> dict[str, str]:
     }
     curves = [
         Series(
-            row.precision,
-            places[row.precision],
+            row.name,
+            places[row.name],
             [
                 (1e3 * seconds, percent / 100)
-                for seconds, percent in zip(load.itl_curve_s, CURVE_PERCENTS, strict=True)
+                for seconds, percent in zip(level.itl_curve_s, CURVE_PERCENTS, strict=True)
             ],
         )
         for row in rows
-        for load in row.loads
-        if not load.concurrency and load.itl_curve_s
+        for level in row.levels
+        if not level.is_closed and level.itl_curve_s
     ]
     # a client that is kept from running reads many tokens at once; gaps of 0 have no logarithm
     if any(milliseconds > 0 for curve in curves for milliseconds, _ in curve.points):
@@ -113,29 +110,35 @@ def memory_parts(row: Row) -> list[tuple[str, float]]:
     return [(name, size / 1e6) for name, size in named.items()]
 
 
+def speed(row: Row, level_id: str) -> float:
+    found = row.figure("output_tokens_per_s", level_id)
+    return found.estimate if found else 0.0
+
+
 def sentence(report: Report, row: Row) -> str:
     """One mode in words, against the reference."""
-    base = report.reference_row
+    base, level = report.reference_row, report.workload.throughput_level
     assert row.memory is not None
-    if base is None or base.memory is None or not (base.perplexity and base.tokens_per_s and base.tpot):
-        return f"{row.precision} is measured, and there is no reference to tell it against."
+    if base is None or base.memory is None or not (base.quality and row.quality and speed(base, level)):
+        return f"{row.name} is measured, and there is no reference to tell it against."
     if row is base:
-        quality = f"perplexity {row.perplexity:.2f}" if report.judges_quality else "no verdict on quality"
+        quality = (
+            f"perplexity {row.quality.perplexity:.2f}" if report.judges_quality else "no verdict on quality"
+        )
         return (
-            f"{row.precision} is the reference: {row.memory.weight_bytes / 1e6:,.0f} MB of weights, "
-            f"{row.tokens_per_s:,.0f} tokens/s, {quality}."
+            f"{row.name} is the reference: {row.memory.weight_bytes / 1e6:,.0f} MB of weights, "
+            f"{speed(row, level):,.0f} tokens/s, {quality}."
         )
     bytes_ratio = row.memory.weight_bytes / base.memory.weight_bytes
-    speed = (row.tokens_per_s or 0.0) / base.tokens_per_s
-    loss = 100 * ((row.perplexity or 0.0) / base.perplexity - 1)
+    loss = 100 * (row.quality.perplexity / base.quality.perplexity - 1)
     quality = (
         f"its perplexity is {abs(loss):.1f} % {'higher' if loss >= 0 else 'lower'}"
         if report.judges_quality
         else "there is no verdict on its quality"
     )
     said = (
-        f"{row.precision} holds its weights in {100 * bytes_ratio:.0f} % of the bytes of {base.precision}, "
-        f"writes {speed:.2f} times as many tokens/s, and {quality}."
+        f"{row.name} holds its weights in {100 * bytes_ratio:.0f} % of the bytes of {base.name}, "
+        f"writes {speed(row, level) / speed(base, level):.2f} times as many tokens/s, and {quality}."
     )
     if row.purchase and row.purchase.more_kv_tokens:
         gained = row.purchase.more_kv_tokens

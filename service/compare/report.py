@@ -1,9 +1,9 @@
 """What a comparison found, as types: the source of report.json, its schema, and every other form of it.
 
-mode.measure() --Row--> Report --> report.json, .html, .md, .csv, terminal
+assemble --Rows, Verdict--> Report --> report.json, .html, .md, .csv, terminal
 
-Times are seconds, sizes bytes, KL nats per token. The schema in report.schema.json is made from these types
-and shipped; a test holds the two together.
+Times are seconds, sizes bytes, KL nats per token. Figures of speed are in figures.py. The schema in
+report.schema.json is made from these types and shipped; a test holds the two together.
 """
 
 import importlib.resources
@@ -11,52 +11,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
 
-FORMAT = "halftone-report/1"
+from service.compare.figures import CONFIDENCE, Interval, Level, described
+
+FORMAT = "halftone-report/2"
 MAX_DISAGREEMENT = 0.002
 MIN_STANDARD_ERRORS = 2.0
 
 
-def described(text: str) -> Meta:
-    return Meta(description=text)
+class Mode(msgspec.Struct, frozen=True, kw_only=True):
+    """What is compared: a precision, where its weights are from, and what its KV cache holds."""
 
-
-class Latency(msgspec.Struct, frozen=True):
-    """Seconds. With fewer than 100 values p99 is close to the slowest of them."""
-
-    n: int
-    mean: float
-    p50: float
-    p95: float
-    p99: float
-    max: float
-
-
-class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """One phase of load: the same seeded requests in every row."""
-
-    id: Annotated[str, described("`closed-N`: N streams that each wait for their answer; `open`: Poisson")]
-    concurrency: Annotated[int, described("Streams of a closed loop, 0 for the open one")]
-    rate_per_s: Annotated[float, described("Requests/s of the open loop, 0 for a closed one")]
-    num_requests: int
-    num_warmup: int
-    output_tokens: Annotated[int, described("Length asked of every answer")]
-    num_ok: int
-    num_errors: int
-    num_short: Annotated[int, described("Answers with fewer tokens than asked")]
-    errors: dict[str, int]
-    window_s: float
-    output_tokens_per_s: float
-    requests_per_s: float
-    ttft_s: Annotated[Latency | None, described("First token - time the request was due")]
-    itl_s: Annotated[Latency | None, described("Gaps between tokens, all requests pooled")]
-    tpot_s: Annotated[Latency | None, described("(E2E - TTFT) / (tokens - 1) of each request")]
-    e2e_s: Latency | None
-    itl_curve_s: Annotated[list[float], described("Quantiles 0, 2, 4, ... 100 % of the gaps")]
-    client_cpu_share: Annotated[float, described("Of one core, taken by the load generator itself")]
-    client_lag_p99_s: Annotated[float, described("How late the load generator woke up")]
-    raw: Annotated[str, described("File beside this one with every request's timestamps")]
+    name: Annotated[str, described("Unique in the report: `nf4`, `nf4 + kv int8`, `awq=ORG/MODEL-AWQ`")]
+    precision: Annotated[str, described("`name[:option=value,...]`; empty: another server, that tells none")]
+    checkpoint: Annotated[str, described("Its own, a folder or hub id; empty: the compared model's")] = ""
+    kv_dtype: Annotated[str, described("As asked: auto, int8, fp8")] = "auto"
+    server: Annotated[str, described("URL of a server that runs already, of which speed alone is known")] = ""
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +91,9 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     kl_tokens: int
     top1_agreement: Annotated[float, described("Share of positions where both find the same token likeliest")]
     agreement: Agreement
+    perplexity_ratio: Annotated[
+        Interval | None, described("Mode / reference, token by token over the same windows; null: not paired")
+    ] = None
 
 
 class Purchase(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,44 +102,127 @@ class Purchase(msgspec.Struct, frozen=True, kw_only=True):
     freed_bytes: Annotated[int, described("Weight bytes of the reference less those of this mode")]
     kv_bytes_per_token: float
     more_kv_tokens: Annotated[int, described("freed_bytes / kv_bytes_per_token; negative: it costs room")]
+    request_tokens: Annotated[float, described("Prompt and answer of a request of this load, mean")]
+    more_requests: Annotated[int, described("more_kv_tokens / request_tokens: open at the same time")]
+
+
+class Loading(msgspec.Struct, frozen=True, kw_only=True):
+    """From spawning an engine to ready."""
+
+    seconds: Annotated[Interval, described("Over the starts that were measured")]
+    stages: Annotated[dict[str, float], described("Stage -> seconds, mean")]
+    quantize_seconds: Annotated[
+        float,
+        described("Making the checkpoint of this mode, in an engine before the measured ones; 0: none made"),
+    ] = 0.0
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a mode has no figures of speed: it does not fit the device."""
+
+    needs_bytes: int
+    has_bytes: int
+
+
+class Knee(msgspec.Struct, frozen=True, kw_only=True):
+    """The highest measured rate, from the lowest on, whose p95 TTFT stays within twice the unloaded one."""
+
+    unloaded_ttft_p95_s: Annotated[float, described("With one stream")]
+    rate_per_s: Annotated[float, described("0: the lowest rate is beyond it already")]
+    low_rate_per_s: Annotated[float, described("Where the upper end of p95 TTFT's interval counts")]
+    high_rate_per_s: Annotated[float, described("Where the lower end counts")]
+    is_beyond: Annotated[bool, described("The highest rate measured stays within: the knee lies above it")]
+    said: Annotated[str, described("In words")]
+
+
+class Crossover(msgspec.Struct, frozen=True, kw_only=True):
+    """From which concurrency on a mode's tokens/s stop, or start, being more than the reference's."""
+
+    kind: Literal["always pays", "never pays", "stops paying", "starts paying", "undecided"]
+    streams: Annotated[float | None, described("Where the ratio is 1, between two measured concurrencies")]
+    low_streams: Annotated[int, described("Highest measured one before; 0: none")]
+    high_streams: Annotated[int, described("Lowest measured one behind; 0: none")]
+    said: Annotated[str, described("In words")]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One precision. Speed, bytes and quality come from the same engine process, so from the same weights."""
+    """One mode. Speed and bytes come from every repeat's engine, quality from the first one's."""
 
-    precision: Annotated[str, described("Canonical: `name[:option=value,...]`")]
-    status: Literal["ok", "failed"]
-    error: Annotated[str, described("Why there are no figures; empty for `ok`")] = ""
-    ttft: Annotated[Latency | None, described("Of the open loop, seconds")] = None
-    itl: Annotated[Latency | None, described("Of the open loop, seconds")] = None
-    tpot: Annotated[Latency | None, described("Of the open loop, seconds")] = None
-    tokens_per_s: Annotated[float | None, described("Output tokens/s of the widest closed loop")] = None
-    memory: Memory | None = None
-    perplexity: Annotated[float | None, described("quality.perplexity")] = None
-    kl: Annotated[float | None, described("quality.kl_mean")] = None
-    quality: Quality | None = None
-    purchase: Annotated[Purchase | None, described("Against the reference; none for the reference")] = None
-    load_seconds: Annotated[dict[str, float], described("Stage of loading -> seconds")] = msgspec.field(
-        default_factory=dict
-    )
-    quantize_seconds: Annotated[
-        float,
-        described("Making the checkpoint of this mode, in an engine before the measured one; 0: none made"),
-    ] = 0.0
-    loads: list[Load] = msgspec.field(default_factory=list)
+    mode: Mode
+    status: Literal["ok", "failed", "does not fit"]
+    error: Annotated[str, described("Why there are no figures of speed; empty for `ok`")] = ""
+    fit: Annotated[Fit | None, described("Of `does not fit`")] = None
+    num_repeats: Annotated[int, described("Measured whole")] = 0
+    levels: list[Level] = msgspec.field(default_factory=list)
+    knee: Annotated[Knee | None, described("Null: fewer than one rate and one stream measured")] = None
+    crossover: Annotated[Crossover | None, described("Null for the reference")] = None
+    is_on_front: Annotated[
+        bool | None,
+        described("No mode is surely faster with no more weight bytes and no more divergence; null: unknown"),
+    ] = None
+    memory: Annotated[Memory | None, described("Highest over the repeats; null: another server")] = None
+    loading: Loading | None = None
+    quality: Annotated[Quality | None, described("Null: not measured, or another server")] = None
+    purchase: Annotated[Purchase | None, described("Against the reference; null for the reference")] = None
     dtype: Annotated[str, described("Of activations")] = ""
-    kv_dtype: Annotated[str, described("Of the KV cache: as `dtype`, or int8, fp8")] = ""
+    kv_dtype: Annotated[str, described("Of the KV cache as served: as `dtype`, or int8, fp8")] = ""
     kernels: dict[str, str] = msgspec.field(default_factory=dict)
     calibration: dict[str, str] = msgspec.field(default_factory=dict)
-    seconds: Annotated[float, described("That this row took to measure")] = 0.0
+    seconds: Annotated[float, described("That all of this row took to measure")] = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.mode.name
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
 
-    @property
-    def seconds_to_load(self) -> float:
-        return sum(self.load_seconds.values())
+    def level(self, id: str) -> Level | None:
+        return next((level for level in self.levels if level.id == id), None)
+
+    def figure(self, name: str, level_id: str) -> Interval | None:
+        """One figure at one level; None where it was not measured."""
+        level = self.level(level_id)
+        found: Interval | None = getattr(level.figures, name) if level else None
+        return found
+
+    def ratio(self, name: str, level_id: str) -> Interval | None:
+        """The same against the reference."""
+        level = self.level(level_id)
+        found: Interval | None = getattr(level.ratios, name) if level and level.ratios else None
+        return found
+
+
+class NullComparison(msgspec.Struct, frozen=True, kw_only=True):
+    """The reference against itself, measured as one mode more in the same schedule: the noise of this run."""
+
+    row: Annotated[Row, described("Its ratios should hold 1")]
+    num_figures: Annotated[int, described("Ratios with an interval")]
+    num_beyond: Annotated[int, described("Of them, those whose interval excludes 1; chance alone: 5 %")]
+    beyond: Annotated[list[str], described("Which, as `level figure`")]
+    said: Annotated[str, described("In words")]
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """Which mode to deploy, in words, and how sure that is. What is not established is not said."""
+
+    deploy: Annotated[str, described("Name of the mode; empty: nothing is established")]
+    tied: Annotated[list[str], described("Modes that this run cannot tell apart at the top")]
+    headline: Annotated[str, described("For this model, device, traffic and SLO: one sentence")]
+    because: list[str]
+    costs: list[str]
+    sureness: Annotated[list[str], described("How sure, and what would have to be measured to be surer")]
+    rejected: Annotated[dict[str, str], described("Mode -> why it is not the one")]
+    rule: Annotated[str, described("How a mode is chosen, in words")]
+
+
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine of the schedule: modes are interleaved, in another seeded order in each repeat."""
+
+    order: int
+    repeat: int
+    mode: str
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,14 +254,35 @@ class Text(msgspec.Struct, frozen=True, kw_only=True):
     protocol: str
 
 
+class Slo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request has to keep to count as good. Null: not asked for."""
+
+    ttft_s: float | None = None
+    itl_s: Annotated[float | None, described("The 95th percentile of the request's own gaps")] = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    @property
+    def said(self) -> str:
+        """`TTFT <= 500 ms, ITL <= 30 ms`."""
+        named = {"TTFT": self.ttft_s, "ITL": self.itl_s, "TPOT": self.tpot_s, "E2E": self.e2e_s}
+        return ", ".join(
+            f"{name} <= {1e3 * limit:g} ms" for name, limit in named.items() if limit is not None
+        )
+
+
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
     prompts: str
     prompts_sha256: str
     seed: int
-    rate_per_s: Annotated[float, described("Of the open loop; chosen once, the same in every row")]
-    rate_rule: Annotated[str, described("Where the rate comes from")]
+    rate_rule: Annotated[str, described("Where the open loops' rates come from")]
     output_tokens: int
     kv_tokens: int
+    num_repeats: Annotated[int, described("Asked for at least")]
+    max_repeats: Annotated[int, described("Where those cannot resolve 5 %")]
+    slo: Slo | None = None
+    throughput_level: Annotated[str, described("Id of the closed level whose tokens/s stand in tables")]
+    latency_level: Annotated[str, described("Id of the open level whose latencies stand in tables")]
     deterministic: Annotated[bool, described("Every engine ran with `--deterministic`")] = False
 
 
@@ -214,16 +291,20 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     first_line: Annotated[str, described("Model, device, workload")]
     supports: Annotated[str, described("What these figures can support, and what not")]
     complete: Annotated[bool, described("False: some mode was not measured, or failed")]
-    not_measured: Annotated[list[str], described("Modes asked for that have no row: the run was stopped")]
-    reference: str
+    not_measured: Annotated[list[str], described("Modes asked for that lack repeats: the run was stopped")]
+    reference: Annotated[str, described("Name of the mode that others are told against")]
+    confidence: Annotated[float, described("Of every interval")] = CONFIDENCE
     model: Model
     device: Device
     workload: Workload
     text: Text
     rows: list[Row]
+    null: Annotated[NullComparison | None, described("Null: not measured yet")] = None
+    verdict: Annotated[Verdict | None, described("Null: the run is not complete")] = None
+    schedule: list[Turn]
     environment: Annotated[dict[str, str], described("Versions, machine, commit")]
     started_at: Annotated[str, described("ISO 8601, UTC")]
-    seconds: Annotated[float, described("Sum over the rows")]
+    seconds: Annotated[float, described("That measuring took, all engines together")]
 
     @property
     def judges_quality(self) -> bool:
@@ -233,7 +314,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def reference_row(self) -> Row | None:
         """The row that others are told against; None where it failed or is still to come."""
-        return next((row for row in self.rows if row.ok and row.precision == self.reference), None)
+        return next((row for row in self.rows if row.ok and row.name == self.reference), None)
 
     @property
     def kv_note(self) -> str:
@@ -260,13 +341,20 @@ def shipped_schema() -> dict[str, Any]:
     return loaded
 
 
-def purchase(row: Row, reference: Row | None) -> Purchase | None:
+def purchase(row: Row, reference: Row | None, request_tokens: float) -> Purchase | None:
     """What `row`'s saving buys against `reference`; None for the reference and where there is none."""
-    if reference is None or reference.precision == row.precision or not (row.memory and reference.memory):
+    if reference is None or reference.name == row.name or not (row.memory and reference.memory):
         return None
     freed = reference.memory.weight_bytes - row.memory.weight_bytes
     per_token = row.memory.kv_bytes_per_token
-    return Purchase(freed_bytes=freed, kv_bytes_per_token=per_token, more_kv_tokens=int(freed / per_token))
+    more_tokens = int(freed / per_token)
+    return Purchase(
+        freed_bytes=freed,
+        kv_bytes_per_token=per_token,
+        more_kv_tokens=more_tokens,
+        request_tokens=request_tokens,
+        more_requests=int(more_tokens / request_tokens) if request_tokens else 0,
+    )
 
 
 if __name__ == "__main__":  # writes the schema anew, after a change of the types

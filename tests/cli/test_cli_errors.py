@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from service.__main__ import main, run
-from service.compare.report import Row
+from service.compare.report import Mode, Row
 from service.disk import told_disk_errors
 from service.errors import SystemProblem
 from service.precision import CALIBRATED, TABLE, backend_class
@@ -179,7 +179,10 @@ def test_a_mode_that_failed_is_a_failed_command(
     fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every row could fail and the exit code was 0."""
-    rows = [Row(precision="bf16", status="ok"), Row(precision="nf4", status="failed", error="no room")]
+    rows = [
+        Row(mode=Mode(name="bf16", precision="bf16"), status="ok"),
+        Row(mode=Mode(name="nf4", precision="nf4"), status="failed", error="no room"),
+    ]
     monkeypatch.setattr("service.cli.compare.run_compare", lambda *_: SimpleNamespace(rows=rows))
     model = write_folder(tmp_path / "model", "config.json", "model.safetensors")
     code, message, hint = fails("compare", model, "--precisions", "bf16,nf4", "--out", str(tmp_path / "out"))

@@ -18,10 +18,11 @@ import pytest
 
 from service.__main__ import leave
 from service.compare import mode
+from service.compare.figures import Level
 from service.compare.loads import run_load
 from service.compare.mode import Advance, Job, Measured, measure
 from service.compare.plan import CompareOptions, Phase
-from service.compare.report import Load, Report, shipped_schema
+from service.compare.report import Report, shipped_schema
 from service.errors import HalftoneError, PrecisionError, SettingError, SystemProblem
 from service.front import host
 from service.front.host import Host, bind
@@ -48,19 +49,20 @@ class Counting:
 def test_two_modes_end_to_end(compare: Compare, tmp_path: Path) -> None:
     report = compare(["bf16", "int8"])
     out = tmp_path / "report"
-    assert [row.precision for row in report.rows] == ["bf16", "int8"]
+    assert [row.name for row in report.rows] == ["bf16", "int8"]
     assert report.complete
     assert report.reference == "bf16"
     for row in report.rows:
         assert row.ok
-        assert [load.id for load in row.loads] == ["closed-1", "closed-2", "open"]
-        assert all(load.num_errors == load.num_short == 0 for load in row.loads)
-        assert row.loads[1].num_ok == 4
-        assert row.tokens_per_s == row.loads[1].output_tokens_per_s > 0
-        assert row.ttft == row.loads[2].ttft_s
-        assert row.perplexity == pytest.approx(20, abs=1e-3)
-        assert row.kl == pytest.approx(0.0123)
+        assert [level.id for level in row.levels] == ["closed-1", "closed-2", "open"]
+        assert all(level.num_errors == level.num_short == 0 for level in row.levels)
+        assert row.levels[1].runs[0].num_ok == 4
+        speed = row.figure("output_tokens_per_s", report.workload.throughput_level)
+        assert speed is not None
+        assert speed.estimate == row.levels[1].runs[0].output_tokens_per_s > 0
         assert row.quality is not None
+        assert row.quality.perplexity == pytest.approx(20, abs=1e-3)
+        assert row.quality.kl_mean == pytest.approx(0.0123)
         assert row.quality.agreement.tokens == 128
         assert row.quality.agreement.agrees
         assert row.memory is not None
@@ -68,9 +70,7 @@ def test_two_modes_end_to_end(compare: Compare, tmp_path: Path) -> None:
         assert row.memory.peak_bytes - row.memory.peak_without_kv_bytes == row.memory.kv_bytes > 0
     written = json.loads((out / "report.json").read_bytes())
     jsonschema.validate(written, shipped_schema())
-    for name in ("precision", "ttft", "tpot", "tokens_per_s", "memory", "perplexity", "kl"):
-        assert all(row[name] is not None for row in written["rows"])
-    raw = json.loads((out / written["rows"][1]["loads"][2]["raw"]).read_bytes())
+    raw = json.loads((out / written["rows"][1]["levels"][2]["runs"][0]["raw"]).read_bytes())
     assert raw["workload"]["model"] == "tiny-model"
     assert (out / "report.html").stat().st_size > 10_000
     lines = list(csv.DictReader(io.StringIO((out / "report.csv").read_text())))
@@ -86,11 +86,11 @@ def test_every_row_gets_the_same_requests_at_the_same_times(compare: Compare, tm
     report = compare(["bf16", "nf4"], options=replace(base_options(tmp_path), rate_per_s=0.0))
     folder = tmp_path / "report"
     first, second = (
-        [json.loads((folder / load.raw).read_bytes()) for load in row.loads] for row in report.rows
+        [json.loads((folder / level.runs[0].raw).read_bytes()) for level in row.levels] for row in report.rows
     )
     arrivals, others = (result[2]["levels"][0]["arrivals"] for result in (first, second))
     assert arrivals == others
-    assert arrivals["rate_per_s"] == report.workload.rate_per_s > 0
+    assert arrivals["rate_per_s"] == report.rows[0].levels[2].rate_per_s > 0
     for one, other in zip(first, second, strict=True):
         assert one["workload"] == other["workload"]
         assert [r["prompt_tokens"] for r in by_index(one)] == [r["prompt_tokens"] for r in by_index(other)]
@@ -159,9 +159,10 @@ def test_a_checkpoint_is_made_before_the_measured_engine_starts(
     monkeypatch.setattr(mode, "Host", CountedHost)
     report = compare(["bf16", "awq", "awq:bits=3"])
     assert starts == ["bf16", "awq", "awq", "awq:bits=3"]
-    assert [row.quantize_seconds for row in report.rows] == [0.0, 1.75, 0.0]
+    assert [row.loading and row.loading.quantize_seconds for row in report.rows] == [0.0, 1.75, 0.0]
     for row in report.rows:
-        assert row.load_seconds == {"import": 0.1, "load": 0.5}
+        assert row.loading is not None
+        assert row.loading.stages == {"import": 0.1, "load": 0.5}
         assert row.memory is not None
         assert row.memory.peak_load_bytes == 300_000_000
     assert "awq: its checkpoint was made in 1.8 s" in (tmp_path / "report/report.md").read_text()
@@ -180,7 +181,7 @@ def test_an_engine_that_was_started_again_is_no_row(
             hosts.append(self)
             return await super().__aenter__()
 
-    async def load_then_kill(url: str, model: str, phase: Phase, *rest: object) -> Load:
+    async def load_then_kill(url: str, model: str, phase: Phase, *rest: object) -> Level:
         load = await run_load(url, model, phase, *rest)  # type: ignore[arg-type]
         if phase.id == "open" and len(hosts) == 1:
             process = hosts[0].supervisor.process
@@ -214,7 +215,7 @@ def test_metrics_are_where_the_settings_say_and_the_api_is_not(
         with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=30) as response:
             return str(response.read().decode())
 
-    async def scraped_load(url: str, *rest: Any) -> Load:
+    async def scraped_load(url: str, *rest: Any) -> Level:
         assert not url.endswith(f":{metrics_port}")
         scraped.append(await asyncio.to_thread(scrape))
         return await run_load(url, *rest)
@@ -231,7 +232,7 @@ def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(compare: Com
     with pytest.raises(KeyboardInterrupt):
         compare(["bf16", "int8"], measure_mode=Counting(int8=KeyboardInterrupt()))
     partial = json.loads((tmp_path / "report/report.json").read_bytes())
-    assert [row["precision"] for row in partial["rows"]] == ["bf16"]
+    assert [row["mode"]["name"] for row in partial["rows"]] == ["bf16"]
     assert not partial["complete"]
 
     rest = Counting()
@@ -255,7 +256,7 @@ class Interrupted:
         self.started.append(await self.spawn(*arguments, **options))
         return self.started[-1]
 
-    async def watched(self, *arguments: Any) -> Load:
+    async def watched(self, *arguments: Any) -> Level:
         before = len(self.started)
         load = asyncio.ensure_future(self.run_load(*arguments))
         try:
@@ -313,7 +314,7 @@ def test_a_signal_leaves_a_report_and_no_process(
     assert not isinstance(error.value, SystemExit) or error.value.code == 143
     assert all(process.returncode is not None for process in interrupted.started)
     partial = json.loads((tmp_path / "report/report.json").read_bytes())
-    assert [row["precision"] for row in partial["rows"]] == ["bf16"]
+    assert [row["mode"]["name"] for row in partial["rows"]] == ["bf16"]
     assert partial["not_measured"] == ["int8", "nf4"]
     assert not partial["complete"]
     jsonschema.validate(partial, shipped_schema())

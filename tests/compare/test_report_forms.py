@@ -12,15 +12,16 @@ import pytest
 from service import cores
 from service.compare.assemble import environment
 from service.compare.export import comma_separated, markdown, notes
+from service.compare.figures import Figures, Interval, Latency, Level, Run
 from service.compare.mode import agreement_of
 from service.compare.page import render_page
 from service.compare.report import (
     Agreement,
     Apart,
     Device,
-    Latency,
-    Load,
+    Loading,
     Memory,
+    Mode,
     Model,
     Quality,
     Report,
@@ -35,33 +36,49 @@ from service.errors import HalftoneError
 from service.messages import Evaluated, Paired
 
 
-def latency(p50: float) -> Latency:
-    return Latency(n=10, mean=p50, p50=p50, p95=2 * p50, p99=3 * p50, max=3 * p50)
+def once(value: float) -> Interval:
+    return Interval(estimate=value, low=0.9 * value, high=1.1 * value, n=3)
 
 
-def load(id: str, concurrency: int) -> Load:
-    return Load(
-        id=id,
-        concurrency=concurrency,
-        rate_per_s=0.0 if concurrency else 1.5,
-        num_requests=8,
-        num_warmup=2,
-        output_tokens=16,
+def level(id: str, concurrency: int) -> Level:
+    latency = Latency(n=10, mean=0.05, p50=0.05, p95=0.1, p99=0.15, max=0.2)
+    run = Run(
+        repeat=0,
+        order=0,
+        seed=0,
         num_ok=8,
         num_errors=0,
         num_short=0,
         errors={},
         window_s=2.0,
+        prompt_tokens=80,
+        output_tokens=128,
         output_tokens_per_s=64.0 + concurrency,
         requests_per_s=4.0,
-        ttft_s=latency(0.05),
-        itl_s=latency(0.01),
-        tpot_s=latency(0.011),
-        e2e_s=latency(0.2),
-        itl_curve_s=[0.005 + 0.0005 * n for n in range(51)],
+        goodput_per_s=None,
+        ttft_s=latency,
+        itl_s=latency,
+        tpot_s=latency,
+        e2e_s=latency,
+        energy=None,
         client_cpu_share=0.02,
         client_lag_p99_s=0.0003,
         raw=f"modes/1-x-{id}.json",
+    )
+    figures = {
+        f"{name}_{percent}_s": once(times * middle)
+        for name, middle in (("ttft", 0.05), ("itl", 0.01), ("tpot", 0.011), ("e2e", 0.2))
+        for times, percent in enumerate(("p50", "p95", "p99"), 1)
+    }
+    return Level(
+        id=id,
+        concurrency=concurrency,
+        rate_per_s=0.0 if concurrency else 1.5,
+        num_requests=8,
+        num_warmup=2,
+        runs=[run],
+        figures=Figures(output_tokens_per_s=once(64.0 + concurrency), requests_per_s=once(4.0), **figures),
+        itl_curve_s=[0.005 + 0.0005 * n for n in range(51)],
     )
 
 
@@ -72,7 +89,6 @@ def row(
     disagreement: float = 0.0005,
     standard_error: float = 0.001,
 ) -> Row:
-    loads = [load("closed-1", 1), load("closed-4", 4), load("open", 0)]
     apart = Apart(change=disagreement, standard_error=standard_error)
     agreement = Agreement(
         tokens=2048,
@@ -85,12 +101,9 @@ def row(
         agrees=not apart.is_flagged,
     )
     return Row(
-        precision=precision,
+        mode=Mode(name=precision, precision=precision),
         status="ok",
-        ttft=loads[2].ttft_s,
-        itl=loads[2].itl_s,
-        tpot=loads[2].tpot_s,
-        tokens_per_s=loads[1].output_tokens_per_s,
+        num_repeats=3,
         memory=Memory(
             weight_bytes=weight_bytes,
             kv_bytes=20_000_000,
@@ -101,8 +114,6 @@ def row(
             peak_without_kv_bytes=weight_bytes + 30_000_000,
             parts={"weights.codes": weight_bytes - 1000, "weights.norms": 1000, "kv_cache": 20_000_000},
         ),
-        perplexity=perplexity,
-        kl=0.01,
         quality=Quality(
             perplexity=perplexity,
             tokens=4096,
@@ -111,8 +122,8 @@ def row(
             top1_agreement=0.95,
             agreement=agreement,
         ),
-        loads=loads,
-        load_seconds={"import": 1.0, "load": 2.5},
+        levels=[level("closed-1", 1), level("closed-4", 4), level("open", 0)],
+        loading=Loading(seconds=once(3.5), stages={"import": 1.0, "load": 2.5}),
         dtype="bf16",
         kv_dtype="bf16",
         kernels={"qkv_proj": "torch"},
@@ -123,7 +134,7 @@ def row(
 def report(*rows: Row) -> Report:
     reference = next((one for one in rows if one.ok), None)
     return Report(
-        format="halftone-report/1",
+        format="halftone-report/2",
         first_line="tiny on a <b>machine</b>",
         supports="nothing but this test",
         complete=all(one.ok for one in rows),
@@ -135,10 +146,13 @@ def report(*rows: Row) -> Report:
             prompts="64 texts",
             prompts_sha256="0" * 64,
             seed=0,
-            rate_per_s=1.5,
             rate_rule="as asked",
             output_tokens=16,
             kv_tokens=1000,
+            num_repeats=3,
+            max_repeats=5,
+            throughput_level="closed-4",
+            latency_level="open",
         ),
         text=Text(
             name="t",
@@ -150,7 +164,8 @@ def report(*rows: Row) -> Report:
             window_tokens=513,
             protocol="p",
         ),
-        rows=[msgspec.structs.replace(one, purchase=purchase(one, reference)) for one in rows],
+        rows=[msgspec.structs.replace(one, purchase=purchase(one, reference, 100.0)) for one in rows],
+        schedule=[],
         environment={"python": "3.11", "commit": ""},
         started_at="2026-01-01T00:00:00+00:00",
         seconds=20.0,
@@ -162,7 +177,11 @@ def three() -> Report:
     return report(
         row("bf16", 269_000_000, 20.0),
         row("nf4", 115_000_000, 23.9, disagreement=0.004),
-        Row(precision="awq:bits=3", status="failed", error="`<script>` has no kernel\n  hint: none"),
+        Row(
+            mode=Mode(name="awq:bits=3", precision="awq:bits=3"),
+            status="failed",
+            error="`<script>` has no kernel\n  hint: none",
+        ),
     )
 
 
@@ -193,8 +212,9 @@ def test_what_freed_bytes_buy(three: Report) -> None:
     assert bought.freed_bytes == 154_000_000
     assert bought.kv_bytes_per_token == 20_000
     assert bought.more_kv_tokens == 7700
+    assert bought.more_requests == 77
     assert three.rows[0].purchase is None
-    larger = purchase(row("fp32", 538_000_000, 20.0), row("bf16", 269_000_000, 20.0))
+    larger = purchase(row("fp32", 538_000_000, 20.0), row("bf16", 269_000_000, 20.0), 100.0)
     assert larger is not None
     assert larger.more_kv_tokens == -13_450
 
@@ -232,7 +252,7 @@ def test_the_page_has_every_row_and_fetches_nothing(three: Report) -> None:
     assert reader.fetched == []
     assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe", page)
     for one in three.rows:
-        assert reader.text.count(one.precision) >= 2
+        assert reader.text.count(one.name) >= 2
     assert "`<script>` has no kernel" in reader.text
     assert "tiny on a <b>machine</b>" in reader.text  # escaped, or the parser would have eaten the tags
     assert page.count("<svg") == 4
@@ -260,7 +280,7 @@ def test_random_weights_get_no_verdict_on_quality(three: Report) -> None:
 
 
 def test_a_page_of_failures_is_still_a_page() -> None:
-    failed = report(Row(precision="bf16", status="failed", error="no memory"))
+    failed = report(Row(mode=Mode(name="bf16", precision="bf16"), status="failed", error="no memory"))
     reader = Reader()
     reader.feed(render_page(failed))
     assert "no memory" in reader.text
@@ -271,7 +291,7 @@ def test_tokens_that_came_all_at_once_have_no_curve(three: Report) -> None:
     """On an overloaded machine every gap can be 0, and the whole report was lost."""
     rows = [
         msgspec.structs.replace(
-            mode, loads=[msgspec.structs.replace(phase, itl_curve_s=[0.0] * 51) for phase in mode.loads]
+            mode, levels=[msgspec.structs.replace(one, itl_curve_s=[0.0] * 51) for one in mode.levels]
         )
         for mode in three.rows
     ]
