@@ -17,6 +17,7 @@ from typing import Literal
 
 from service.errors import EngineUnavailableError, HalftoneError, OverloadedError
 from service.front.connection import EngineConnection
+from service.front.engine_state import EngineState, State
 from service.messages import (
     Abort,
     EngineInfo,
@@ -39,7 +40,6 @@ from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "ready", "draining", "down", "failed"]
 EvaluationMode = Literal["prefill", "decode1", "decode8"]
 Sink = Callable[[Output, float], None]
 
@@ -65,11 +65,10 @@ class EngineClient:
     """Streams of one engine at a time. Built once a front; see `Supervisor` for the engine's lives."""
 
     def __init__(self, max_queue_requests: int, metrics: Metrics) -> None:
-        self.state: State = "starting"
+        self.engine_state = EngineState(metrics)
         self.info: EngineInfo | None = None
         self.loading: Loading | None = None
         self.fatal: Fatal | None = None  # of the present or the last engine
-        self.failure: HalftoneError | None = None  # why the state is `failed`
         self.last_message_at = time.monotonic()
         self.max_queue_requests = max_queue_requests
         self._metrics = metrics
@@ -80,10 +79,17 @@ class EngineClient:
         ] = {}
         self._connection: EngineConnection | None = None
         self._outbox: list[bytes] = []
-        self._waiters: list[tuple[tuple[State, ...], asyncio.Future[None]]] = []
         self._idle_waiters: list[asyncio.Future[None]] = []
-        self.is_draining = False  # no request is taken any more, whatever becomes of the engine
         self.is_serving = False  # the present engine has said Ready
+
+    @property
+    def state(self) -> State:
+        return self.engine_state.now
+
+    @property
+    def failure(self) -> HalftoneError | None:
+        """Why the state is `failed`."""
+        return self.engine_state.failure
 
     # --- for api/ ------------------------------------------------------------------------------
 
@@ -99,7 +105,7 @@ class EngineClient:
         """
         if self.state != "ready":
             self._metrics.rejected(self.state)
-            raise self._unavailable()
+            raise self.engine_state.unavailable()
         if len(self._open) + num_requests > self.max_queue_requests:
             self._metrics.rejected("overloaded")
             raise OverloadedError(
@@ -158,7 +164,7 @@ class EngineClient:
         when it cannot evaluate.
         """
         if self.state != "ready":
-            raise self._unavailable()
+            raise self.engine_state.unavailable()
         id = self._next_id
         self._next_id = id + 1
         answer: asyncio.Future[Evaluated] = asyncio.get_running_loop().create_future()
@@ -175,27 +181,23 @@ class EngineClient:
     async def wait_ready(self) -> EngineInfo:
         """Waits through loading and restarts -> what is served. Raises the reason once the state is `failed`,
         EngineUnavailableError when the server is shut down meanwhile."""
-        if not self.is_draining:
+        if not self.engine_state.is_draining:
             await self.wait_for("ready", "failed", "draining")
         if self.failure is not None:
             raise self.failure
         if self.state != "ready" or self.info is None:
-            raise self._unavailable()
+            raise self.engine_state.unavailable()
         return self.info
 
     async def wait_for(self, *states: State) -> None:
         """Returns when one of `states` has been entered, even if it was left at once."""
-        if self.state not in states:
-            entered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append((states, entered))
-            await entered
+        await self.engine_state.wait_for(*states)
 
     # --- for the host --------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Takes no more requests; those that are open go on."""
-        self.is_draining = True
-        self._enter("draining")
+        self.engine_state.drain()
 
     async def wait_idle(self) -> None:
         """Returns when no request is open."""
@@ -218,7 +220,7 @@ class EngineClient:
         self.fatal = None
         self._outbox.clear()
         # both before the await: a quick engine is ready by the time it returns
-        self._enter("starting")
+        self.engine_state.enter("starting")
         connected = self._connection = EngineConnection(self.receive)
         await asyncio.get_running_loop().create_unix_connection(lambda: connected, sock=connection)
         return connected.closed
@@ -231,7 +233,7 @@ class EngineClient:
             connection.transport.abort()
         self._outbox.clear()
         if self.state != "failed":
-            self._enter("down")
+            self.engine_state.enter("down")
         self._end_open(ENGINE_DIED)
         for answer, _ in self._evaluations.values():
             if not answer.done():
@@ -239,8 +241,7 @@ class EngineClient:
 
     def fail(self, failure: HalftoneError) -> None:
         """There will be no other engine."""
-        self.failure = failure
-        self._enter("failed")
+        self.engine_state.fail(failure)
 
     def shut_down_engine(self) -> None:
         """Asks the engine to exit."""
@@ -261,7 +262,7 @@ class EngineClient:
             self.loading = None
             self.is_serving = True
             self._metrics.engine_ready(message.info)
-            self._enter("ready")
+            self.engine_state.enter("ready")
         elif isinstance(message, Fatal):
             self.fatal = message
 
@@ -346,32 +347,6 @@ class EngineClient:
             for idle in waiters:
                 if not idle.done():
                     idle.set_result(None)
-
-    def _enter(self, state: State) -> None:
-        if self.is_draining and state in ("starting", "ready"):
-            state = "draining"
-        self.state = state
-        self._metrics.engine_state(state)
-        waiters, self._waiters = self._waiters, []
-        for states, entered in waiters:
-            if state not in states:
-                self._waiters.append((states, entered))
-            elif not entered.done():
-                entered.set_result(None)
-
-    def _unavailable(self) -> EngineUnavailableError:
-        if self.failure is not None:
-            return EngineUnavailableError(
-                f"the engine cannot run: {self.failure.message}", hint=self.failure.hint
-            )
-        doing = {
-            "starting": "is loading the model",
-            "draining": "is shutting down",
-            "down": "has died and is being started again",
-        }
-        return EngineUnavailableError(
-            f"the engine {doing.get(self.state, 'is not ready')}", hint="try again when `/ready` says 200"
-        )
 
     def _send(self, message: FrontMessage) -> None:
         if self._connection is None:
