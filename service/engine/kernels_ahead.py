@@ -246,8 +246,7 @@ class Steps:
             from service.kernels.fixed_linear.triton import fixed_linear
 
             return fixed_linear(x, weight, bias)
-        is_torch_s = len(x) > triton.MAX_ROWS or not triton.serves(weight)
-        if is_torch_s or self.shapes.dense(out_features, x.shape[1]):
+        if len(x) > triton.most_rows(weight) or self.shapes.dense(out_features, x.shape[1]):
             return self.activations(len(x), out_features)
         return triton.stream_linear(x, weight, bias)
 

@@ -48,11 +48,12 @@ def test_what_it_serves(stream: ModuleType) -> None:
     def weight(out_features: int, in_features: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(out_features, in_features, dtype=dtype, device="meta")
 
-    assert stream.serves(weight(6144, 4096))
-    assert stream.serves(weight(128256, 4096, torch.bfloat16))
-    assert not stream.serves(weight(6144, 4096, torch.float32))
-    assert not stream.serves(weight(960, 576)), "small"
-    assert not stream.serves(weight(6150, 4096)), "a ragged tile"
-    assert not stream.serves(weight(6144, 4160)), "a ragged tile"
+    assert stream.most_rows(weight(4096, 4096)) == 16
+    assert stream.most_rows(weight(128256, 4096, torch.bfloat16)) == 16
+    assert stream.most_rows(weight(4096, 14336)) == 64, "long sums"
+    assert stream.most_rows(weight(6144, 4096, torch.float32)) == 0
+    assert stream.most_rows(weight(960, 576)) == 0, "small"
+    assert stream.most_rows(weight(6150, 4096)) == 0, "a ragged tile"
+    assert stream.most_rows(weight(6144, 4160)) == 0, "a ragged tile"
     shapes = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (256, 4096))
     assert [stream.splits_of(*shape) for shape in shapes] == [2, 2, 1, 2, 1]

@@ -65,7 +65,7 @@ def pack_onednn(weight: Tensor) -> Tensor:
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in] -> [T, out]; `weight` from `pack_weight`, `bias` [out]."""
-    if x.is_cuda and x.shape[0] <= triton.MAX_ROWS and triton.serves(weight):
+    if x.is_cuda and x.shape[0] <= triton.most_rows(weight):
         return triton.stream_linear(x, weight, bias)
     if native.is_packed(weight):
         return native.linear(weight, bias)(x)
@@ -125,8 +125,8 @@ def linear_kernel(weight: Tensor, *, deterministic: bool = False) -> str:
         return "triton.fixed_linear"
     if rows := plan_of(weight):
         return f"cuda.dense_stream up to {rows[-1].max_rows} rows, torch.linear"
-    if weight.is_cuda and triton.serves(weight):
-        return f"triton.stream_linear up to {triton.MAX_ROWS} rows, torch.linear"
+    if weight.is_cuda and (most := triton.most_rows(weight)):
+        return f"triton.stream_linear up to {most} rows, torch.linear"
     if native.is_packed(weight):
         return "native.avx512.dense_linear"
     return "onednn.packed_linear" if weight.is_mkldnn else "torch.linear"

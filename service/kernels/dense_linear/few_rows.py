@@ -4,11 +4,12 @@ bind_linear, engine/kernels_ahead --shape--> plan --> cuda.py
 
 A plan is a row for each range of numbers of rows, whose end is included; more rows than the last are torch's.
 It follows from the shape alone: layers and compilation ahead of the first launch share it. The table is what
-was measured (docs/experiments.md, section 10): without rows, nobody is served.
+was measured (docs/experiments.md, section 10): weights of fewer outputs are read faster by triton.py.
 """
 
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -76,8 +77,21 @@ class Row:
     variant: Variant
 
 
-# By the most rows. Empty until docs/experiments.md tells which are fastest, and that they beat the others.
-TABLE: tuple[tuple[int, Variant], ...] = ()
+class Entry(NamedTuple):
+    """Of the table."""
+
+    max_rows: int
+    least_outputs: int  # of a weight: with fewer, adding up parts of tiles costs more than it gains
+    variant: Variant
+
+
+# In turn by the most rows.
+TABLE: tuple[Entry, ...] = (
+    Entry(8, 6144, Variant(8, 1, 1, 4, 6)),
+    Entry(16, 6144, Variant(16, 1, 1, 2, 5, early=1)),
+    Entry(32, 6144, Variant(32, 1, 1, 2, 8)),
+    Entry(64, 16384, Variant(64, 1, 1, 2, 6)),
+)
 
 
 def plan(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Row, ...]:
@@ -89,13 +103,16 @@ def plan(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[Row, 
         and out_features % OUTPUTS == 0
         and in_features % INPUTS == 0
     )
+    if not is_served:
+        return ()
     bf16 = int(dtype is torch.bfloat16)
-    return tuple(Row(most, _typed(variant, bf16)) for most, variant in TABLE) if is_served else ()
+    serving = (entry for entry in TABLE if out_features >= entry.least_outputs)
+    return tuple(Row(entry.max_rows, _typed(entry.variant, bf16)) for entry in serving)
 
 
 def most_sums() -> int:
     """Of the blocks of a multiprocessor, of any of the table's variants."""
-    return max(variant.sums_of_block * variant.per_sm for _, variant in TABLE)
+    return max(entry.variant.sums_of_block * entry.variant.per_sm for entry in TABLE)
 
 
 def _typed(variant: Variant, bf16: int) -> Variant:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from service.kernels.launch import await_predecessor, launch, next_power_of_2
 
-MAX_ROWS = (
-    16  # 157 us a layer of Llama-3.1-8B, the sum of the parts apart, to cuBLAS's 167: docs/experiments.md
-)
+# Where it is ahead of cuBLAS on an H100 (docs/experiments.md, section 10): long sums at more rows
+MAX_ROWS, MAX_ROWS_OF_DEEP, DEEP = 16, 64, 8192
 MIN_WEIGHT_BYTES = 16 << 20  # smaller ones live in the L2 cache
 TILE_OUT, TILE_IN, STAGES = 64, 256, 3
 PROGRAMS = 128  # at least so many, where the shape allows it: about one for each multiprocessor of an H100
@@ -91,10 +90,10 @@ def stream_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
-def serves(weight: Tensor) -> bool:
-    """Is it worth it, and do whole tiles cover it?"""
+def most_rows(weight: Tensor) -> int:
+    """Up to how many rows of x it is worth it; 0 where whole tiles do not cover the weight."""
     out_features, in_features = weight.shape
-    return (
+    is_served = (
         weight.dtype in (torch.float16, torch.bfloat16)
         and weight.numel() * weight.element_size() >= MIN_WEIGHT_BYTES
         and out_features % TILE_OUT == 0
@@ -102,6 +101,9 @@ def serves(weight: Tensor) -> bool:
         and out_features <= MAX_TILES * TILE_OUT
         and weight.is_contiguous()
     )
+    if not is_served:
+        return 0
+    return MAX_ROWS_OF_DEEP if in_features >= max(DEEP, out_features) else MAX_ROWS
 
 
 def splits_of(in_features: int, out_features: int) -> int:
@@ -123,7 +125,7 @@ def arrivals(device: torch.device) -> Tensor:
 
 
 def stream_linear(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int = 0) -> Tensor:
-    """x [T, in], T up to 64, a weight that `serves` accepts -> [T, out]; 0 splits: as many as fit."""
+    """x [T, in], T up to its `most_rows` -> [T, out]; 0 splits: as many as fit."""
     x = x.contiguous()
     num_rows, in_features = x.shape
     out_features = weight.shape[0]

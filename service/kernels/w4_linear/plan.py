@@ -21,6 +21,7 @@ MOST_SHARES = 8  # of a tile, as w4_tile.cu has it
 OUTPUTS = 32  # that the outputs are a multiple of: scales are fetched so
 DTYPES = (torch.float16, torch.bfloat16)  # of activations
 MULTIPROCESSORS = 132  # of the H100 that was measured
+WIDE = 16384  # outputs whose whole tiles keep most multiprocessors busy
 ROWS = 1024  # for which the last row of a table is chosen, and any number served
 ANOTHER_ROUND = 0.99  # what a round of whole tiles is worth beside one of the same sum
 
@@ -32,6 +33,7 @@ class FewSettings(NamedTuple):
     each: int
     tiles: int = 1
     wide_table: int = 0
+    most_rows: int = 8
 
 
 class TileSettings(NamedTuple):
@@ -43,10 +45,12 @@ class TileSettings(NamedTuple):
     wide_table: int = 0
     scaled_sums: int = 0
     stretched: float = 0.0  # if tiles are laid end to end: how busy others must keep the device to be as good
+    least_outputs: int = 0  # of a linear
 
 
 class Table(NamedTuple):
     few: tuple[FewSettings, ...]  # in turn, each for as many rows as it takes
+    few_of_wide: tuple[FewSettings, ...]  # likewise, of linears with WIDE outputs or more
     tiles: tuple[tuple[int | None, tuple[TileSettings, ...]], ...]  # by the most rows; `worth` says which
 
 
@@ -54,8 +58,9 @@ class Table(NamedTuple):
 MANY_ROWS = (TileSettings(256, 1, 2, 1, 4), TileSettings(256, 1, 2, 1, 4, stretched=0.9))
 # fmt: off
 TABLES: dict[Kind, Table] = {
-    "affine": Table((FewSettings(16, 3, 2, 1),), (
-        (8, (TileSettings(8, 1, 4, 2, 8, scaled_sums=1),
+    "affine": Table((FewSettings(16, 3, 2, 1),), (FewSettings(16, 3, 2, 1, most_rows=4),), (
+        (8, (TileSettings(8, 2, 2, 2, 8, scaled_sums=1, least_outputs=WIDE),
+             TileSettings(8, 1, 4, 2, 8, scaled_sums=1),
              TileSettings(8, 1, 4, 2, 8, scaled_sums=1, stretched=0.8))),
         (16, (TileSettings(16, 1, 2, 2, 10, scaled_sums=1),
               TileSettings(16, 1, 3, 2, 8, scaled_sums=1),
@@ -77,10 +82,13 @@ TABLES: dict[Kind, Table] = {
         (None, MANY_ROWS),
     )),
     "nf4": Table((FewSettings(16, 3, 2, 1),), (
+        FewSettings(8, 4, 2, 2, wide_table=1, most_rows=4),
+        FewSettings(8, 4, 2, 2, most_rows=4),
+    ), (
         (8, (TileSettings(8, 1, 4, 2, 8, wide_table=1, scaled_sums=1),
              TileSettings(8, 1, 4, 2, 8, wide_table=1, scaled_sums=1, stretched=0.85))),
         (16, (TileSettings(16, 1, 4, 2, 7, wide_table=1, scaled_sums=1),
-              TileSettings(16, 1, 4, 2, 7, wide_table=1, scaled_sums=1, stretched=0.85))),
+              TileSettings(16, 1, 4, 2, 7, wide_table=1, scaled_sums=1, stretched=0.84))),
         (32, (TileSettings(32, 1, 3, 2, 6, wide_table=1),
               TileSettings(32, 1, 4, 2, 6, wide_table=1, stretched=0.85))),
         (64, (TileSettings(64, 1, 3, 2, 5, wide_table=1),
@@ -142,15 +150,18 @@ def plan(shape: Shape) -> tuple[Row, ...]:
     """For a shape that is not refused."""
     assert not refusal(shape), shape
     table, rows, served = TABLES[shape.kind], list[Row](), 0
-    for few in table.few:
+    for few in table.few_of_wide if shape.out_features >= WIDE else table.few:
         variant = few_of(shape, few)
-        most = variant.max_rows(shape.in_features)  # fewer where x is long: it lies in shared memory
+        most = min(
+            few.most_rows, variant.max_rows(shape.in_features)
+        )  # fewer where x is long: it lies in shared memory
         if most > served:
             rows.append(Row(most, variant))
             served = most
     for max_rows, tiles in table.tiles:
         if max_rows is None or max_rows > served:
-            tile = tile_of(shape, best(shape, tiles, max_rows or ROWS))
+            open_to = tuple(tile for tile in tiles if shape.out_features >= tile.least_outputs)
+            tile = tile_of(shape, best(shape, open_to, max_rows or ROWS))
             if rows and rows[-1].variant == tile:
                 rows.pop()
             rows.append(Row(max_rows, tile))
