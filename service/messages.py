@@ -91,8 +91,8 @@ class Abort(msgspec.Struct, tag="abort", array_like=True):
 class Evaluate(msgspec.Struct, tag="evaluate", array_like=True):
     """Quality of the served weights on `windows` of token ids; each window is scored on its own.
 
-    `reference` names a precision of the same checkpoint whose full-vocabulary distribution the KL
-    divergence is taken against; empty: no KL.
+    `reference` names a precision whose full-vocabulary distribution the KL divergence is taken against;
+    empty: no KL. It never has to fit the device as a whole: one of its layers at a time is there.
     """
 
     id: int
@@ -100,6 +100,14 @@ class Evaluate(msgspec.Struct, tag="evaluate", array_like=True):
     modes: list[Literal["prefill", "decode1", "decode8"]]
     decode_tokens: int = 2048  # scored tokens in each decode mode
     reference: str = ""
+    reference_path: str = ""  # folder of the reference's checkpoint; empty: the served one's
+    # of each window, the place of the first token that counts, 1 or more; empty: the second token's in all.
+    # What is before it is context alone; decode modes, which score beginnings, look at nothing but windows.
+    scored_from: list[int] = msgspec.field(default_factory=list)
+    prompts: list[list[int]] = msgspec.field(
+        default_factory=list
+    )  # for `Evaluated.greedy`; needs a reference
+    greedy_tokens: int = 64  # answered to each prompt
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
@@ -208,15 +216,43 @@ class Step(msgspec.Struct, tag="step", array_like=True):
 
 
 class Paired(msgspec.Struct, array_like=True):
-    """Nats of a decode mode less those of prefill, token by token at the same positions."""
+    """Nats of one way to compute less those of another, token by token at the same positions."""
 
     tokens: int  # positions that both scored
     mean: float
     standard_error: float  # of the mean, windows taken as independent
 
 
+class WindowScores(msgspec.Struct, array_like=True):
+    """What each window gave by prefill, in the order of `Evaluate.windows`: what intervals are made of.
+
+    Tokens of one window move together; windows are independent. Sums over the window's scored tokens.
+    """
+
+    tokens: list[int]
+    nll: list[float]  # nats, of the served weights
+    # the same tokens by the reference, where there is one; else these three are empty
+    reference_nll: list[float] = msgspec.field(default_factory=list)  # nats
+    kl: list[float] = msgspec.field(default_factory=list)  # nats, reference || served
+    agreeing: list[int] = msgspec.field(default_factory=list)  # tokens with the same likeliest one
+
+
+class GreedyAgreement(msgspec.Struct, array_like=True):
+    """By prompt: greedy answers of the served weights, and how long the reference would have said the same.
+
+    `agreed` < `generated`: the answers part at token number `agreed`, counted from 0. `agreed` = `generated`:
+    they do not, as far as was looked; the place is beyond it.
+    """
+
+    generated: list[int]  # tokens
+    agreed: list[int]  # tokens before the first that differs
+
+
 class Evaluated(msgspec.Struct, tag="evaluated", array_like=True):
-    """Answer to Evaluate, or its progress while `done` < `total`."""
+    """Answer to Evaluate, or its progress while `done` < `total`.
+
+    Standard errors are of a mean per token, windows taken as independent.
+    """
 
     id: int
     done: int
@@ -228,6 +264,14 @@ class Evaluated(msgspec.Struct, tag="evaluated", array_like=True):
     top1_agreement: float = 0.0
     error: str = ""
     paired: dict[str, Paired] = msgspec.field(default_factory=dict)  # decode mode -> against prefill
+    nll_standard_error: float = 0.0  # of `nll["prefill"]` per token, nats
+    kl_standard_error: float = 0.0
+    top1_standard_error: float = 0.0
+    kl_quantiles: dict[str, float] = msgspec.field(default_factory=dict)  # p50, p90, p99, max; nats
+    # nats of the served weights less those of the reference: exp(mean) is the ratio of the perplexities
+    against_reference: Paired | None = None
+    windows: WindowScores | None = None
+    greedy: GreedyAgreement | None = None
 
 
 class Fatal(msgspec.Struct, tag="fatal", array_like=True):

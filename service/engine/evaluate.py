@@ -5,38 +5,37 @@ child --Evaluate--> Evaluation --Evaluated (progress, then the figures)--> front
 `prefill` scores each window in one forward pass. `decode1` and `decode8` feed the true tokens one by one
 through the paged cache, one or eight sequences a step; both score the same positions: of the first eight
 windows equal beginnings, then of the next eight, until there are `decode_tokens`. KL and agreement come with
-the prefill pass, against another precision of the same checkpoint, loaded beside this one for the time.
+the prefill pass, against another precision, which goes through all windows a layer at a time (streamed).
 Where both were scored, decode is also paired with prefill token by token: rounding differs at random, and
 only the spread of the pairs, by windows, says what a difference of the means is worth.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 
 import msgspec
 import torch
 from torch import Tensor
 
 from service import device as devices
+from service.engine.greedy_answers import agreed_tokens, answer_greedily
 from service.engine.link import Throttle
-from service.engine.startup import Serving, load_model
+from service.engine.startup import Serving, open_model
+from service.engine.streamed import StreamedModel, in_groups, row_slices
+from service.engine.window_scores import Scored, paired, tell
 from service.errors import HalftoneError, RequestError
-from service.messages import EngineConfig, Evaluate, Evaluated, Paired
-from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
-from service.model.instance import ModelInstance
-from service.quality.divergence import (
-    agrees_on_top,
-    grouped_mean,
-    kl_divergence,
-    negative_log_likelihood,
-)
+from service.messages import EngineConfig, Evaluate, Evaluated, GreedyAgreement
+from service.model.batch import BLOCK_TOKENS, position_batch, sequence_batch
+from service.model.verify import verify
+from service.quality.divergence import negative_log_likelihood
 
 logger = logging.getLogger(__name__)
 
 SIGN_OF_LIFE_S = 1.0
-LOGIT_ROWS = 128  # rows of logits at once: float64 copies of a large vocabulary are big
+STREAMED_TOKENS = 1 << 16  # that wait in host memory between a reference's layers: 1 GiB at 4,096 features
 MAX_LANES = 8
 DECODE_LANES = {"decode1": 1, "decode8": MAX_LANES}
 FAILED = "the engine failed on this evaluation"
@@ -66,14 +65,23 @@ class Evaluation:
         self.config = config
         self._send = send
         self._throttle = Throttle(SIGN_OF_LIFE_S)
-        self._spans = decode_spans([len(window) for window in message.windows], message.decode_tokens)
-        scored = sum(len(window) - 1 for window in message.windows)
-        decoded = sum(self._spans)
+        windows = message.windows
+        self._spans = decode_spans([len(window) for window in windows], message.decode_tokens)
+        self._scored_from = message.scored_from or [1] * len(windows)
+        num_scored = sum(len(window) - 1 for window in windows)
         self._answer = Evaluated(message.id, 0, 1, {}, {})
-        self._scores_prefill = "prefill" in message.modes or bool(message.reference)
-        self._prefill: list[list[float]] = []  # window, scored token -> nats
-        num_decodes = sum(mode in DECODE_LANES for mode in message.modes)
-        self._answer.total = max(1, self._scores_prefill * scored + num_decodes * decoded)
+        self._scores_prefill = bool(windows) and ("prefill" in message.modes or bool(message.reference))
+        self._prefill: list[Scored] = []  # by window
+        self._decodes = [mode for mode in message.modes if mode in DECODE_LANES]
+        num_spoken = len(message.prompts) * message.greedy_tokens
+        num_read = sum(map(len, [*windows, *message.prompts])) + num_spoken  # by the reference
+        self._answer.total = max(
+            1,
+            self._scores_prefill * num_scored
+            + bool(message.reference) * num_read
+            + num_spoken
+            + len(self._decodes) * sum(self._spans),
+        )
 
     def run(self) -> None:
         """Sends progress, then one Evaluated with `done` = `total`, or with an error."""
@@ -92,93 +100,132 @@ class Evaluation:
         self._send(answer)
 
     def _check(self) -> None:
-        limits, windows = self.serving.engine.limits, self.message.windows
-        if not windows or min(map(len, windows)) < 2:
+        limits, message = self.serving.engine.limits, self.message
+        windows, prompts = message.windows, message.prompts
+        if not (windows or prompts) or min(map(len, windows), default=2) < 2:
             raise RequestError("an evaluation needs windows of two tokens or more")
-        longest = max(map(len, windows))
+        if prompts and not message.reference:
+            raise RequestError("greedy answers are compared with those of a `reference`: none was named")
+        if not all(prompts) or message.greedy_tokens < 1:
+            raise RequestError("greedy answers need prompts and an answer of one token or more each")
+        longest = max(map(len, windows), default=0)
         if longest > limits.max_context_tokens:
             raise RequestError(
                 f"a window has {longest} tokens, the context window {limits.max_context_tokens}",
                 hint="cut shorter windows, or raise `max_context_tokens` or `kv_tokens`",
             )
-        if min(map(min, windows)) < 0 or max(map(max, windows)) >= limits.vocab_size:
-            raise RequestError(f"a window holds a token id outside 0..{limits.vocab_size - 1}")
+        longest = max(map(len, prompts), default=0) + message.greedy_tokens
+        if prompts and longest > limits.max_context_tokens:
+            raise RequestError(
+                f"a prompt and its answer have {longest} tokens, the context window "
+                f"{limits.max_context_tokens}",
+                hint="give shorter prompts or ask for shorter answers, or raise `max_context_tokens` or "
+                "`kv_tokens`",
+            )
+        texts = [*windows, *prompts]
+        if min(map(min, texts)) < 0 or max(map(max, texts)) >= limits.vocab_size:
+            raise RequestError(f"a window or prompt holds a token id outside 0..{limits.vocab_size - 1}")
+        if len(self._scored_from) != len(windows) or not all(
+            1 <= first < len(window) for first, window in zip(self._scored_from, windows, strict=True)
+        ):
+            raise RequestError("`scored_from` needs a place in each window, from its second token on")
 
     @torch.inference_mode()
     def _evaluate(self) -> None:
         message = self.message
-        if self._scores_prefill:
-            reference = self._load_reference() if message.reference else None
-            self._score_prefill(reference)
-            del reference
-            if message.reference:
-                devices.release_cached(self.serving.model.device)
-        for mode in message.modes:
-            if mode in DECODE_LANES:
-                self._score_decode(mode, DECODE_LANES[mode])
+        answers: list[list[int]] = []
+        if message.prompts:
+            engine = self.serving.engine
+            answers = answer_greedily(engine, message.prompts, message.greedy_tokens, self._tick)
+        if message.reference:
+            self._score_against(self._open_reference(), answers)
+            devices.release_cached(self.serving.model.device)
+        elif self._scores_prefill:
+            for number in range(len(message.windows)):
+                self._score_window(number, None)
+        if self._prefill:
+            of_prefill = "prefill" in message.modes
+            tell(self._prefill, self._answer, of_prefill=of_prefill, of_reference=bool(message.reference))
+        for mode in self._decodes:
+            self._score_decode(mode, DECODE_LANES[mode])
 
-    def _load_reference(self) -> ModelInstance:
+    def _open_reference(self) -> StreamedModel:
         def progress(*_: object) -> None:
             self._tick(0)
 
-        # it runs alone, in any precision, and with the cache of that precision: what ours costs shall be seen
-        config = msgspec.structs.replace(self.config, deterministic=False, kv_dtype="auto")
-        return load_model(config, self.message.reference, self.serving.model.device, progress)
+        model, path = self.serving.model, self.message.reference_path
+        config = msgspec.structs.replace(self.config, model_path=path) if path else self.config
+        source, backend = open_model(config, self.message.reference, model.device, progress)
+        verify(source, Path(config.tokenizer) if config.tokenizer else None)
+        if source.config.vocab_size != model.config.vocab_size:
+            raise RequestError(
+                f"the reference `{source.path}` has {source.config.vocab_size} tokens, `{model.path}` "
+                f"{model.config.vocab_size}: there is no divergence between two vocabularies",
+                hint="name the checkpoint that the served one was made from",
+            )
+        return StreamedModel(source, backend, model.device)
 
-    def _score_prefill(self, reference: ModelInstance | None) -> None:
-        """Whole windows, each in one forward pass; the reference sees the same."""
-        model, windows, answer = self.serving.model, self.message.windows, self._answer
-        num_blocks = -(-max(map(len, windows)) // BLOCK_TOKENS)
-        kl, num_agreeing = 0.0, 0
-        [blocks] = self._borrow([num_blocks])
-        reference_kv = reference.new_kv(num_blocks + 1) if reference else None
-        try:
-            for window in windows:
-                targets = torch.tensor(window[1:], device=model.device)
-                nats: list[float] = []
-                self._prefill.append(nats)
-                slices = self._logits(model, window, blocks, self.serving.kv)
-                if reference is None or reference_kv is None:
-                    for start, logits in slices:
-                        nats += negative_log_likelihood(logits, targets[start:][: len(logits)]).tolist()
-                        self._tick(len(logits))
+    def _score_against(self, reference: StreamedModel, answers: list[list[int]]) -> None:
+        """All windows and all greedy answers, which the reference reads in one pass or a few."""
+        windows, prompts = self.message.windows, self.message.prompts
+        told = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+        sequences = [*windows, *told]
+        agreed = []
+        for group in in_groups(sequences, STREAMED_TOKENS):
+            passed = reference.through([sequences[number] for number in group], self._tick)
+            for place, number in enumerate(group):
+                if number < len(windows):
+                    rows = row_slices(self._first_row(number), len(windows[number]) - 1)
+                    self._score_window(number, passed.logits(place, rows))
                 else:
-                    others = self._logits(reference, window, list(range(1, num_blocks + 1)), reference_kv)
-                    for (start, logits), (_, other) in zip(slices, others, strict=True):
-                        nats += negative_log_likelihood(logits, targets[start:][: len(logits)]).tolist()
-                        kl += float(kl_divergence(other, logits).sum())
-                        num_agreeing += int(agrees_on_top(other, logits).sum())
-                        self._tick(len(logits))
+                    answer, first = answers[number - len(windows)], len(prompts[number - len(windows)]) - 1
+                    rows = row_slices(first, first + len(answer))
+                    agreed.append(agreed_tokens(answer, passed.logits(place, rows)))
+            del passed
+        if answers:
+            self._answer.greedy = GreedyAgreement([len(answer) for answer in answers], agreed)
+
+    def _first_row(self, number: int) -> int:
+        """Of the logits that are computed: what counts, and what decode is paired with."""
+        return 0 if self._decodes else self._scored_from[number] - 1
+
+    def _score_window(self, number: int, reference: Iterator[Tensor] | None) -> None:
+        """One window in one forward pass; `reference`: its logits, slice by slice."""
+        model, window = self.serving.model, self.message.windows[number]
+        first = self._first_row(number)
+        slices = row_slices(first, len(window) - 1)
+        scored = Scored(skipped=self._scored_from[number] - 1 - first)
+        self._prefill.append(scored)
+        targets = torch.tensor(window[1:], device=model.device)
+        [blocks] = self._borrow([-(-len(window) // BLOCK_TOKENS)])
+        try:
+            for (start, stop), logits in zip(slices, self._logits(window, blocks, slices), strict=True):
+                other = None if reference is None else next(reference)
+                scored.add(logits, targets[start:stop], other)
+                self._tick(stop - start)
         finally:
             self.serving.engine.cache.release(blocks)
-        num_tokens = sum(map(len, self._prefill))
-        if "prefill" in self.message.modes:
-            answer.nll["prefill"] = math.fsum(chain.from_iterable(self._prefill))
-            answer.tokens["prefill"] = num_tokens
-        if reference is not None:
-            answer.kl_mean, answer.kl_tokens = kl / num_tokens, num_tokens
-            answer.top1_agreement = num_agreeing / num_tokens
+        self._tick(first)
 
     def _logits(
-        self, model: ModelInstance, token_ids: list[int], blocks: list[int], kv: PagedKV
-    ) -> Iterator[tuple[int, Tensor]]:
-        """One forward pass over a window -> (first row, float32 logits [rows, vocab]), slice by slice.
+        self, token_ids: list[int], blocks: list[int], slices: Sequence[tuple[int, int]]
+    ) -> Iterator[Tensor]:
+        """One forward pass over a window -> logits [rows, vocab] for each (first, last + 1) of `slices`.
 
         The last token, whose row has nothing to predict, is computed too: where a mode looks at a whole batch
         of activations, it shall see what an independent computation of this window sees.
         """
+        model = self.serving.model
         decoder = model.decoder
         batch = sequence_batch(token_ids, blocks, model.device)
-        step = decoder.prepare(batch, kv)
+        step = decoder.prepare(batch, self.serving.kv)
         hidden = decoder.embed(batch.token_ids)
         delta: Tensor | None = None
         for layer in model.layers():
             hidden, delta = layer(hidden, delta, step)
             self._tick(0)
-        num_scored = len(token_ids) - 1
-        for start in range(0, num_scored, LOGIT_ROWS):
-            rows = torch.arange(start, min(start + LOGIT_ROWS, num_scored), device=model.device)
-            yield start, decoder.logits(hidden, delta, rows)
+        for start, stop in slices:
+            yield decoder.logits(hidden, delta, torch.arange(start, stop, device=model.device))
 
     def _score_decode(self, mode: str, num_lanes: int) -> None:
         """Beginnings of windows, as many at once as there are lanes."""
@@ -198,8 +245,8 @@ class Evaluation:
                     self.serving.engine.cache.release(borrowed)
         answer.nll[mode] = math.fsum(chain.from_iterable(nats))
         answer.tokens[mode] = sum(map(len, nats))
-        if self._scores_prefill and scored:
-            answer.paired[mode] = paired(nats, self._prefill)
+        if self._prefill and scored:
+            answer.paired[mode] = paired(nats, [window.nats for window in self._prefill])
 
     def _decode_step(self, group: list[int], blocks: list[list[int]], position: int) -> list[float]:
         """Feeds the token at `position` of each window -> nats of the tokens after it."""
@@ -230,49 +277,3 @@ class Evaluation:
         answer.done += num_scored
         if self._throttle.ready():
             self._send(Evaluated(answer.id, min(answer.done, answer.total - 1), answer.total, {}, {}))
-
-
-def paired(decode: list[list[float]], prefill: list[list[float]]) -> Paired:
-    """Nats by window and scored token, from its beginning on; what only one has scored is left out."""
-    differences = [
-        [ours - base for ours, base in zip(*window, strict=False)]
-        for window in zip(decode, prefill, strict=True)
-    ]
-    return Paired(sum(map(len, differences)), *grouped_mean(differences))
-
-
-def sequence_batch(token_ids: list[int], blocks: list[int], device: torch.device) -> StepBatch:
-    """A prefill step over one whole sequence; no rows of logits."""
-    positions = torch.arange(len(token_ids), device=device)
-    table = torch.tensor([blocks], dtype=torch.int32, device=device)
-    return StepBatch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=positions,
-        slots=table[0].long()[positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS,
-        query_starts=[0, len(token_ids)],
-        context_lengths=[len(token_ids)],
-        block_tables=table[:, : -(-len(token_ids) // BLOCK_TOKENS)],
-        num_decode=0,
-        logit_rows=torch.empty(0, dtype=torch.int64, device=device),
-    )
-
-
-def position_batch(
-    lanes: list[list[int]], blocks: list[list[int]], position: int, device: torch.device
-) -> StepBatch:
-    """A decode step of all lanes, each with its token at `position`."""
-    num_lanes = len(lanes)
-    num_blocks = position // BLOCK_TOKENS + 1
-    tables = torch.tensor(
-        [blocks[i][:num_blocks] for i in range(num_lanes)], dtype=torch.int32, device=device
-    )
-    return StepBatch(
-        token_ids=torch.tensor([lane[position] for lane in lanes], device=device),
-        positions=torch.full((num_lanes,), position, device=device),
-        slots=tables[:, -1].long() * BLOCK_TOKENS + position % BLOCK_TOKENS,
-        query_starts=list(range(num_lanes + 1)),
-        context_lengths=[position + 1] * num_lanes,
-        block_tables=tables,
-        num_decode=num_lanes,
-        logit_rows=torch.arange(num_lanes, device=device),
-    )

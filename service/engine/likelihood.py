@@ -13,12 +13,13 @@ and 12.9 or more behind every reader that was made wrong on purpose: docs/correc
 import logging
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from service.errors import CheckpointError
-from service.model.batch import BLOCK_TOKENS, StepBatch
+from service.model.batch import BLOCK_TOKENS, sequence_batch
 from service.model.checkpoint import TensorSource
 from service.model.instance import ModelInstance
 from service.quality.divergence import negative_log_likelihood
@@ -93,19 +94,8 @@ def tokenize(folder: Path) -> list[int]:
 
 def nats_per_token(model: ModelInstance, token_ids: list[int]) -> float:
     """Mean over all tokens but the first, in one forward pass."""
-    num_tokens, device = len(token_ids), model.device
-    num_blocks = -(-num_tokens // BLOCK_TOKENS)
-    places = torch.arange(num_tokens, device=device)
-    ids = torch.tensor(token_ids, device=device)
-    batch = StepBatch(
-        token_ids=ids,
-        positions=places,
-        slots=places + BLOCK_TOKENS,  # block 0 is nobody's
-        query_starts=[0, num_tokens],
-        context_lengths=[num_tokens],
-        block_tables=torch.arange(1, num_blocks + 1, dtype=torch.int32, device=device)[None],
-        num_decode=0,
-        logit_rows=places[:-1],
-    )
+    num_blocks = -(-len(token_ids) // BLOCK_TOKENS)
+    batch = sequence_batch(token_ids, list(range(1, num_blocks + 1)), model.device)  # block 0 is nobody's
+    batch = replace(batch, logit_rows=batch.positions[:-1])
     logits = model.forward(batch, model.new_kv(num_blocks + 1))
-    return float(negative_log_likelihood(logits, ids[1:]).mean())
+    return float(negative_log_likelihood(logits, batch.token_ids[1:]).mean())

@@ -156,9 +156,14 @@ class EngineClient:
         *,
         decode_tokens: int = 2048,
         reference: str = "",
+        reference_path: str = "",
+        scored_from: Sequence[int] = (),
+        prompts: Sequence[list[int]] = (),
+        greedy_tokens: int = 64,
         progress: Callable[[Evaluated], None] | None = None,
     ) -> Evaluated:
         """Quality of the served weights on `windows` of token ids; `progress` sees each message on the way.
+        What each argument means stands with messages.Evaluate.
 
         Raises EngineUnavailableError when the engine is not ready or dies, HalftoneError with what it says
         when it cannot evaluate.
@@ -169,7 +174,19 @@ class EngineClient:
         self._next_id = id + 1
         answer: asyncio.Future[Evaluated] = asyncio.get_running_loop().create_future()
         self._evaluations[id] = answer, progress
-        self._send(Evaluate(id, windows, list(modes), decode_tokens, reference))
+        self._send(
+            Evaluate(
+                id,
+                windows,
+                list(modes),
+                decode_tokens,
+                reference,
+                reference_path,
+                list(scored_from),
+                list(prompts),
+                greedy_tokens,
+            )
+        )
         try:
             evaluated = await answer
         finally:

@@ -66,3 +66,40 @@ class PagedKV:
     @property
     def bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+
+def sequence_batch(token_ids: list[int], blocks: list[int], device: torch.device) -> StepBatch:
+    """A prefill step over one whole sequence; no rows of logits."""
+    positions = torch.arange(len(token_ids), device=device)
+    table = torch.tensor([blocks], dtype=torch.int32, device=device)
+    return StepBatch(
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=positions,
+        slots=table[0].long()[positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS,
+        query_starts=[0, len(token_ids)],
+        context_lengths=[len(token_ids)],
+        block_tables=table[:, : -(-len(token_ids) // BLOCK_TOKENS)],
+        num_decode=0,
+        logit_rows=torch.empty(0, dtype=torch.int64, device=device),
+    )
+
+
+def position_batch(
+    lanes: list[list[int]], blocks: list[list[int]], position: int, device: torch.device
+) -> StepBatch:
+    """A decode step of all lanes, each with its token at `position`."""
+    num_lanes = len(lanes)
+    num_blocks = position // BLOCK_TOKENS + 1
+    tables = torch.tensor(
+        [blocks[i][:num_blocks] for i in range(num_lanes)], dtype=torch.int32, device=device
+    )
+    return StepBatch(
+        token_ids=torch.tensor([lane[position] for lane in lanes], device=device),
+        positions=torch.full((num_lanes,), position, device=device),
+        slots=tables[:, -1].long() * BLOCK_TOKENS + position % BLOCK_TOKENS,
+        query_starts=list(range(num_lanes + 1)),
+        context_lengths=[position + 1] * num_lanes,
+        block_tables=tables,
+        num_decode=num_lanes,
+        logit_rows=torch.arange(num_lanes, device=device),
+    )

@@ -282,21 +282,24 @@ class Decoder(nn.Module):
 
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
         """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, delta, step)`."""
-        if batch.lengths is not None and not batch.context_lengths:
-            plan = decode_plan(
-                batch.block_tables, batch.lengths, batch.starts, deterministic=self.deterministic
-            )
-        else:
-            plan = plan_attention(
-                batch.block_tables,
-                batch.query_starts,
-                batch.context_lengths,
-                batch.num_decode,
-                batch.lengths,
-                batch.starts,
-                deterministic=self.deterministic,
-            )
-        return Step(batch, kv, self.cos, self.sin, plan)
+        return plan_step(batch, kv, self.cos, self.sin, self.deterministic)
+
+
+def plan_step(batch: StepBatch, kv: PagedKV, cos: Tensor, sin: Tensor, deterministic: bool = False) -> Step:
+    """A batch with what its layers share; `cos` and `sin`: the rotary table, [positions, head_dim]."""
+    if batch.lengths is not None and not batch.context_lengths:
+        plan = decode_plan(batch.block_tables, batch.lengths, batch.starts, deterministic=deterministic)
+    else:
+        plan = plan_attention(
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.num_decode,
+            batch.lengths,
+            batch.starts,
+            deterministic=deterministic,
+        )
+    return Step(batch, kv, cos, sin, plan)
 
 
 def refuse_variance(precision: str, layers: Mapping[str, QuantLinear | FullHead | Int8Head]) -> None:

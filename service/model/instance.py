@@ -72,12 +72,7 @@ class ModelInstance:
         cannot be `deterministic` here.
         """
         checkpoint = source if isinstance(source, TensorSource) else Checkpoint(source)
-        if not backend.accepts(checkpoint.quantization):
-            method = (checkpoint.quantization or {}).get("quant_method", "none: it is 16-bit")
-            raise PrecisionError(
-                f"precision `{backend.canonical}` does not read `{checkpoint.path}` (quantization: {method})",
-                hint="`--precision auto` serves a checkpoint as it is",
-            )
+        require_accepted(backend, checkpoint)
         if progress:
             progress("verify", 0, len(checkpoint.names), "tensors")
         verify(checkpoint, tokenizer)
@@ -176,6 +171,16 @@ class ModelInstance:
 
     def layers(self) -> list[DecoderLayer]:
         return [layer for layer in self.decoder.layers if isinstance(layer, DecoderLayer)]
+
+
+def require_accepted(backend: Backend, source: TensorSource) -> None:
+    """PrecisionError for a checkpoint that this backend does not read."""
+    if not backend.accepts(source.quantization):
+        method = (source.quantization or {}).get("quant_method", "none: it is 16-bit")
+        raise PrecisionError(
+            f"precision `{backend.canonical}` does not read `{source.path}` (quantization: {method})",
+            hint="`--precision auto` serves a checkpoint as it is",
+        )
 
 
 def _bytes(tensor: Tensor | None) -> int:

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from tiny_models import load_instance, logits_of, make_checkpoint, one_sequence
+from tiny_models import greedy, load_instance, logits_of, make_checkpoint, one_sequence
 from torch import Tensor
 
 from service.engine.evaluate import Evaluation, decode_spans
 from service.engine.startup import Serving, start
-from service.messages import EngineConfig, Evaluate, Evaluated, Sampling, Submit
+from service.messages import EngineConfig, Evaluate, Evaluated, GreedyAgreement, Sampling, Submit
+from service.model.instance import GROUPS
 
 WINDOWS = [[(7 * i + 3 * w) % 128 for i in range(20 + 5 * w)] for w in range(10)]
 
@@ -47,8 +50,8 @@ def evaluate(serving: Serving, config: EngineConfig, message: Evaluate) -> Evalu
     return sent[-1]
 
 
-def nll_of(folder: Path, windows: list[list[int]]) -> float:
-    instance = load_instance(folder)
+def nll_of(folder: Path, windows: list[list[int]], precision: str = "fp32") -> float:
+    instance = load_instance(folder, precision)
     return sum(
         -logits_of(instance, window)[:-1].double().log_softmax(-1)[range(len(window) - 1), window[1:]].sum()
         for window in windows
@@ -109,7 +112,7 @@ def test_kl_is_exact_and_against_the_reference(
     serve: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reference || served, in this order; slices of seven rows change nothing."""
-    monkeypatch.setattr("service.engine.evaluate.LOGIT_ROWS", 7)
+    monkeypatch.setattr("service.engine.streamed.LOGIT_ROWS", 7)
     serving, config = serve(precision="bf16")
     got = evaluate(serving, config, Evaluate(1, WINDOWS, ["prefill"], reference="fp32"))
     reference, served = load_instance(folder, "fp32"), load_instance(folder, "bf16")
@@ -124,6 +127,138 @@ def test_kl_is_exact_and_against_the_reference(
     assert got.kl_mean == pytest.approx(kl / count, rel=1e-4)
     assert got.kl_mean > 0
     assert got.top1_agreement == pytest.approx(agreeing / count)
+    wanted = nll_of(folder, WINDOWS, "fp32")
+    assert got.windows is not None
+    assert got.against_reference is not None
+    assert sum(got.windows.reference_nll) == pytest.approx(float(wanted), rel=1e-5)
+    apart = (got.nll["prefill"] - sum(got.windows.reference_nll)) / count
+    assert got.against_reference.mean == pytest.approx(apart)
+
+
+def test_windows_carry_what_intervals_are_made_of(serve: Serve) -> None:
+    """Windows of one size: the error of a mean is that of the windows' means."""
+    windows = [[(11 * i + 7 * w) % 128 for i in range(33)] for w in range(6)]
+    serving, config = serve(precision="bf16")
+    got = evaluate(serving, config, Evaluate(1, windows, ["prefill"], reference="fp32"))
+    scores = got.windows
+    assert scores is not None
+    assert scores.tokens == [32] * 6
+    assert sum(scores.nll) == pytest.approx(got.nll["prefill"])
+    assert sum(scores.agreeing) == pytest.approx(got.top1_agreement * 192)
+    errors = {
+        "nll_standard_error": scores.nll,
+        "kl_standard_error": scores.kl,
+        "top1_standard_error": scores.agreeing,
+    }
+    for name, sums in errors.items():
+        wanted = np.std(np.array(sums) / 32, ddof=1) / 6**0.5
+        assert getattr(got, name) == pytest.approx(wanted, rel=1e-6)
+    apart = (np.array(scores.nll) - np.array(scores.reference_nll)) / 32
+    assert got.against_reference is not None
+    assert got.against_reference.standard_error == pytest.approx(np.std(apart, ddof=1) / 6**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("modes", [["prefill"], ["prefill", "decode8"]])
+def test_what_is_before_the_first_scored_token_is_context(
+    serve: Serve, folder: Path, modes: list[Literal["prefill", "decode8"]]
+) -> None:
+    """The second half of each window, as llama.cpp scores them; decode goes on scoring beginnings."""
+    serving, config = serve()
+    halves = [len(window) // 2 for window in WINDOWS]
+    asked = Evaluate(1, WINDOWS, [*modes], 80, reference="bf16", scored_from=halves)
+    got = evaluate(serving, config, asked)
+    nats = [nats_of(logits_of(load_instance(folder), window)[:-1], window[1:]) for window in WINDOWS]
+    wanted = [sum(values[half - 1 :]) for values, half in zip(nats, halves, strict=True)]
+    assert got.windows is not None
+    assert got.windows.nll == pytest.approx(wanted, rel=1e-5)
+    scored = [len(window) - half for window, half in zip(WINDOWS, halves, strict=True)]
+    assert got.windows.tokens == scored
+    assert got.tokens["prefill"] == got.kl_tokens == sum(scored)
+    if "decode8" in modes:
+        assert got.tokens["decode8"] == got.paired["decode8"].tokens == 80
+        assert abs(got.paired["decode8"].mean) < 1e-5
+
+
+def test_a_reference_in_another_folder(serve: Serve, folder: Path, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "other", "llama", torch.bfloat16, num_hidden_layers=1)
+    make_checkpoint(tmp_path / "wide", "llama", torch.bfloat16, vocab_size=160)
+    serving, config = serve()
+
+    def against(path: Path) -> Evaluated:
+        asked = Evaluate(1, WINDOWS[:2], ["prefill"], reference="fp32", reference_path=str(path))
+        return evaluate(serving, config, asked)
+
+    assert against(folder).kl_mean == 0
+    assert against(tmp_path / "other").kl_mean > 0.1
+    assert "160 tokens" in against(tmp_path / "wide").error
+
+
+def test_greedy_answers_part_where_two_models_part(serve: Serve, folder: Path, tmp_path: Path) -> None:
+    """As answering with both and comparing would find, in one pass of the reference. Both compute in fp32,
+    so that no rounding of batches can turn a token."""
+    other = make_checkpoint(tmp_path, "llama", torch.bfloat16)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    other.save_pretrained(tmp_path)
+    prompts = [window[: 5 + 3 * n] for n, window in enumerate(WINDOWS)]
+    serving, config = serve()
+    asked = Evaluate(1, [], [], 0, "fp32", str(tmp_path), prompts=prompts, greedy_tokens=12)
+    got = evaluate(serving, config, asked).greedy
+    generated, agreed = [], []
+    for prompt in prompts:
+        ours, theirs = (greedy(load_instance(path), prompt, 12) for path in (folder, tmp_path))
+        ours = ours[: ours.index(2) + 1] if 2 in ours else ours  # an answer ends with the stop token
+        parting = (n for n, token in enumerate(ours) if token != theirs[n])
+        generated.append(len(ours))
+        agreed.append(next(parting, len(ours)))
+    assert got == GreedyAgreement(generated, agreed)
+    assert len(set(agreed)) > 2
+
+
+def test_a_model_agrees_with_itself(serve: Serve) -> None:
+    serving, config = serve()
+    asked = Evaluate(1, WINDOWS[:2], ["prefill"], reference="fp32", prompts=WINDOWS[2:5], greedy_tokens=9)
+    got = evaluate(serving, config, asked)
+    assert got.greedy is not None
+    assert got.greedy.agreed == got.greedy.generated
+    assert got.kl_mean == 0
+
+
+def test_kl_equals_a_brute_force_computation_with_transformers(tmp_path: Path) -> None:
+    """Both models as transformers', the served one with the weights that NF4's codes mean."""
+    reference = make_checkpoint(tmp_path, "llama", intermediate_size=128)
+    config = EngineConfig(
+        model_path=str(tmp_path), precision="nf4", device="cpu", dtype="fp32", kv_tokens=1024
+    )
+    serving = start(config, lambda _: None, 0.0)
+    got = evaluate(serving, config, Evaluate(1, WINDOWS, ["prefill"], reference="fp32"))
+    served = make_checkpoint(tmp_path / "again", "llama", intermediate_size=128)
+    parameters = dict(served.named_parameters())
+    with torch.no_grad():
+        for layer in serving.model.layers():
+            for name in GROUPS:
+                linear = getattr(layer, name)
+                for part, spec in enumerate(linear.group.parts):
+                    parameters[f"{spec.path}.weight"].copy_(linear.dense(part))
+    divergences, agreeing = [], 0
+    for window in WINDOWS:
+        with torch.no_grad():
+            both = [model(torch.tensor([window])).logits[0, :-1].numpy() for model in (reference, served)]
+        p, q = ([softmax(row) for row in logits.astype(np.float64)] for logits in both)
+        divergences += [float((a * np.log(a / b)).sum()) for a, b in zip(p, q, strict=True)]
+        agreeing += sum(int(a.argmax() == b.argmax()) for a, b in zip(p, q, strict=True))
+    assert got.error == ""
+    assert got.kl_mean == pytest.approx(np.mean(divergences), abs=1e-5)
+    assert got.kl_mean > 0.05
+    assert got.top1_agreement == pytest.approx(agreeing / len(divergences))
+    assert got.kl_quantiles["max"] == pytest.approx(max(divergences), abs=1e-4)
+    assert got.kl_quantiles["p50"] == pytest.approx(np.median(divergences), abs=0.05)
+
+
+def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
 
 
 def test_the_same_precision_has_no_divergence(serve: Serve) -> None:
@@ -158,8 +293,17 @@ def test_requests_find_the_cache_as_they_left_it(serve: Serve) -> None:
         (Evaluate(1, [[1] * 70], ["prefill"]), "context window 64"),
         (Evaluate(1, [[1] * 60] * 8, ["decode8"]), "KV cache"),
         (Evaluate(1, [[1, 2]], [], reference="fp9"), "fp9"),
+        (Evaluate(1, [[1, 2]], ["prefill"], scored_from=[2]), "scored_from"),
+        (Evaluate(1, [[1, 2]], ["prefill"], scored_from=[1, 1]), "scored_from"),
+        (Evaluate(1, [], [], prompts=[[1, 2]]), "none was named"),
+        (Evaluate(1, [], [], reference="fp32", prompts=[[]]), "one token or more"),
+        (Evaluate(1, [], [], reference="fp32", prompts=[[1] * 8], greedy_tokens=57), "65 tokens"),
+        (Evaluate(1, [], [], reference="fp32", prompts=[[1, 128]], greedy_tokens=8), "token id"),
     ],
-    ids=["none", "short", "vocabulary", "long", "wide", "reference"],
+    ids=[
+        *("none", "short", "vocabulary", "long", "wide", "reference", "from_beyond", "from_of_others"),
+        *("greedy_alone", "empty_prompt", "long_prompt", "prompt_vocabulary"),
+    ],
 )
 def test_what_cannot_be_evaluated_is_told(serve: Serve, message: Evaluate, error: str) -> None:
     serving, config = serve(kv_tokens=64)
