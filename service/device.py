@@ -3,30 +3,29 @@
 Kernels differ by torch's dispatcher; no other module asks which device it is on.
 """
 
-import os
 import platform
 import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from service import process_memory
 from service.cores import physical_cores
 from service.errors import DeviceError
 
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNKNOWN_CACHE_BYTES = 64 << 20
+T = TypeVar("T")
 TIMING_WARMUPS = 3
 CPU_TIMING_S = 1.0  # of one figure
 # CUDA version of torch -> oldest driver that runs it (NVIDIA's CUDA compatibility table, Linux)
@@ -262,44 +261,52 @@ def memory_total_bytes(device: torch.device) -> int:
     """What the device has, or the container may use."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(physical, _cgroup_bytes("memory.max") or physical)
+    return process_memory.total_bytes()
 
 
 def memory_free_bytes(device: torch.device) -> int:
     """What could still be taken, by anyone: reclaimable page cache counts as free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = _meminfo_bytes("MemAvailable")
-    limit, current = _cgroup_bytes("memory.max"), _cgroup_bytes("memory.current")
-    if limit and current:
-        free = min(free, limit - current + _cgroup_reclaimable_bytes())
-    return max(free, 0)
+    return process_memory.free_bytes()
+
+
+def memory_taken_bytes(device: torch.device) -> int:
+    """What all processes hold."""
+    return memory_total_bytes(device) - memory_free_bytes(device)
 
 
 def memory_used_bytes(device: torch.device) -> int:
-    """What this process holds: the allocator's reserve on CUDA, resident pages on a CPU."""
+    """What this process holds: the allocator's reserve on CUDA, all pages on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.memory_reserved(device))
-    return _status_bytes("VmRSS") or _peak_resident_bytes()
+    return process_memory.held_bytes()
+
+
+def memory_kept_bytes(device: torch.device) -> int:
+    """Of that, what the allocator keeps of tensors, or on a CPU of anything, that has ended."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device)) - int(torch.cuda.memory_allocated(device))
+    return process_memory.heap_slack_bytes()
 
 
 def memory_peak_bytes(device: torch.device) -> int:
     """Most that this process held since `reset_memory_peak`, or since it started where that cannot be."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
-    return _status_bytes("VmHWM") or _peak_resident_bytes()
+    return process_memory.peak_bytes()
 
 
-def extra_bytes(device: torch.device, run: Callable[[], object]) -> int:
-    """Most bytes of tensors that `run` holds on a GPU beside those held before; 0 on a CPU."""
-    if device.type != "cuda":
-        run()
-        return 0
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    return int(torch.cuda.max_memory_allocated(device)) - before
+def extra_bytes(device: torch.device, run: Callable[[], T]) -> tuple[T, int]:
+    """`run`'s result, and most bytes that it held beside those held before: of tensors on a GPU, of pages on
+    a CPU. Begins a new peak; 0 bytes where that cannot be."""
+    if not reset_memory_peak(device):
+        return run(), 0
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        return run(), int(torch.cuda.max_memory_allocated(device)) - before
+    before = process_memory.peak_bytes()
+    return run(), process_memory.peak_bytes() - before
 
 
 def reset_memory_peak(device: torch.device) -> bool:
@@ -307,54 +314,7 @@ def reset_memory_peak(device: torch.device) -> bool:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status_bytes(field: str) -> int:
-    return _field_bytes(Path("/proc/self/status"), field)
-
-
-def _meminfo_bytes(field: str) -> int:
-    found = _field_bytes(Path("/proc/meminfo"), field)
-    if found:
-        return found
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS tells no such figure
-
-
-def _field_bytes(path: Path, field: str) -> int:
-    """A `Name:  123 kB` line of /proc, 0 where there is none."""
-    try:
-        found = re.search(rf"^{field}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
-
-
-def _peak_resident_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _cgroup_bytes(name: str) -> int:
-    """A limit of the container (cgroup v2), 0 for none."""
-    try:
-        text = Path("/sys/fs/cgroup", name).read_text().strip()
-    except OSError:
-        return 0
-    return int(text) if text.isdigit() else 0
-
-
-def _cgroup_reclaimable_bytes() -> int:
-    try:
-        text = Path("/sys/fs/cgroup/memory.stat").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^inactive_file (\d+)", text, re.MULTILINE)
-    return int(found[1]) if found else 0
+    return process_memory.begin_peak()
 
 
 # --- threads -----------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     max_batch_requests: int
     eos_token_ids: list[int]
     kernels: dict[str, str]  # layer class (qkv_proj, o_proj, ..., lm_head, attention) -> kernel
-    memory_bytes: dict[str, int]  # ledger part -> bytes; weights.* sum to `weight_bytes`
+    memory_bytes: dict[str, int]  # service/ledger's part -> bytes; all parts sum to what the process holds
     weight_bytes: int
     load_seconds: dict[str, float]  # stage -> seconds
     peak_load_bytes: int
@@ -160,6 +160,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     random_weights: dict[str, str] = msgspec.field(default_factory=dict)  # seed, ...; empty: trained ones
     deterministic: bool = False
     device_uuid: str = ""  # as NVML names it; empty: a CPU
+    device_bytes: int = 0  # memory of the device, whoever has it
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):

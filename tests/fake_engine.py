@@ -214,7 +214,7 @@ class FakeEngine:
             max_batch_requests=self.max_batch_requests,
             eos_token_ids=[self.eos],
             kernels={"qkv_proj": "fake_linear", "attention": "fake_attention", "lm_head": "fake_linear"},
-            memory_bytes={"weights.codes": 268_000_000, "kv_cache": 23040 * self.kv_tokens},
+            memory_bytes={"weights.codes": 268_000_000, "kv.free": 23040 * self.kv_tokens},
             weight_bytes=268_000_000,
             load_seconds=self.load_seconds,
             peak_load_bytes=self.peak_load_bytes,

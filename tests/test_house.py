@@ -12,6 +12,7 @@ import pytest
 from service import __version__
 from service.cli.reference import PAGES
 from service.config import Settings
+from service.ledger import PARTS
 from service.metrics import catalogue
 
 ROOT = Path(__file__).parents[1]
@@ -20,15 +21,17 @@ SOURCES = sorted(path for folder in ("service", "loadtest") for path in (ROOT / 
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # what each package of service/ may import from service/; the way of a request, and back never
 FREE = {"cli", "__init__"}
-BELOW = {"errors", "messages", "config", "disk", "cores"}
+BELOW = {"errors", "messages", "config", "disk", "cores", "ledger"}
 MAY_IMPORT = {
     "errors": set(),
     "messages": {"errors"},
     "config": {"errors", "messages"},
     "disk": {"errors"},
     "cores": set(),
+    "ledger": set(),
+    "process_memory": set(),
     "logs": set(),
-    "device": BELOW,
+    "device": BELOW | {"process_memory"},
     "energy": {"errors"},
     "metrics": BELOW | {"energy"},
     "kernels": BELOW | {"device"},
@@ -129,6 +132,12 @@ def test_no_drawer_for_everything() -> None:
 def test_tables_in_docs_are_those_of_the_code(page: str) -> None:
     """Write them anew with `halftone reference settings > docs/settings.md`."""
     assert (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") == PAGES[page]()
+
+
+def test_parts_of_the_ledger_are_explained_where_users_look() -> None:
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = [f"| `{part.name}` | {part.help} |" for part in PARTS]
+    assert "\n".join(rows) in page
 
 
 def test_settings_say_their_unit() -> None:

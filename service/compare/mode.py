@@ -15,6 +15,7 @@ from math import exp, expm1
 from pathlib import Path
 from typing import Literal
 
+from service import ledger
 from service.compare.figures import Interval, Level
 from service.compare.loads import run_load
 from service.compare.plan import Plan
@@ -38,7 +39,6 @@ from service.messages import EngineInfo, Evaluated, Loading
 
 Advance = Callable[[str, float], None]  # stage, share of it that is done
 POLL_S = 0.2
-KV_PART = "kv_cache"
 CALIBRATE, QUANTIZE = "calibrate", "quantize"  # stages of loading; the first also looks into the cache
 STAGES = {
     "prepare": 20.0,
@@ -188,12 +188,11 @@ def memory_of(host: Host, info: EngineInfo) -> Memory:
     parts = {str(key): size for (name, key), size in gauges.items() if name == "halftone_memory_bytes"}
     peaks = {str(key): size for (name, key), size in gauges.items() if name == "halftone_memory_peak_bytes"}
     parts = parts or info.memory_bytes
-    kv_bytes = parts.get(KV_PART, 0)
+    kv_bytes = ledger.kv_bytes(parts)
     # a system that cannot begin a new peak after loading reports only the one until then
     peak = max((size for phase, size in peaks.items() if phase != "load"), default=info.peak_load_bytes)
     return Memory(
-        weight_bytes=sum(size for part, size in parts.items() if part.startswith("weights."))
-        or info.weight_bytes,
+        weight_bytes=ledger.weight_bytes(parts) or info.weight_bytes,
         kv_bytes=kv_bytes,
         kv_tokens=info.kv_tokens,
         # one block more than can be filled: padding writes go there

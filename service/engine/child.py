@@ -46,14 +46,15 @@ def main() -> NoReturn:
     try:
         config = msgspec.json.decode(arguments.config, type=EngineConfig)
         link.send(Loading("import", 0, 1, "modules"))
-        if config.device != "cpu":
-            wake_gpu()
+        opening = wake_gpu() if config.device != "cpu" else None
         with importing():
             set_threads(config.threads)
             from service.engine.startup import start
 
         link.send(Loading("import", 1, 1, "modules"))
-        serving = start(config, link.send, started_at)
+        if opening:
+            opening.join()
+        serving = start(config, link.send, started_at, opening.used_before if opening else None)
         link.send(Ready(serving.info))
         is_ready = True
         serve(serving, config, link)
@@ -66,12 +67,14 @@ def main() -> NoReturn:
 
 def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:
     """Until the front is gone: take what has come, then one step, or one evaluation when nobody waits."""
+    from service.engine.ledger import LedgerWatch
     from service.engine.outliers import OutlierWatch
     from service.engine.peaks import PeakWatch
 
     engine = serving.engine
     peaks = PeakWatch(serving.model.device, serving.info.peak_load_bytes)
     outliers = OutlierWatch(serving.model.outlier_counts(), serving.model.device)
+    ledger = LedgerWatch(serving.ledger, serving.info.memory_bytes)
     evaluations: deque[Evaluate] = deque()
     gc.collect()
     gc.freeze()  # else every full collection walks all of torch's modules in the middle of a step
@@ -88,6 +91,7 @@ def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:
         if engine.has_work:
             step = engine.step()
             step.stats.peak_bytes = peaks.after(step.stats)
+            step.stats.memory_bytes = ledger.look(is_idle=not engine.has_work)
             step.stats.outliers = outliers.look()
             link.send(step)
         elif evaluations:
@@ -96,6 +100,7 @@ def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:
             Evaluation(evaluations.popleft(), serving, config, link.send).run()
         elif not messages:
             step = engine.heartbeat()
+            step.stats.memory_bytes = ledger.look(is_idle=True)
             step.stats.outliers = outliers.look()
             link.send(step)
 

@@ -41,6 +41,15 @@ class Graph:
         return self.captured.replay()
 
 
+@dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """What all graphs together hold: bytes."""
+
+    buffer_bytes: int = 0  # of the allocator's, which serve the graphs alone
+    slack_bytes: int = 0  # of these, what no tensor has between two replays
+    driver_bytes: int = 0  # beside the allocator's: the graphs themselves
+
+
 class Graphs:
     """Whole steps are captured when this is made; `progress` is told how many of how many exist.
 
@@ -56,6 +65,8 @@ class Graphs:
         self._graphs: dict[tuple[int, Variant | None], Graph] = {}
         self._pool = devices.GraphPool()
         self._logits: Tensor | None = None
+        self.memory = GraphMemory()
+        before = self._held()
         total = len(sizes) * len(CAPTURED)
         progress(0, total)
         # the largest first: its buffers are cut into those of all others
@@ -65,6 +76,7 @@ class Graphs:
                 is_known = size < sizes[-1] and variant != CAPTURED[0]
                 self._capture(size, variant, partial(step, size, variant), is_known=is_known)
                 progress(len(self._graphs), total)
+        self._account(before)
 
     def step(self, num_rows: int, variant: Variant) -> Graph:
         """-> token ids; the smallest that holds so many rows."""
@@ -74,7 +86,9 @@ class Graphs:
         """-> logits; lengths and last tokens are still to be written. It may select other rows."""
         size = self._size(num_rows)
         if (size, None) not in self._graphs:
+            before = self._held()
             self._capture(size, None, partial(self._forward, size))
+            self._account(before)
         return self._graphs[size, None]
 
     def _size(self, num_rows: int) -> int:
@@ -85,6 +99,19 @@ class Graphs:
         if self._logits is None:  # one for all sizes: in the pool each graph would keep its own
             self._logits = torch.empty(self._sizes[-1], logits.shape[1], device=logits.device)
         return self._logits[:size].copy_(logits)
+
+    def _held(self) -> tuple[int, int, int]:
+        device = self._state.device
+        in_torch = devices.memory_used_bytes(device)
+        return in_torch, devices.memory_kept_bytes(device), devices.memory_taken_bytes(device) - in_torch
+
+    def _account(self, before: tuple[int, int, int]) -> None:
+        """What was captured since `before` is the graphs'."""
+        buffers, slack, driver = (now - then for now, then in zip(self._held(), before, strict=True))
+        known = self.memory
+        self.memory = GraphMemory(
+            known.buffer_bytes + buffers, known.slack_bytes + slack, known.driver_bytes + max(driver, 0)
+        )
 
     @torch.inference_mode()
     def _capture(

@@ -58,6 +58,11 @@ class Runner:
         self._num_logprobs = np.zeros(max_batch_requests, np.int64)
         self._min_lengths = np.zeros(max_batch_requests, np.int64)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of what it keeps from step to step: the KV cache and the requests' rows."""
+        return self.kv.bytes + self.state.bytes + self.penalties.bytes
+
     @torch.inference_mode()
     def rehearse(self) -> None:
         """The largest decode step, on padding: what its buffers take."""

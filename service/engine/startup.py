@@ -18,6 +18,7 @@ from service.engine.graphs import batch_sizes
 from service.engine.independence import check_independence
 from service.engine.kernel_shapes import shapes_of
 from service.engine.kernels_ahead import KernelsAhead
+from service.engine.ledger import Ledger
 from service.engine.likelihood import LikelihoodCheck
 from service.engine.link import Throttle
 from service.engine.self_check import check_linears, check_weights
@@ -47,6 +48,7 @@ class Serving:
     engine: Engine
     model: ModelInstance
     kv: PagedKV
+    ledger: Ledger
     info: EngineInfo
 
 
@@ -73,8 +75,14 @@ class Stages:
         self._since = now
 
 
-def start(config: EngineConfig, send: Callable[[Loading], None], started_at: float) -> Serving:
-    """Loads what `config` names; `started_at` is the process's beginning on the monotonic clock.
+def start(
+    config: EngineConfig,
+    send: Callable[[Loading], None],
+    started_at: float,
+    used_before: int | None = None,
+) -> Serving:
+    """Loads what `config` names; `started_at` is the process's beginning on the monotonic clock,
+    `used_before` what all processes had of a GPU's memory until then.
 
     Raises HalftoneError for whatever the user can mend.
     """
@@ -114,9 +122,15 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
         logger.info("`%s` is served by %s", layer, kernel)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.is_capturable
     stages("warm", 0, 1, "steps")
-    warm = warm_up(model, crowd_batch_tokens if is_gpu else 2 * BLOCK_TOKENS, max_batch_requests)
-    with told_shortage(device, f"a decode step of {max_batch_requests} requests"):
-        graph_bytes = devices.extra_bytes(device, warm.runner.rehearse) if is_captured else 0
+    del source, likelihood  # pages of a mapped checkpoint would pass for memory of ours
+    peak_load_bytes = devices.memory_peak_bytes(device)
+    warm_tokens = crowd_batch_tokens if is_gpu else 2 * BLOCK_TOKENS
+    warm, step_bytes = devices.extra_bytes(device, lambda: warm_up(model, warm_tokens, max_batch_requests))
+    step_bytes = max(step_bytes - warm.runner.kept_bytes, 0)
+    graph_bytes = 0
+    if is_captured:
+        with told_shortage(device, f"a decode step of {max_batch_requests} requests"):
+            _, graph_bytes = devices.extra_bytes(device, warm.runner.rehearse)
     del warm
     if config.deterministic:
         with told_shortage(device, "a check of requests in company"):
@@ -144,7 +158,9 @@ def start(config: EngineConfig, send: Callable[[Loading], None], started_at: flo
     if is_captured:
         engine.runner.capture(lambda done, total: stages("capture", done, total, "graphs"))
     stages.close()
-    return Serving(engine, model, kv, engine_info(config, model, kv, engine, stages.seconds))
+    ledger = Ledger(model, kv, engine, step_bytes, used_before)
+    info = engine_info(config, model, kv, engine, stages.seconds, ledger.parts(), peak_load_bytes)
+    return Serving(engine, model, kv, ledger, info)
 
 
 def choose_kernels(config: EngineConfig) -> None:
@@ -311,8 +327,15 @@ def context_tokens(config: EngineConfig, model: ModelInstance, kv: PagedKV) -> i
 
 
 def engine_info(
-    config: EngineConfig, model: ModelInstance, kv: PagedKV, engine: Engine, load_seconds: dict[str, float]
+    config: EngineConfig,
+    model: ModelInstance,
+    kv: PagedKV,
+    engine: Engine,
+    load_seconds: dict[str, float],
+    memory_bytes: dict[str, int],
+    peak_load_bytes: int,
 ) -> EngineInfo:
+    """`peak_load_bytes`: until the first steps."""
     limits = engine.limits
     return EngineInfo(
         model_path=str(model.path),
@@ -332,15 +355,15 @@ def engine_info(
         max_batch_requests=limits.max_batch_requests,
         eos_token_ids=sorted(engine.eos_token_ids),
         kernels=model.kernels(),
-        memory_bytes=model.memory_bytes()
-        | {"kv_cache": kv.bytes, "tables.penalties": engine.runner.penalties.bytes},
+        memory_bytes=memory_bytes,
         weight_bytes=model.weight_bytes,
         load_seconds=load_seconds,
-        peak_load_bytes=devices.memory_peak_bytes(model.device),
+        peak_load_bytes=max(peak_load_bytes, devices.memory_peak_bytes(model.device)),
         calibration=calibration_of(model),
         random_weights=model.random_weights,
         deterministic=engine.deterministic,
         device_uuid=devices.device_uuid(model.device),
+        device_bytes=devices.memory_total_bytes(model.device),
     )
 
 

@@ -47,6 +47,11 @@ class DeviceState:
         self.tables = self._words[ends[0] : ends[1]].view(num_rows, num_blocks)
         self.rows = self._words[ends[1] :]  # of the decode step, in its order
 
+    @property
+    def bytes(self) -> int:
+        """On the device."""
+        return self._words.numel() * self._words.element_size()
+
     def seat(self, row: int, sampling: Sampling) -> None:
         """A request takes this row."""
         fields, wide = self._fields[row], self._wide[row]

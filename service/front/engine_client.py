@@ -287,6 +287,8 @@ class EngineClient:
 
     def _hand_out(self, step: Step, now: float) -> None:
         metrics = self._metrics
+        if step.stats.memory_bytes is not None and self.info is not None:
+            self.info.memory_bytes = step.stats.memory_bytes
         open_requests = self._open
         # Streams that decode together share their last step: one observation stands for all of them.
         shared_last = 0.0

@@ -51,6 +51,11 @@ class Recordings:
         self._is_recordable = True
         self._arenas = Arena(), Arena()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the memory that recorded steps work in."""
+        return sum(arena.num_bytes for arena in self._arenas)
+
     def decode(self, layers: Layers, hidden: Tensor, batch: StepBatch, kv: PagedKV) -> Tensor | None:
         """[T, hidden] -> [T, hidden] normed for lm_head, valid until the next call.
 

@@ -112,7 +112,7 @@ def row(
             peak_load_bytes=2 * weight_bytes,
             peak_bytes=weight_bytes + 50_000_000,
             peak_without_kv_bytes=weight_bytes + 30_000_000,
-            parts={"weights.codes": weight_bytes - 1000, "weights.norms": 1000, "kv_cache": 20_000_000},
+            parts={"weights.codes": weight_bytes - 1000, "weights.norms": 1000, "kv.free": 20_000_000},
         ),
         quality=Quality(
             perplexity=perplexity,

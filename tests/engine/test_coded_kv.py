@@ -16,6 +16,7 @@ from service.engine.engine import Engine, Limits
 from service.engine.evaluate import Evaluation
 from service.errors import SettingError
 from service.kernels import native
+from service.ledger import kv_bytes
 from service.messages import EngineConfig, Evaluate, Evaluated, Sampling, Submit
 from service.model.instance import ModelInstance
 from tests.tiny_models import load_instance, logits_of, make_checkpoint
@@ -183,7 +184,7 @@ def test_a_start_tells_type_and_room(tmp_path: Path, monkeypatch: pytest.MonkeyP
         info = serving.info
         assert info.kv_dtype == ("bf16" if kv_dtype == "auto" else kv_dtype)
         assert info.dtype == "bf16"
-        assert info.memory_bytes["kv_cache"] == serving.kv.bytes
+        assert kv_bytes(info.memory_bytes) == serving.kv.bytes
         tokens[kv_dtype] = info.kv_tokens
     assert tokens["int8"] == tokens["fp8"]
     assert tokens["int8"] / tokens["auto"] == pytest.approx(2 * 64 / (64 + 2), rel=0.02)

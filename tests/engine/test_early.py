@@ -79,8 +79,12 @@ def torch_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("broken", "called"),
-    [("", ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]), ("cuInit", ["cuInit"])],
-    ids=["there", "no device"],
+    [
+        ("", ["cuInit", "cuDeviceGet", "cuDeviceGetUuid", "cuDevicePrimaryCtxRetain"]),
+        ("cuDeviceGetUuid", ["cuInit", "cuDeviceGet", "cuDeviceGetUuid", "cuDevicePrimaryCtxRetain"]),
+        ("cuInit", ["cuInit"]),
+    ],
+    ids=["there", "without a name", "no device"],
 )
 def test_a_gpu_is_woken_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, called: list[str]
@@ -91,10 +95,15 @@ def test_a_gpu_is_woken_once(
     monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")  # else it would be set for the tests behind this one
     driver = Driver(broken)
     monkeypatch.setattr(early.ctypes, "CDLL", lambda name: driver)
-    thread = early.wake_gpu()
-    assert thread is not None
-    thread.join()
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(early, "used_bytes", lambda name: asked.append((name, len(driver.called))) or 7)
+    opening = early.wake_gpu()
+    assert opening is not None
+    opening.join()
     assert driver.called == called
+    # asked before there is a context of ours, which would count
+    assert asked == ([("GPU-00000000-0000-0000-0000-000000000000", 3)] if not broken else [])
+    assert opening.used_before == (7 if not broken else None)
 
 
 def test_a_machine_without_a_driver_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +112,7 @@ def test_a_machine_without_a_driver_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
     monkeypatch.setattr(early.ctypes, "CDLL", missing)
-    early.open_first_gpu()
+    early.open_first_gpu(lambda name: None)
 
 
 def test_a_torch_for_the_cpu_leaves_the_gpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

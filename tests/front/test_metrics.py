@@ -164,7 +164,7 @@ def test_a_step_adds_deltas_and_replaces_gauges() -> None:
     metrics = Metrics("demo", "bf16")
     stats = StepStats(
         step_seconds=0.004, num_prefill_tokens=10, num_cached_tokens=16, num_running=3, num_waiting=2,
-        kv_used_tokens=100, memory_bytes={"weights.codes": 7, "kv_cache": 9},
+        kv_used_tokens=100, memory_bytes={"weights.codes": 7, "kv.free": 9},
     )  # fmt: skip
     metrics.step(stats)
     metrics.step(stats)
@@ -173,7 +173,7 @@ def test_a_step_adds_deltas_and_replaces_gauges() -> None:
     assert value(metrics, "halftone_tokens_total", kind="cached") == 32
     assert value(metrics, "halftone_requests_running") == 1
     assert value(metrics, "halftone_requests_waiting") == 0
-    assert value(metrics, "halftone_memory_bytes", part="kv_cache") == 9
+    assert value(metrics, "halftone_memory_bytes", part="kv.free") == 9
     assert value(metrics, "halftone_step_seconds_count") == 2
     assert value(metrics, "halftone_batch_size_sum") == 6
 

@@ -1,0 +1,57 @@
+"""The memory ledger's parts, named once for /metrics, /version, reports, dashboards and plans.
+
+engine/ledger, plan/ --{part: bytes}--> whoever shows memory; no torch here
+
+The parts of one engine are disjoint, and together they are what its process holds of the device: of a GPU's
+memory, or, on a CPU, of the machine's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the ledger; what stands before the first dot of its name is its group."""
+
+    name: str
+    help: str
+
+
+# from what a precision decides to what it leaves to the rest: a stack is drawn in this order
+PARTS = (
+    Part("weights.codes", "Quantized weights of the linears."),
+    Part("weights.scales", "What their codes count: scales, or absmax with its nested scales."),
+    Part("weights.zeros", "Which of their codes mean 0, where that is not the same for all."),
+    Part("weights.codebooks", "Tables of what codes mean, one for all layers."),
+    Part("weights.linear16", "Linears, or what is left of them, in 16 or 32 bits: `skip`, biases."),
+    Part("weights.norms", "Gains of the norms."),
+    Part("weights.embedding", "Embedding; it is the head too where the checkpoint ties them."),
+    Part("weights.head", "lm_head, where it is a tensor of its own."),
+    Part("tables.rotary", "Cosines and sines, a row for each position of the longest request."),
+    Part("tables.requests", "State of the running requests: block tables, sampling, penalties."),
+    Part("kv.used", "KV cache that requests hold now."),
+    Part("kv.free", "KV cache set aside for requests to come; blocks kept for their prefix are here."),
+    Part("activations", "Most that steps took beside all that, as far as the allocator keeps it for them."),
+    Part("workspace", "Buffers of kernels: partial sums of ours, cuBLAS's workspace, a CPU's recordings."),
+    Part("graphs", "Captured decode steps: their buffers, and what the driver holds of them."),
+    Part(
+        "allocator_slack",
+        "Kept by the allocator beyond that: rounding, fragments, on a CPU what loading left.",
+    ),
+    Part("outside_torch", "Not tensors: CUDA context and kernels' code; on a CPU interpreter and libraries."),
+)
+
+
+def weight_bytes(parts: Mapping[str, int]) -> int:
+    """Of all weights: what a precision is chosen for."""
+    return group_bytes(parts, "weights")
+
+
+def kv_bytes(parts: Mapping[str, int]) -> int:
+    """Of the KV cache, used or not: what is reserved."""
+    return group_bytes(parts, "kv")
+
+
+def group_bytes(parts: Mapping[str, int], group: str) -> int:
+    return sum(size for part, size in parts.items() if part.partition(".")[0] == group)
