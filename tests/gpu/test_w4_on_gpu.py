@@ -26,7 +26,7 @@ from tests.kernels.w4_weights import Awq, Nf4, random_awq, random_nf4, random_we
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 ROWS = (1, 7, 8, 9, 16, 17, 33, 64, 65, 128, 257, 1024, 4096)
 FEWER_ROWS = (1, 5, 8, 16, 24, 64, 128, 257, 1024)
 KINDS: tuple[Kind, ...] = ("affine", "nf4")

@@ -28,7 +28,7 @@ from service.precision.int8 import Int8Linear
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 THRESHOLD = 6.0
 DTYPES = (torch.float16, torch.bfloat16)
 ROUNDED = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of results alone 2.1e-4 and 1.7e-3

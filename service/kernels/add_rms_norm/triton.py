@@ -47,7 +47,7 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: floa
     """See the package; rounded where the reference rounds."""
     hidden = hidden.contiguous()
     delta = hidden if delta is None else delta.contiguous()
-    total, normed = torch.empty_like(hidden), torch.empty_like(hidden)
+    total, normed = hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
     width = hidden.shape[-1]
     num_rows = hidden.numel() // width
     columns = next_power_of_2(width)

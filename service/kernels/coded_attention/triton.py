@@ -278,7 +278,7 @@ def coded_attention(
     softcap: float = 0.0,
 ) -> Tensor:
     """See the package."""
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     if plan.num_decode:
         decode(q, key_cache, value_cache, scales, plan, out, scale, window, softcap)
     if plan.num_decode < plan.num_sequences:

@@ -270,7 +270,7 @@ def quantize_normed(
     assert rule.by_row
     hidden = hidden.contiguous()
     delta = hidden if delta is None else delta.contiguous()
-    total, width = torch.empty_like(hidden), hidden.shape[1]
+    total, width = hidden.new_empty(hidden.shape), hidden.shape[1]
     rows = _quantize("hidden", hidden, delta, gain, total, eps, width, rule, live, lists_columns, marks)
     return total, rows
 
