@@ -14,14 +14,19 @@ from typing import Any, NoReturn, TypeVar
 import orjson
 from rich.console import Console
 
-from loadtest.bench import SEEDS, Level, Options, measure
+from loadtest.bench import Options, measure
 from loadtest.errors import LoadTestError
+from loadtest.level import Level
+from loadtest.prompts import BUILTIN, DEFAULT_PROMPTS
+from loadtest.runs import SEEDS
+from loadtest.slo import Slo
 from loadtest.table import show
 
 DEFAULT_CONCURRENCY = "1,16"
 PIPED_WIDTH = 110
 EXIT_REFUSED = 2
 EXIT_FAILED_REQUESTS = 3
+EXIT_DISAGREEMENT = 4
 EXIT_INTERRUPTED = 130
 
 T = TypeVar("T")
@@ -52,7 +57,19 @@ def make_parser(program: str, more: str = "") -> Parser:
         type=positive_floats,
         default=[],
         metavar="R,...",
-        help="open loops of R requests/s, Poisson",
+        help="open loops of R requests/s",
+    )
+    load.add_argument(
+        "--arrivals",
+        choices=("poisson", "constant"),
+        default="poisson",
+        help="when the requests of --rate come (poisson)",
+    )
+    load.add_argument(
+        "--trace", type=Path, metavar="FILE", help="requests at recorded times, with recorded lengths"
+    )
+    load.add_argument(
+        "--trace-speed", type=positive_float, default=1.0, metavar="X", help="times as fast as recorded (1)"
     )
     load.add_argument(
         "--requests",
@@ -77,11 +94,14 @@ def make_parser(program: str, more: str = "") -> Parser:
     work.add_argument(
         "--ignore-eos",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="answers go on past an end-of-text token (on)",
+        default=None,
+        help="answers go on past an end-of-text token (where the server takes it)",
     )
     work.add_argument(
-        "--prompts", type=Path, metavar="FILE.jsonl", help='texts instead of ids, {"prompt": "..."} a line'
+        "--prompts",
+        type=prompts_path,
+        metavar="FILE",
+        help='texts or ids of yours: {"prompt": "..."} a line, a ShareGPT file, or `builtin`',
     )
     work.add_argument(
         "--endpoint", choices=("completions", "chat"), default="completions", help="chat needs --prompts"
@@ -102,6 +122,19 @@ def make_parser(program: str, more: str = "") -> Parser:
         metavar="N|auto",
         help="processes (auto: by load and cores)",
     )
+    client.add_argument(
+        "--slo", type=Slo.parse, metavar="LIMITS", help="such as ttft=500ms,itl=30ms: goodput"
+    )
+    client.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare with the server's own counts, and fail where they differ by more than 5 %% (on)",
+    )
+    client.add_argument(
+        "--metrics-url", default="", metavar="URL", help="where these are (/metrics of --url)"
+    )
+    client.add_argument("--label", default="", help="what the JSON calls the server (its address)")
     client.add_argument("--json", type=Path, metavar="FILE", help="where the whole result goes")
     client.add_argument("--records", action="store_true", help="with the times of every token in it")
     return parser
@@ -140,22 +173,43 @@ def positive_floats(text: str) -> list[float]:
     return [positive_float(part) for part in text.split(",")]
 
 
+def prompts_path(text: str) -> Path:
+    return DEFAULT_PROMPTS if text == BUILTIN else Path(text)
+
+
 def client_count(text: str) -> int:
     return 0 if text == "auto" else positive_int(text)
 
 
 def parse_options(flags: argparse.Namespace) -> Options:
     """Raises LoadTestError for flags that do not go together."""
-    if flags.endpoint == "chat" and not flags.prompts:
+    if flags.endpoint == "chat" and not flags.prompts and not flags.trace:
         raise LoadTestError("`--endpoint chat` takes texts", hint="name them: `--prompts FILE.jsonl`")
+    if flags.trace and (flags.concurrency or flags.rate):
+        raise LoadTestError(
+            "`--trace` is a load of its own", hint="leave out `--concurrency` and `--rate`, or measure twice"
+        )
+    if flags.arrivals != "poisson" and not flags.rate:
+        raise LoadTestError("`--arrivals` is of an open loop", hint="add `--rate R`")
+    if flags.trace_speed != 1 and not flags.trace:
+        raise LoadTestError("`--trace-speed` is of a trace", hint="add `--trace FILE`")
+    if flags.metrics_url and not flags.check:
+        raise LoadTestError("`--metrics-url` is for the check", hint="leave out `--no-check`")
     if flags.records and not flags.json:
         raise LoadTestError("`--records` goes into the file of `--json`", hint="add `--json FILE`")
     if flags.json and not flags.json.absolute().parent.is_dir():
         raise LoadTestError(f"`--json` {flags.json}: there is no such folder")
-    closed = flags.concurrency or ([] if flags.rate else positive_ints(DEFAULT_CONCURRENCY))
+    others = flags.rate or flags.trace
+    closed = flags.concurrency or ([] if others else positive_ints(DEFAULT_CONCURRENCY))
     return Options(
         url=flags.url.rstrip("/"),
-        levels=[*map(Level, closed), *(Level(rate_per_s=rate) for rate in flags.rate)],
+        levels=[
+            *(Level("closed", concurrency=streams) for streams in closed),
+            *(Level(flags.arrivals, rate_per_s=rate) for rate in flags.rate),
+        ],
+        trace=flags.trace,
+        trace_speed=flags.trace_speed,
+        label=flags.label,
         model=flags.model,
         api_key=flags.api_key,
         endpoint=flags.endpoint,
@@ -172,12 +226,16 @@ def parse_options(flags: argparse.Namespace) -> Options:
         # a seed that was used before finds its prompts in the server's prefix cache
         seed=random.randrange(SEEDS) if flags.seed is None else flags.seed,
         timeout_s=flags.timeout,
+        slo=flags.slo,
+        check=flags.check,
+        metrics_url=flags.metrics_url,
         keep_records=flags.records,
     )
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m loadtest", more: str = "") -> int:
-    """-> exit status: 0, 2 where nothing could be measured, 3 where some requests failed (1 is a crash)."""
+    """-> exit status: 0, 2 where nothing could be measured, 3 where some requests failed, 4 where client and
+    server disagree on what happened (1 is a crash)."""
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         flags = make_parser(program, more).parse_args(arguments)
@@ -190,7 +248,10 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m loadt
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     show(result, Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH))
-    return EXIT_FAILED_REQUESTS if any(level["figures"]["num_errors"] for level in result["levels"]) else 0
+    if any(level["figures"]["num_errors"] for level in result["levels"]):
+        return EXIT_FAILED_REQUESTS
+    checks = [run["server_check"]["agrees"] for level in result["levels"] for run in level["runs"]]
+    return EXIT_DISAGREEMENT if False in checks else 0
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

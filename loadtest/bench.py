@@ -1,11 +1,10 @@
 """Levels of load, each repeated, against one server -> one self-describing result.
 
-__main__ --Options--> measure() --Job--> fleet, and Outcomes --statistics--> the JSON of `--json`
+__main__ --Options--> measure() --Plan--> runs, one level after another --> the JSON of `--json`
 """
 
 import dataclasses
-import os
-import platform
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,44 +13,19 @@ from typing import Any
 
 from loadtest.client import Client
 from loadtest.errors import LoadTestError
-from loadtest.fleet import Fleet, num_clients, usable_cores
-from loadtest.job import Job, Outcome
-from loadtest.statistics import FORMULAS, SYMBOLS, Record, describe, pool, summarize
+from loadtest.fleet import Fleet, num_clients
+from loadtest.level import Level
+from loadtest.machine import machine
+from loadtest.prompts import Prompt, Prompts
+from loadtest.runs import Plan, measure_level
+from loadtest.scrape import Scraper
+from loadtest.slo import Slo
+from loadtest.statistics import FORMULAS, SYMBOLS
 from loadtest.target import Target, first_answer, look
-from loadtest.workload import Endpoint, Prompts, Workload, poisson_arrivals
+from loadtest.trace import Trace, Traced
+from loadtest.workload import Endpoint, Workload
 
 FORMAT = "halftone-bench/1"
-SEEDS = 1_000_000  # of a user; each run adds as much, so that no run asks what another has asked
-REQUESTS_PER_STREAM = 4
-LEAST_REQUESTS = 16
-OPEN_LOOP_S = 30  # as much load as it takes to see a queue build up
-LEAST_OPEN_REQUESTS = 32
-
-
-@dataclass(frozen=True)
-class Level:
-    """One load: streams that wait for their answers, or (0) requests by a Poisson process."""
-
-    concurrency: int = 0
-    rate_per_s: float = 0.0
-
-    @property
-    def label(self) -> str:
-        if not self.concurrency:
-            return f"{self.rate_per_s:g} requests/s"
-        return f"{self.concurrency} stream{'s' if self.concurrency > 1 else ''}"
-
-    @property
-    def num_requests(self) -> int:
-        """Where nobody says how many."""
-        if self.concurrency:
-            return max(LEAST_REQUESTS, REQUESTS_PER_STREAM * self.concurrency)
-        return max(LEAST_OPEN_REQUESTS, round(OPEN_LOOP_S * self.rate_per_s))
-
-    @property
-    def num_warmup(self) -> int:
-        """One for each stream; in an open loop the first that come, which find no queue."""
-        return self.concurrency or min(LEAST_OPEN_REQUESTS, max(2, round(self.rate_per_s)))
 
 
 @dataclass(frozen=True)
@@ -59,14 +33,17 @@ class Options:
     """What is measured. `num_requests`, `num_warmup` None: the level's own number."""
 
     url: str
-    levels: Sequence[Level]
+    levels: Sequence[Level]  # none where there is a trace
+    trace: Path | None = None  # a recording, replayed as the only level
+    trace_speed: float = 1.0
+    label: str = ""
     model: str = ""
     api_key: str = ""
     endpoint: Endpoint = "completions"
-    prompts: Path | None = None  # None: random ids
+    prompts: Path | None = None  # None: random ids, or the trace's own
     input_tokens: int = 512
     output_tokens: int = 256
-    ignore_eos: bool = True
+    ignore_eos: bool | None = None  # None: where the server takes it
     continuous_usage: bool = False
     vocab_size: int = 0  # 0: the server's
     num_requests: int | None = None
@@ -75,6 +52,9 @@ class Options:
     clients: int = 0  # 0: by load and cores
     seed: int = 0
     timeout_s: float = 600.0
+    slo: Slo | None = None
+    check: bool = True  # the clients' account against the server's
+    metrics_url: str = ""  # empty: /metrics of `url`
     keep_records: bool = False
 
 
@@ -84,177 +64,190 @@ async def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any
     Raises LoadTestError before the first run where the prompts or the server cannot be used.
     """
     client = Client(options.url, options.endpoint, options.api_key, options.timeout_s)
-    try:
-        prompts = Prompts.load(options.prompts) if options.prompts else None
-    except (OSError, ValueError) as error:
-        raise LoadTestError(
-            f"`--prompts` cannot be used: {error}", hint='write one object a line: {"prompt": "..."}'
-        ) from None
+    prompts, trace = read_prompts(options), read_trace(options)
     target = await look(client, options.url, options.model)
-    workload = make_workload(options, target, prompts)
+    workload = make_workload(options, target, prompts, trace)
+    planned = [trace_level(options, workload.trace)] if trace else options.levels
+    workload = dataclasses.replace(workload, prompts=sample(prompts, options, planned))
+    scraper = make_scraper(options, client, target.model) if options.check else None
     started = datetime.now(UTC)
-    first = await first_answer(client, workload)
-    crews = [num_clients(level.concurrency, options.clients) for level in options.levels]
-    levels = []
+    first, workload, lacks = await first_answer(client, workload, needs_ignore_eos=options.ignore_eos is True)
+    plan = Plan(
+        url=options.url,
+        api_key=options.api_key,
+        timeout_s=options.timeout_s,
+        workload=workload,
+        repeats=options.repeats,
+        num_requests=options.num_requests,
+        num_warmup=options.num_warmup,
+        slo=options.slo,
+        keep_records=options.keep_records,
+        scraper=scraper,
+    )
+    crews = [num_clients(level.concurrency, options.clients) for level in planned]
+    levels: list[dict[str, Any]] = []
     async with Fleet(max(crews)) as fleet:
-        for number, (level, crew) in enumerate(zip(options.levels, crews, strict=True)):
-            levels.append(await measure_level(options, workload, level, number, fleet, crew, say))
+        for number, (level, crew) in enumerate(zip(planned, crews, strict=True)):
+            levels.append(await measure_level(plan, level, number, fleet, crew, say))
             if not levels[-1]["figures"]["num_ok"]:
                 say(f"{level.label}: no request was answered; the levels after it are left out")
                 break
     return {
         "format": FORMAT,
+        "label": options.label or options.url,
         "started_at": started.isoformat(timespec="seconds"),
         "formulas": {**FORMULAS, "where": SYMBOLS},
         "machine": machine(),
-        "server": {"url": options.url, "version": target.version, "model_card": target.card},
-        "workload": {
-            "model": target.model,
-            "endpoint": options.endpoint,
-            "prompts": f"{options.prompts}" if options.prompts else "random token ids",
-            "prompts_sha256": prompts.sha256 if prompts else "",
-            "input_tokens": workload.input_tokens or None,
-            "vocab_size": workload.vocab_size or None,
-            "output_tokens": options.output_tokens,
-            "ignore_eos": options.ignore_eos,
-            "continuous_usage": options.continuous_usage,
-            "temperature": 0,
-            "stream": True,
-            "seed": options.seed,
+        "server": {
+            "url": options.url,
+            "kind": kind_of(levels),
+            "version": target.version,
+            "model_card": target.card,
+            "lacks": lacks,
         },
+        "workload": account(options, workload, prompts, trace),
         "first_answer": {"ttft_s": first.ttft_s, "e2e_s": first.e2e_s},
         "levels": levels,
     }
 
 
-def make_workload(options: Options, target: Target, prompts: Prompts | None) -> Workload:
+def read_prompts(options: Options) -> Prompts | None:
+    """Raises LoadTestError for a file that cannot be used."""
+    if options.prompts is None:
+        return None
+    try:
+        prompts = Prompts.load(options.prompts)
+    except (OSError, ValueError) as error:
+        raise LoadTestError(
+            f"`--prompts` cannot be used: {error}",
+            hint='write one object a line, {"prompt": "..."}, or name a ShareGPT file',
+        ) from None
+    if options.endpoint == "chat" and len(prompts.texts) < len(prompts.items):
+        raise LoadTestError("`--endpoint chat` takes texts, and `--prompts` holds token ids")
+    return prompts
+
+
+def read_trace(options: Options) -> Trace | None:
+    """Raises LoadTestError for a file that cannot be used."""
+    if options.trace is None:
+        return None
+    try:
+        trace = Trace.load(options.trace)
+    except (OSError, ValueError) as error:
+        raise LoadTestError(
+            f"`--trace` cannot be used: {error}",
+            hint="docs/bench.md has the formats, with an example of each",
+        ) from None
+    if options.endpoint == "chat" and not options.prompts and not all(item.text for item in trace.requests):
+        raise LoadTestError(
+            "`--endpoint chat` takes texts, and `--trace` has lengths alone", hint="add `--prompts FILE`"
+        )
+    return trace
+
+
+def make_workload(options: Options, target: Target, prompts: Prompts | None, trace: Trace | None) -> Workload:
     """Raises LoadTestError where the server's vocabulary is unknown, or its window too short."""
-    vocab_size = 0 if prompts else options.vocab_size or target.vocab_size
-    if not prompts and not vocab_size:
+    draws_ids = not prompts and not (trace and trace.has_prompts)
+    vocab_size = (options.vocab_size or target.vocab_size) if draws_ids else 0
+    if draws_ids and not vocab_size:
         raise LoadTestError(
             "the server does not tell the size of its vocabulary, below which random ids are drawn",
-            hint="`--vocab-size N`, or texts with `--prompts FILE.jsonl`",
+            hint="`--vocab-size N`, or texts with `--prompts FILE`, such as `--prompts builtin`",
         )
-    needed, window = (
-        options.output_tokens + (0 if prompts else options.input_tokens),
-        target.max_context_tokens,
-    )
-    if window and needed > window:
+    window = target.max_context_tokens
+    recorded = trace.requests if trace else ()
+    if trace and window and not prompts:
+        recorded = trace.fitting(window).requests
+        if not recorded:
+            raise LoadTestError(
+                f"no request of `--trace` fits the window of `{target.model}`, {window} tokens"
+            )
+    input_tokens = options.input_tokens if draws_ids and not trace else 0
+    if not trace and window and input_tokens + options.output_tokens > window:
         raise LoadTestError(
-            f"a request of {needed} tokens is too long: the window of `{target.model}` is {window}",
+            f"a request of {input_tokens + options.output_tokens} tokens is too long: the window of "
+            f"`{target.model}` is {window}",
             hint="fewer `--input-tokens` or `--output-tokens`",
         )
     return Workload(
         model=target.model,
-        texts=prompts.texts if prompts else (),
+        prompts=prompts.items if prompts else (),
         output_tokens=options.output_tokens,
         endpoint=options.endpoint,
         seed=options.seed,
-        input_tokens=0 if prompts else options.input_tokens,
+        input_tokens=input_tokens,
         vocab_size=vocab_size,
-        ignore_eos=options.ignore_eos,
+        ignore_eos=options.ignore_eos is not False,
         continuous_usage=options.continuous_usage,
+        trace=recorded,
     )
 
 
-async def measure_level(
-    options: Options,
-    workload: Workload,
-    level: Level,
-    number: int,
-    fleet: Fleet,
-    crew: int,
-    say: Callable[[str], None],
+def trace_level(options: Options, recorded: Sequence[Traced]) -> Level:
+    """The requests that fit -> their load. Raises LoadTestError where more are asked for."""
+    level = Level("trace", recorded_s=tuple(request.due_s for request in recorded), speed=options.trace_speed)
+    num_requests, num_warmup = level.counts(options.num_requests, options.num_warmup)
+    if num_requests < 1 or num_requests + num_warmup > len(recorded):
+        raise LoadTestError(
+            f"{num_requests} requests and {num_warmup} of warm-up before them are asked for, and `--trace` "
+            f"has {len(recorded)} that fit",
+            hint="fewer `--requests` or `--warmup`",
+        )
+    return level
+
+
+def sample(prompts: Prompts | None, options: Options, planned: Sequence[Level]) -> tuple[Prompt, ...]:
+    """As many of a file's prompts as the largest level has requests, drawn by the seed: all runs share them,
+    and a file of a hundred thousand does not go through every pipe."""
+    if prompts is None:
+        return ()
+    most = max(sum(level.counts(options.num_requests, options.num_warmup)) for level in planned)
+    if most >= len(prompts.items):
+        return prompts.items
+    return tuple(random.Random(f"{options.seed}:sample").sample(prompts.items, most))
+
+
+def make_scraper(options: Options, client: Client, model: str) -> Scraper:
+    """Raises LoadTestError for an address that is none."""
+    if not options.metrics_url:
+        return Scraper(client, "/metrics", model)
+    root, _, path = options.metrics_url.rpartition("/")
+    # the key is for the API: a metrics port of its own may be anybody's
+    return Scraper(Client(root, timeout_s=options.timeout_s), f"/{path}", model)
+
+
+def kind_of(levels: Sequence[dict[str, Any]]) -> str:
+    """What the server is by the names of its metrics; empty where it showed none that are known."""
+    sources = [run["server_check"]["source"] for level in levels for run in level["runs"]]
+    return next((source for source in sources if source), "")
+
+
+def account(
+    options: Options, workload: Workload, prompts: Prompts | None, trace: Trace | None
 ) -> dict[str, Any]:
-    """One level's repeats. A closed loop warms up once, and that ends before the first request that counts;
-    an open loop's first requests are its warm-up, in each repeat, so that it is measured under load."""
-    num_requests = level.num_requests if options.num_requests is None else options.num_requests
-    num_warmup = level.num_warmup if options.num_warmup is None else options.num_warmup
-    runs: list[list[Record]] = []
-    results = []
-    for repeat in range(options.repeats):
-        seed = options.seed + SEEDS * (number * options.repeats + repeat)
-        job = Job(
-            url=options.url,
-            api_key=options.api_key,
-            timeout_s=options.timeout_s,
-            workload=dataclasses.replace(workload, seed=seed),
-            indices=tuple(range(num_warmup + num_requests)),
-            num_warmup=num_warmup,
-        )
-        outcomes: list[Outcome] = []
-        if level.concurrency:
-            job = dataclasses.replace(job, streams=tuple(range(level.concurrency)))
-            warm, counted = job.indices[:num_warmup], job.indices[num_warmup:]
-            if warm and not repeat:
-                outcomes += await fleet.run(dataclasses.replace(job, indices=warm), crew)
-            job = dataclasses.replace(job, indices=counted)
-        else:
-            arrivals_s = poisson_arrivals(len(job.indices), level.rate_per_s, seed)
-            job = dataclasses.replace(job, due_s=tuple(arrivals_s))
-        measured = await fleet.run(job, crew)
-        records = records_of([*outcomes, *measured])
-        runs.append(records)
-        summary = summarize(records, options.output_tokens)
-        result = {"seed": seed, "summary": summary, "client": own_load(measured)}
-        if options.keep_records:
-            result["requests"] = records
-        results.append(result)
-        say(
-            f"{level.label}, run {repeat + 1} of {options.repeats}: {summary['output_tokens_per_s']:,.1f} "
-            f"tokens/s, {summary['num_ok']} answered, {summary['num_errors']} failed, "
-            f"{summary['window_s']:.1f} s"
-        )
+    """What was asked, as the JSON says it."""
+    if prompts:
+        source = str(options.prompts)
+    else:
+        source = f"{options.trace}" if trace and trace.has_prompts else "random token ids"
     return {
-        "arrivals": {"kind": "closed", "concurrency": level.concurrency}
-        if level.concurrency
-        else {"kind": "poisson", "rate_per_s": level.rate_per_s},
-        "label": level.label,
-        "num_requests": num_requests,
-        "num_warmup": num_warmup,
-        "num_clients": crew,
-        "figures": pool(runs, options.output_tokens),
-        "runs": results,
+        "model": workload.model,
+        "endpoint": workload.endpoint,
+        "prompts": source,
+        "prompts_sha256": prompts.sha256 if prompts else "",
+        "input_tokens": workload.input_tokens or None,
+        "vocab_size": workload.vocab_size or None,
+        "output_tokens": None if trace else workload.output_tokens,
+        "trace": trace
+        and {
+            "file": str(options.trace),
+            "sha256": trace.sha256,
+            "num_requests": len(trace.requests),
+            "num_too_long": len(trace.requests) - len(workload.trace),
+        },
+        "ignore_eos": workload.ignore_eos,
+        "continuous_usage": workload.continuous_usage,
+        "temperature": 0,
+        "stream": True,
+        "seed": workload.seed,
     }
-
-
-def records_of(outcomes: Sequence[Outcome]) -> list[Record]:
-    """All processes' records in the order of their requests, counted from the first that was due."""
-    records = sorted((record for outcome in outcomes for record in outcome.records), key=lambda r: r.index)
-    zero_s = min(record.scheduled_s for record in records)
-    for record in records:
-        record.rebase(zero_s)
-    return records
-
-
-def own_load(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What the processes cost: `cpu_share` is the busiest one's share of a core."""
-    num_events = sum(len(record.arrivals) for outcome in outcomes for record in outcome.records)
-    return {
-        "cpu_share": max(outcome.cpu_share for outcome in outcomes),
-        "cpu_us_per_event": 1e6 * sum(outcome.cpu_s for outcome in outcomes) / max(1, num_events),
-        "lag_s": describe(lag_s for outcome in outcomes for lag_s in outcome.lags_s),
-        "dispatch_delay_s": describe(
-            record.sent_s - record.scheduled_s for outcome in outcomes for record in outcome.records
-        ),
-        "processes": [{"cpu_s": outcome.cpu_s, "wall_s": outcome.wall_s} for outcome in outcomes],
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Where the clients ran: the server may be elsewhere, and tells of itself in its `/version`."""
-    return {
-        "cpu": cpu_name(),
-        "usable_cores": usable_cores(),
-        "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -128,6 +128,8 @@ class Exchange(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
+        if self._recorder is not None:
+            self._recorder.record.connected_s = self._clock()
         transport.write(self._request)
 
     def get_buffer(self, sizehint: int) -> memoryview:

@@ -16,14 +16,11 @@ from typing import Any, Self
 
 from loadtest.errors import LoadTestError
 from loadtest.job import Job, Outcome, frame, outcome_of, shares
+from loadtest.machine import usable_cores
 from loadtest.worker import PREPARED, read_frame
 
 STREAMS_PER_CLIENT = 32
 START_DELAY_S = 0.05  # from the word to start until all begin
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_clients(num_streams: int, asked: int) -> int:

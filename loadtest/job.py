@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from loadtest.statistics import Record
-from loadtest.workload import Workload
+from loadtest.workload import Workload, workload_of
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,10 @@ def frame(message: Any) -> bytes:
 def job_of(message: Mapping[str, Any]) -> Job:
     """The JSON of a Job -> the Job."""
     fields = dict(message)
-    workload = dict(fields.pop("workload"))
-    workload["texts"] = tuple(workload["texts"])
+    workload = workload_of(fields.pop("workload"))
     for name in ("indices", "streams", "due_s"):
         fields[name] = tuple(fields[name])
-    return Job(workload=Workload(**workload), **fields)
+    return Job(workload=workload, **fields)
 
 
 def outcome_of(message: Mapping[str, Any]) -> Outcome:

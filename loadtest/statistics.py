@@ -20,6 +20,7 @@ FORMULAS = {
     "TPOT": "(E2E - TTFT) / (n - 1)",
     "ITL": "(t_i - t_(i-1)) / (c_i - c_(i-1)), counted c_i - c_(i-1) times",
     "output tokens/s": "sum of n / (last end - first due)",
+    "goodput": "requests with every figure within its limit (ITL: its p95) / (last end - first due)",
     "all busy tokens/s": "tokens that came while every stream was busy / seconds of it",
 }
 SYMBOLS = (
@@ -39,6 +40,8 @@ class Record:
     scheduled_s: float
     stream: int = -1  # of a closed loop; -1 in an open one
     sent_s: float = 0.0
+    connected_s: float = 0.0  # 0 where no connection was made
+    asked_tokens: int = 0  # the most that it may be answered with
     finished_s: float = 0.0  # the event with the finish reason, or when an error ended it
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     prompt_tokens: int = 0
@@ -74,8 +77,14 @@ class Record:
         """Count this record's times from `zero_s`."""
         self.scheduled_s -= zero_s
         self.sent_s -= zero_s
+        self.connected_s -= zero_s if self.connected_s else 0.0
         self.finished_s -= zero_s
         self.arrivals = [(time_s - zero_s, tokens) for time_s, tokens in self.arrivals]
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it ended before as many tokens as were asked for."""
+        return self.output_tokens < self.asked_tokens
 
     def gaps_s(self) -> list[float]:
         """One gap for each token after the first arrival; an event of k tokens gives k gaps of a kth each."""
@@ -147,11 +156,8 @@ def all_busy(measured: Sequence[Record]) -> dict[str, float] | None:
     }
 
 
-def summarize(records: Sequence[Record], output_tokens: int) -> dict[str, Any]:
-    """Records of one run -> its figures. Warm-up is left out; errors are counted, and never timed.
-
-    `output_tokens` is what each request asked for; fewer received makes it `short`.
-    """
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """Records of one run -> its figures. Warm-up is left out; errors are counted, and never timed."""
     measured = [record for record in records if not record.warmup]
     done = [record for record in measured if record.ok]
     start_s = min((record.scheduled_s for record in measured), default=0.0)
@@ -161,7 +167,7 @@ def summarize(records: Sequence[Record], output_tokens: int) -> dict[str, Any]:
     return {
         "num_ok": len(done),
         "num_errors": len(measured) - len(done),
-        "num_short": sum(record.output_tokens < output_tokens for record in done),
+        "num_short": sum(record.is_short for record in done),
         "errors": dict(Counter(record.error for record in records if not record.ok)),
         "num_warmup_errors": sum(record.warmup and not record.ok for record in records),
         "window_s": window_s,
@@ -177,10 +183,10 @@ def summarize(records: Sequence[Record], output_tokens: int) -> dict[str, Any]:
     }
 
 
-def pool(runs: Sequence[Sequence[Record]], output_tokens: int) -> dict[str, Any]:
+def pool(runs: Sequence[Sequence[Record]]) -> dict[str, Any]:
     """Records of each repeat -> one level's figures: latencies over the requests of all repeats together,
     rates as the median of the repeats with the least and the most."""
-    summaries = [summarize(records, output_tokens) for records in runs]
+    summaries = [summarize(records) for records in runs]
     done = [record for records in runs for record in records if record.ok and not record.warmup]
 
     def rate(read: Callable[[dict[str, Any]], float | None]) -> dict[str, float] | None:

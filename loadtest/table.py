@@ -23,20 +23,31 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Everything a reader needs to judge the figures."""
     console.print(server_line(result["server"]), markup=False)
     work = result["workload"]
-    given = f"{work['input_tokens']} random ids" if work["input_tokens"] else work["prompts"]
-    console.print(
-        f"{work['model']}: {given} in, {work['output_tokens']} tokens out"
-        f"{'' if work['ignore_eos'] else ' at most'}, greedy, streamed, seed {work['seed']}",
-        markup=False,
-    )
+    console.print(work_line(work), markup=False)
     console.print(rates(result))
     console.print(times(result))
+    if any(level["figures"]["goodput"] for level in result["levels"]):
+        console.print(goodputs(result))
     for line in doubts(result):
         console.print(f"warning: {line}", markup=False, style="yellow")
     for line in notes(result):
         console.print(f"note: {line}", markup=False)
     formulas = "\n".join(f"  {name} = {formula}" for name, formula in FORMULAS.items())
     console.print(f"{formulas}\n  {SYMBOLS}", markup=False, style="dim")
+
+
+def work_line(work: dict[str, Any]) -> str:
+    """What was asked of it."""
+    most = "" if work["ignore_eos"] else " at most"
+    if work["trace"]:
+        trace = work["trace"]
+        asked = f"lengths and times of {trace['file']}"
+        if work["prompts"] != trace["file"]:
+            asked += f", prompts: {work['prompts']}"
+    else:
+        given = f"{work['input_tokens']} random ids" if work["input_tokens"] else work["prompts"]
+        asked = f"{given} in, {work['output_tokens']} tokens out{most}"
+    return f"{work['model']}: {asked}, greedy, streamed, seed {work['seed']}"
 
 
 def server_line(server: dict[str, Any]) -> str:
@@ -70,11 +81,29 @@ def rates(result: dict[str, Any]) -> Table:
     return table
 
 
-def rate(figure: dict[str, float] | None, repeated: bool) -> str:
+def goodputs(result: dict[str, Any]) -> Table:
+    slo = next(level["figures"]["goodput"]["slo"] for level in result["levels"])
+    table = Table(title=f"requests that met {slo}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("load", no_wrap=True)
+    for name in ("goodput, requests/s", "share that met it", "missed"):
+        table.add_column(name, justify="right")
+    for level in result["levels"]:
+        good = level["figures"]["goodput"]
+        table.add_row(
+            escape(level["label"]),
+            rate(good["requests_per_s"], len(level["runs"]) > 1, digits=2),
+            f"{100 * good['good_share']:.1f} %",
+            ", ".join(f"{name.upper()} {count:,}" for name, count in good["missed"].items() if count) or "-",
+        )
+    return table
+
+
+def rate(figure: dict[str, float] | None, repeated: bool, digits: int = 1) -> str:
+    """Median, with the least and the most where there are several runs, to a digit less."""
     if figure is None:
         return "-"
-    spread = f" ({figure['min']:,.0f} to {figure['max']:,.0f})" if repeated else ""
-    return f"{figure['median']:,.1f}{spread}"
+    spread = f" ({figure['min']:,.{digits - 1}f} to {figure['max']:,.{digits - 1}f})" if repeated else ""
+    return f"{figure['median']:,.{digits}f}{spread}"
 
 
 def times(result: dict[str, Any]) -> Table:
@@ -100,18 +129,18 @@ def times(result: dict[str, Any]) -> Table:
 def doubts(result: dict[str, Any]) -> list[str]:
     """What makes a figure wrong, or less than it seems."""
     said = []
-    asked = result["workload"]["output_tokens"]
     for level in result["levels"]:
         figures, label = level["figures"], level["label"]
         said += [f"{label}: {count} x {error}" for error, count in figures["errors"].items()]
         if figures["num_short"]:
-            said.append(f"{label}: {figures['num_short']} answers are shorter than {asked} tokens")
+            said.append(f"{label}: {figures['num_short']} answers are shorter than what was asked for")
         if figures["cached_tokens"] > CACHED_SHARE * figures["prompt_tokens"]:
             share = figures["cached_tokens"] / figures["prompt_tokens"]
             said.append(
                 f"{label}: {100 * share:.0f} % of the prompts' tokens came from the server's prefix cache; "
                 "another `--seed` asks what it has not seen"
             )
+        said += disagreements(level)
         clients = [run["client"] for run in level["runs"]]
         if not figures["num_ok"]:
             continue
@@ -125,10 +154,49 @@ def doubts(result: dict[str, Any]) -> list[str]:
     return said
 
 
-def notes(result: dict[str, Any]) -> list[str]:
-    """How tokens were counted, where that was not one by one."""
-    levels = [level["figures"] for level in result["levels"]]
+def disagreements(level: dict[str, Any]) -> list[str]:
+    """Where the server's own counts of a run are not what the clients saw."""
     said = []
+    for number, run in enumerate(level["runs"], 1):
+        for name, figure in run["server_check"]["figures"].items():
+            if not figure["agrees"]:
+                said.append(
+                    f"{level['label']}, run {number}, {name}: {figure['client']:,.6g} by the clients, "
+                    f"{figure['server']:,.6g} by the server ({100 * figure['difference']:+.1f} %); somebody "
+                    "else uses the server, or one of the two is wrong"
+                )
+    return said
+
+
+def agreement(result: dict[str, Any]) -> str:
+    """How far the two accounts of all runs are apart, and what there is only one of."""
+    checks = [run["server_check"] for level in result["levels"] for run in level["runs"]]
+    widest: dict[str, float] = {}
+    for check in checks:
+        for name, figure in check["figures"].items():
+            widest[name] = max(widest.get(name, 0.0), figure["difference"], key=abs)
+    unknown = {f"{name} ({why})" for check in checks for name, why in check["not_checked"].items()}
+    compared = ", ".join(f"{name} {100 * difference:+.1f} %" for name, difference in widest.items())
+    parts = [f"the server's own counts, less the clients': {compared}"] if compared else []
+    parts += [f"not checked against the server: {', '.join(sorted(unknown))}"] if unknown else []
+    return "; ".join(parts)
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What agreed, what the server does not take, and how tokens were counted, where not one by one."""
+    levels = [level["figures"] for level in result["levels"]]
+    said = [agreement(result)]
+    lacks = result["server"]["lacks"]
+    if lacks:
+        said.append(
+            f"the server does not take {', '.join(f'`{name}`' for name in lacks)}; requests went without"
+        )
+    trace = result["workload"]["trace"]
+    if trace and trace["num_too_long"]:
+        said.append(
+            f"{trace['num_too_long']} of the trace's {trace['num_requests']} requests are longer than the "
+            "model's window, and were left out"
+        )
     if any("events" in figures["counted_by"] for figures in levels):
         said.append("the server sends no usage; each event with a text counts as one token")
     brought = [figures["tokens_per_event"] for figures in levels if "usage" in figures["counted_by"]]

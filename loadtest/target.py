@@ -4,6 +4,7 @@ bench --look()--> Target; bench --first_answer()--> one request that must succee
 """
 
 import asyncio
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from loadtest.workload import Workload
 OK = 200
 KEY_REFUSED = (401, 403)
 NOT_READY = 503
+BAD_REQUEST = 400
+UNPROCESSABLE = 422
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,13 @@ async def look(client: Client, url: str, model: str) -> Target:
     status, version = await ask(client, "/version")
     version = version if status == OK and isinstance(version, Mapping) else {}
     engine = version.get("engine") or {}
+    meta = card.get("meta") or {}  # llama.cpp's place for it
     return Target(
         model=model or names[0],
-        vocab_size=int(engine.get("vocab_size") or card.get("vocab_size") or 0),
-        max_context_tokens=int(engine.get("max_context_tokens") or card.get("max_model_len") or 0),
+        vocab_size=int(engine.get("vocab_size") or card.get("vocab_size") or meta.get("n_vocab") or 0),
+        max_context_tokens=int(
+            engine.get("max_context_tokens") or card.get("max_model_len") or meta.get("n_ctx") or 0
+        ),
         version=version or None,
         card=dict(card),
     )
@@ -99,12 +105,42 @@ def progress(ready: Any) -> str:
     return f"{loading['stage']}, {loading['done']} of {loading['total']} {loading['unit']}"
 
 
-async def first_answer(client: Client, workload: Workload) -> Record:
-    """One whole request of the kind that will be measured. Raises LoadTestError with what the server says."""
-    record = Record(-1, asyncio.get_running_loop().time())
-    status = await client.send(workload.body(record.index), record)
-    if record.ok:
-        return record
+async def first_answer(
+    client: Client, workload: Workload, *, needs_ignore_eos: bool
+) -> tuple[Record, Workload, list[str]]:
+    """One whole request of the kind that will be measured -> its record, the workload as the server takes it,
+    and the fields that it does not know and that were left out.
+
+    Raises LoadTestError with what the server says to the request as it was meant.
+    """
+    complaint: LoadTestError | None = None
+    for without in fields_to_leave_out(workload, needs_ignore_eos):
+        reduced = workload.without(without)
+        # no run has a negative seed: what is asked here is in no run's prefix cache
+        probe = dataclasses.replace(reduced, seed=-1 - workload.seed)
+        record = Record(0, asyncio.get_running_loop().time(), asked_tokens=probe.asked_tokens(0))
+        status = await client.send(probe.body(0), record)
+        if record.ok:
+            return record, reduced, without
+        complaint = complaint or refusal(status, record)
+        if status not in (BAD_REQUEST, UNPROCESSABLE):
+            break
+    assert complaint is not None
+    raise complaint
+
+
+def fields_to_leave_out(workload: Workload, needs_ignore_eos: bool) -> list[list[str]]:
+    """What to try without, in turn: nothing first, then what a server of OpenAI's own fields may refuse."""
+    tries: list[list[str]] = [[]]
+    if workload.ignore_eos and not needs_ignore_eos:
+        tries.append(["ignore_eos"])
+    if workload.usage and not workload.continuous_usage:
+        tries += [[*names, "stream_options"] for names in list(tries)]
+    return tries
+
+
+def refusal(status: int, record: Record) -> LoadTestError:
+    """What the server said to the first request, and what may help."""
     hint = ""
     if status in KEY_REFUSED:
         hint = "name the key: `--api-key KEY`"
@@ -112,6 +148,9 @@ async def first_answer(client: Client, workload: Workload) -> Record:
         hint = "`--no-ignore-eos`, and answers may be shorter than asked"
     elif "continuous_usage" in record.error:
         hint = "leave out `--continuous-usage`"
-    elif status in (400, 413, 422):
-        hint = "the server's window, vocabulary or body limit may be smaller than the requests"
-    raise LoadTestError(f"the first request failed: {record.error}", hint=hint)
+    elif status in (BAD_REQUEST, 413, UNPROCESSABLE):
+        hint = (
+            "the server's window, vocabulary or body limit may be smaller than the requests; one that takes "
+            "texts alone needs `--prompts`"
+        )
+    return LoadTestError(f"the first request failed: {record.error}", hint=hint)

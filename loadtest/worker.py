@@ -34,6 +34,7 @@ async def perform(job: Job, client: Client, bodies: dict[int, bytes], start_s: f
 
     async def send(record: Record) -> None:
         record.warmup = record.index < job.num_warmup
+        record.asked_tokens = job.workload.asked_tokens(record.index)
         await client.send(bodies[record.index], record)
 
     own = OwnLoad()

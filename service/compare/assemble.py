@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from loadtest.workload import Prompts
+from loadtest.prompts import Prompts
 from service import __version__
 from service.compare.plan import Plan
 from service.compare.report import FORMAT, Device, Model, Report, Row, Text, Turn, Workload, purchase
@@ -65,7 +65,7 @@ def build_report(
         threads=plan.settings.threads,
     )
     workload = Workload(
-        prompts=f"{len(prompts.texts)} texts of {prompts.source}",
+        prompts=f"{len(prompts.items)} texts of {prompts.source}",
         prompts_sha256=prompts.sha256,
         seed=options.seed,
         rate_rule="as asked" if options.rate_per_s else RATE_RULE,

@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from loadtest.workload import DEFAULT_PROMPTS, Prompts
+from loadtest.prompts import DEFAULT_PROMPTS, Prompts
 from service.compare.assemble import Finished, build_report
 from service.compare.export import print_report, write_report
 from service.compare.files import read_back, write_whole

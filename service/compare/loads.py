@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
+from loadtest.prompts import DEFAULT_PROMPTS
 from loadtest.statistics import Record, percentile
-from loadtest.workload import DEFAULT_PROMPTS
 from service.compare.figures import Figures, Interval, Latency, Level, Run
 from service.compare.plan import Phase
 from service.errors import HalftoneError
@@ -60,7 +60,8 @@ async def run_load(
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-    if process.returncode not in (0, 3):  # 3: some requests failed, and the result says which
+    # 3: some requests failed, 4: the server's own counts say something else; the result tells which
+    if process.returncode not in (0, 3, 4):
         said = complaint.decode("utf-8", "replace").strip()
         raise HalftoneError(
             f"load phase `{phase.id}` failed: {said.removeprefix('error: ') or process.returncode}"

@@ -9,6 +9,7 @@ from typing import Any
 from loadtest.__main__ import main
 
 Reply = Callable[[dict[str, Any]], bytes]
+About = tuple[int, Any] | Callable[[], str]  # status and JSON, or a text at the time of asking
 
 VOCAB_SIZE = 50
 WINDOW = 4096
@@ -52,6 +53,11 @@ def plain(status: int, body: Any) -> bytes:
     return head.encode() + raw
 
 
+def text(body: str) -> bytes:
+    raw = body.encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n%s" % (len(raw), raw)
+
+
 def refusal(status: int, message: str) -> bytes:
     return plain(status, {"error": {"message": message}})
 
@@ -77,13 +83,14 @@ def full_answer(request: dict[str, Any]) -> bytes:
 
 
 def run_against(
-    reply: Reply, out: Path, *flags: str, about: dict[str, tuple[int, Any]] | None = None
+    reply: Reply, out: Path, *flags: str, about: dict[str, About] | None = None
 ) -> tuple[int, dict[str, Any]]:
     """Run the command against a server on a free port -> exit status, what it wrote.
 
     `reply` answers completions, with `path` and `authorization` beside the body's fields; `about` the rest.
+    `{port}` in a flag is the server's.
     """
-    routes = ABOUT | (about or {})
+    routes: dict[str, About] = {**ABOUT, **(about or {})}
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -94,7 +101,8 @@ def run_against(
         method, path, _ = head.split(maxsplit=2)
         fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
         if method == "GET":
-            writer.write(plain(*routes.get(path, (404, {"error": {"message": "no such route"}}))))
+            said = routes.get(path, (404, {"error": {"message": "no such route"}}))
+            writer.write(text(said()) if callable(said) else plain(*said))
         else:
             request = json.loads(await reader.readexactly(int(fields["content-length"])))
             writer.write(reply(request | {"path": path, "authorization": fields.get("authorization", "")}))
@@ -107,7 +115,8 @@ def run_against(
             return await work(server.sockets[0].getsockname()[1])
 
     async def command(port: int) -> int:
-        arguments = ["--url", f"http://127.0.0.1:{port}", "--json", str(out), "--records", *flags]
+        arguments = ["--url", f"http://127.0.0.1:{port}", "--json", str(out), "--records"]
+        arguments += [flag.replace("{port}", str(port)) for flag in flags]
         return await asyncio.to_thread(main, arguments)
 
     status = asyncio.run(serve(command))

@@ -13,8 +13,8 @@ from loadtest import bench
 from loadtest.__main__ import main, make_parser, parse_options
 from loadtest.bench import FORMAT, Level
 from loadtest.fleet import Fleet
+from loadtest.prompts import DEFAULT_PROMPTS
 from loadtest.statistics import FORMULAS
-from loadtest.workload import DEFAULT_PROMPTS
 
 SMALL = ("--output-tokens", "5", "--input-tokens", "4", "--clients", "1")
 TEXTS = ("--prompts", str(DEFAULT_PROMPTS))
@@ -90,22 +90,27 @@ def test_a_plain_server_is_measured_and_what_it_lacks_is_said(
     """One that knows OpenAI's own fields only, tells nothing of itself, and ends its answers early."""
 
     def reply(request: dict[str, Any]) -> bytes:
-        if "ignore_eos" in request:
-            return refusal(400, "unknown field ignore_eos")
+        for field in ("ignore_eos", "stream_options"):
+            if field in request:
+                return refusal(400, f"unknown field {field}")
         return sse(event("a"), event("b", finish="stop"))
 
     nothing = {"/ready": (404, None), "/version": (404, None)}
     flags = ["--concurrency", "1", "--requests", "2", *SMALL, "--vocab-size", "9"]
-    status, _ = run_against(reply, tmp_path / "o", *flags, about=nothing)
+    status, _ = run_against(reply, tmp_path / "o", *flags, "--ignore-eos", about=nothing)
     assert status == 2
     assert "hint: `--no-ignore-eos`" in capsys.readouterr().err
-    status, result = run_against(reply, tmp_path / "o", *flags, "--no-ignore-eos", about=nothing)
+    status, result = run_against(reply, tmp_path / "o", *flags, about=nothing)
     assert status == 0
     assert result["levels"][0]["figures"]["num_short"] == 2
     assert result["server"]["version"] is None
+    assert result["server"]["lacks"] == ["ignore_eos", "stream_options"]
+    assert result["levels"][0]["runs"][0]["server_check"]["agrees"] is None
     said = " ".join(capsys.readouterr().out.split())
-    assert "2 answers are shorter than 5 tokens" in said
+    assert "2 answers are shorter than what was asked for" in said
     assert "sends no usage" in said
+    assert "does not take `ignore_eos`, `stream_options`" in said
+    assert "not checked against the server: everything (`/metrics` says HTTP 404)" in said
 
 
 def test_errors_are_counted_shown_and_fail_the_command(
@@ -238,6 +243,12 @@ def test_nobody_at_the_address(capsys: pytest.CaptureFixture[str]) -> None:
         (["--records"], "`--json`"),
         (["--json", "/nowhere/at/all.json"], "no such folder"),
         (["--prompts", "/nowhere.jsonl"], "`--prompts` cannot be used"),
+        (["--trace", "/nowhere.jsonl"], "`--trace` cannot be used"),
+        (["--trace", "t", "--rate", "2"], "`--trace` is a load of its own"),
+        (["--trace-speed", "2"], "`--trace-speed` is of a trace"),
+        (["--arrivals", "constant"], "`--arrivals` is of an open loop"),
+        (["--slo", "ttft=soon"], "`--slo` ttft=soon"),
+        (["--metrics-url", "http://x:1/metrics", "--no-check"], "is for the check"),
     ],
 )
 def test_a_wrong_flag_is_one_line(
@@ -253,11 +264,10 @@ def test_defaults_of_a_level() -> None:
     def levels(*flags: str) -> list[Level]:
         return list(parse_options(make_parser("halftone bench").parse_args(flags)).levels)
 
-    assert levels() == [Level(1), Level(16)]
-    assert levels("--rate", "2,0.5") == [Level(rate_per_s=2), Level(rate_per_s=0.5)]
-    assert [level.num_requests for level in levels("--concurrency", "1,16,256")] == [16, 64, 1024]
-    assert [level.num_warmup for level in levels("--concurrency", "1,16,256")] == [1, 16, 256]
-    assert [level.num_requests for level in levels("--rate", "0.5,8")] == [32, 240]
+    assert levels() == [Level("closed", concurrency=1), Level("closed", concurrency=16)]
+    assert levels("--rate", "2,0.5") == [Level("poisson", rate_per_s=2), Level("poisson", rate_per_s=0.5)]
+    assert levels("--rate", "2", "--arrivals", "constant") == [Level("constant", rate_per_s=2)]
+    assert levels("--trace", "t") == []
 
 
 def test_two_benches_ask_different_things() -> None:

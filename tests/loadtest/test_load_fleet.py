@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from loadtest import fleet
 from loadtest.fleet import num_clients
 from loadtest.job import Job, Outcome, frame, job_of, outcome_of, shares
+from loadtest.prompts import Prompt
 from loadtest.statistics import Record
 from loadtest.workload import Workload
 
@@ -17,7 +18,7 @@ def job(num_requests: int, num_streams: int = 0, num_warmup: int = 0) -> Job:
         url="http://x:1",
         api_key="k",
         timeout_s=1.5,
-        workload=Workload("m", ("a", "b"), 4, seed=3),
+        workload=Workload("m", (Prompt("a"), Prompt("b")), 4, seed=3),
         indices=tuple(range(num_requests)),
         streams=tuple(range(num_streams)),
         due_s=() if num_streams else tuple(0.5 * index for index in range(num_requests)),

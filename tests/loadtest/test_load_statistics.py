@@ -20,6 +20,7 @@ def record(**fields: object) -> Record:
         "finished_s": 11.0,
         "arrivals": [(10.5, 1), (10.6, 2), (10.9, 4)],
         "output_tokens": 4,
+        "asked_tokens": 4,
         "finish_reason": "length",
     }
     return Record(**(defaults | fields))  # type: ignore[arg-type]
@@ -60,7 +61,7 @@ def test_summary_counts_errors_and_leaves_out_the_warm_up() -> None:
         record(index=3, scheduled_s=10.6, error="HTTP 503: gone", arrivals=[], output_tokens=0),
         record(index=4, warmup=True, error="HTTP 503: gone"),
     ]
-    summary = summarize(records, output_tokens=4)
+    summary = summarize(records)
     assert (summary["num_ok"], summary["num_errors"], summary["num_warmup_errors"]) == (2, 1, 1)
     assert summary["num_short"] == 1
     assert summary["errors"] == {"HTTP 503: gone": 2}
@@ -74,7 +75,7 @@ def test_summary_counts_errors_and_leaves_out_the_warm_up() -> None:
 
 
 def test_summary_of_nothing_but_errors_is_still_a_summary() -> None:
-    summary = summarize([record(error="no token came", arrivals=[])], output_tokens=4)
+    summary = summarize([record(error="no token came", arrivals=[])])
     assert summary["num_errors"] == 1
     assert summary["ttft_s"] is None
     assert summary["output_tokens_per_s"] == 0.0
@@ -129,7 +130,7 @@ def test_the_busy_window_ends_with_the_first_stream_that_is_done() -> None:
         record(index=2, stream=0, sent_s=2.0, finished_s=4.0, error="HTTP 503", arrivals=[]),
         record(index=3, stream=0, sent_s=0.0, finished_s=9.0, warmup=True),
     ]
-    busy = summarize(records, 4)["all_busy"]
+    busy = summarize(records)["all_busy"]
     assert busy == pytest.approx({"window_s": 3.5, "output_tokens": 6, "output_tokens_per_s": 6 / 3.5})
 
 
@@ -138,7 +139,7 @@ def test_no_stream_of_one_request_is_ever_alone_with_others() -> None:
         record(index=0, stream=0, sent_s=0.0, finished_s=1.0),
         record(index=1, stream=1, sent_s=2.0, finished_s=3.0),
     ]
-    assert summarize(apart, 4)["all_busy"] is None
+    assert summarize(apart)["all_busy"] is None
 
 
 def test_repeats_are_pooled_by_request_and_rates_by_repeat() -> None:
@@ -148,7 +149,7 @@ def test_repeats_are_pooled_by_request_and_rates_by_repeat() -> None:
         record(index=1, finished_s=10.8, arrivals=[(10.2, 1), (10.8, 4)]),
         record(index=2, warmup=True, arrivals=[(99.0, 1)], cached_tokens=5),
     ]
-    figures = pool([slow, fast], output_tokens=4)
+    figures = pool([slow, fast])
     assert (figures["num_ok"], figures["num_errors"], figures["cached_tokens"]) == (3, 1, 0)
     assert figures["errors"] == {"HTTP 503: gone": 1}
     assert figures["output_tokens_per_s"] == pytest.approx({"median": 7.0, "min": 4.0, "max": 10.0})
