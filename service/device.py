@@ -38,7 +38,9 @@ class BatchDefaults:
 
     max_batch_tokens: int
     max_batch_requests: int
-    crowd_factor: int = 1  # times as many tokens while a crowd waits: engine/scheduler
+    # of max_batch_tokens, while few decode and while a crowd waits: engine/scheduler
+    few_share: float = 1.0
+    crowd_factor: int = 1
 
 
 def resolve(asked: Literal["auto", "cuda", "cpu"]) -> torch.device:
@@ -103,7 +105,7 @@ def device_uuid(device: torch.device) -> str:
 
 def batch_defaults(device: torch.device) -> BatchDefaults:
     """A step stays short enough for the others to stream on; a GPU needs a wide one to be busy."""
-    return BatchDefaults(1024, 256, crowd_factor=2) if device.type == "cuda" else BatchDefaults(512, 64)
+    return BatchDefaults(1024, 256, 0.75, 2) if device.type == "cuda" else BatchDefaults(512, 64)
 
 
 def runs_behind(device: torch.device) -> bool:

@@ -42,6 +42,7 @@ class Limits:
     max_batch_tokens: int
     max_batch_requests: int
     vocab_size: int
+    few_batch_tokens: int = 0  # of a step while few decode; 0: as ever
     crowd_batch_tokens: int = 0  # of a step while a crowd waits; 0: as ever
 
 
@@ -79,6 +80,7 @@ class Engine:
             limits.max_batch_tokens,
             limits.max_batch_requests,
             prefix_cache,
+            limits.few_batch_tokens,
             limits.crowd_batch_tokens,
         )
         self.runner = Runner(

@@ -4,8 +4,8 @@ engine --add--> waiting --admit--> running --schedule--> Plan --(runner)--> adva
 
 Decode comes first. Of what is left, the oldest unfinished prompt keeps at least half, so that nothing
 starves; the rest goes to the prompts with the fewest tokens left, so that a short request need not wait
-for a long one. While a crowd waits, a step may hold more tokens than the latency of decode would allow, so
-that the last of them waits less. A prompt holds its blocks from admission on; an answer grows block by
+for a long one. While few decode, whose steps are short, one with prompts is held shorter too; while a crowd
+waits, it may hold more tokens than the latency of decode would allow, so that the last of them waits less. A prompt holds its blocks from admission on; an answer grows block by
 block, and where none is free the newest request loses all of its own and starts again later. A
 deterministic request holds the blocks of its longest answer from admission on.
 """
@@ -21,6 +21,7 @@ from service.model.batch import BLOCK_TOKENS
 MAX_SCORED_TOKENS = 256
 # A crowd: prompts for so many steps wait, of at least half as many requests as decode.
 CROWD_STEPS = 48
+FEW = 8  # a step has room for so many times those who decode
 
 
 @dataclass(slots=True)
@@ -71,12 +72,14 @@ class Scheduler:
         max_batch_tokens: int,
         max_batch_requests: int,
         prefix_cache: bool = True,
+        few_batch_tokens: int = 0,
         crowd_batch_tokens: int = 0,
     ) -> None:
-        """`crowd_batch_tokens`: of a step while a crowd waits; 0: as ever."""
+        """The last two, of a step while few decode and while a crowd waits: 0 is as ever."""
         assert 1 <= max_batch_requests <= max_batch_tokens
         self.cache = cache
         self.max_batch_tokens = max_batch_tokens
+        self.few_batch_tokens = few_batch_tokens or max_batch_tokens
         self.crowd_batch_tokens = max(crowd_batch_tokens, max_batch_tokens)
         self.prefix_cache = prefix_cache
         self.waiting: list[Request] = []
@@ -223,7 +226,8 @@ class Scheduler:
                 queued += request.num_uncomputed_tokens
                 if queued > CROWD_STEPS * self.max_batch_tokens:
                     return self.crowd_batch_tokens
-        return self.max_batch_tokens
+        is_few = 0 < FEW * num_decoding <= self.max_batch_tokens
+        return self.few_batch_tokens if is_few else self.max_batch_tokens
 
     def _sharable_hashes(self, request: Request) -> list[bytes]:
         """Hashes of the blocks it may take from others: at least its last token is always computed."""

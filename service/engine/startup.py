@@ -98,7 +98,7 @@ def start(
             save_random(source, Path(config.tokenizer or source.path), Path(config.save), stages)
     likelihood = LikelihoodCheck.of(source, Path(config.tokenizer or source.path))
     dtype = DTYPES.get(config.dtype) or backend.activation_dtype(device, source.dtype)
-    max_batch_tokens, max_batch_requests, crowd_batch_tokens = batch_limits(config, device)
+    max_batch_tokens, max_batch_requests, few_batch_tokens, crowd_batch_tokens = batch_limits(config, device)
     is_gpu = devices.runs_behind(device)
     ahead: KernelsAhead | None = None
     if is_gpu:
@@ -141,6 +141,7 @@ def start(
         max_batch_tokens,
         max_batch_requests,
         model.config.vocab_size,
+        few_batch_tokens,
         crowd_batch_tokens,
     )
     eos_token_ids = frozenset(model.config.eos_token_ids)
@@ -259,10 +260,10 @@ def choose_backend(precision: str, checkpoint: TensorSource, device: torch.devic
     return load_backend("fp16" if is_half else "bf16")
 
 
-def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int, int]:
-    """-> tokens and requests of one step, and its tokens while a crowd waits.
+def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int, int, int]:
+    """-> tokens and requests of one step, and its tokens while few decode and while a crowd waits.
 
-    Each request that decodes needs a token of the budget; a budget that was set holds for a crowd too.
+    Each request that decodes needs a token of the budget; a budget that was set holds for all of them.
     """
     defaults = devices.batch_defaults(device)
     tokens = config.max_batch_tokens or max(defaults.max_batch_tokens, config.max_batch_requests)
@@ -272,8 +273,9 @@ def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int, 
             f"setting `max_batch_requests` = `{requests}` is more than `max_batch_tokens` = `{tokens}`",
             hint="each request that decodes takes one token of a step: raise `max_batch_tokens`",
         )
-    crowd_tokens = tokens if config.max_batch_tokens else tokens * defaults.crowd_factor
-    return tokens, requests, crowd_tokens
+    if config.max_batch_tokens:
+        return tokens, requests, tokens, tokens
+    return tokens, requests, int(tokens * defaults.few_share), tokens * defaults.crowd_factor
 
 
 def num_kv_blocks(config: EngineConfig, model: ModelInstance, graph_bytes: int) -> int:

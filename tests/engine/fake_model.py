@@ -101,6 +101,7 @@ def fake_engine(
     depth: int | None = None,
     captured: bool = False,
     deterministic: bool = False,
+    few_batch_tokens: int = 0,
     crowd_batch_tokens: int = 0,
 ) -> Engine:
     limits = Limits(
@@ -108,6 +109,7 @@ def fake_engine(
         max_batch_tokens,
         max_batch_requests,
         VOCAB_SIZE + 1,
+        few_batch_tokens,
         crowd_batch_tokens,
     )
     engine = Engine(

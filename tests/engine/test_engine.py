@@ -275,6 +275,22 @@ def test_a_crowd_is_served_in_larger_steps_until_it_is_none() -> None:
     assert len(client.endings) == 16
 
 
+def test_steps_are_shorter_while_few_decode() -> None:
+    """Up to an eighth of a step's tokens; nobody waits for a step without any."""
+    engine = fake_engine(num_blocks=400, max_batch_tokens=64, max_batch_requests=16, few_batch_tokens=32)
+    client = Client()
+    for index in range(12):
+        engine.add(Submit(index, prompt(100, index), Sampling(60, ignore_eos=True)))
+    sizes: dict[int, set[int]] = {}
+    for step in client.run(engine).steps:
+        if step.stats.num_prefill_tokens:
+            decoding = step.stats.num_decode_tokens
+            sizes.setdefault(decoding, set()).add(decoding + step.stats.num_prefill_tokens)
+    assert set(sizes) >= {0, 8, 9}
+    for decoding, found in sizes.items():
+        assert max(found) == (32 if 0 < decoding <= 8 else 64) or decoding == max(sizes)
+
+
 def test_no_crowd_where_many_decode() -> None:
     engine = fake_engine(num_blocks=400, max_batch_tokens=16, max_batch_requests=16, crowd_batch_tokens=64)
     client = Client()
