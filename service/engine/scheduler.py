@@ -5,9 +5,10 @@ engine --add--> waiting --admit--> running --schedule--> Plan --(runner)--> adva
 Decode comes first. Of what is left, the oldest unfinished prompt keeps at least half, so that nothing
 starves; the rest goes to the prompts with the fewest tokens left, so that a short request need not wait
 for a long one. While few decode, whose steps are short, one with prompts is held shorter too; while a crowd
-waits, it may hold more tokens than the latency of decode would allow, so that the last of them waits less. A prompt holds its blocks from admission on; an answer grows block by
-block, and where none is free the newest request loses all of its own and starts again later. A
-deterministic request holds the blocks of its longest answer from admission on.
+waits, it may hold more tokens than the latency of decode would allow, so that the last of them waits less.
+A prompt holds its blocks from admission on; an answer grows block by block, and where none is free the
+newest request loses all of its own and starts again later. A deterministic request holds the blocks of its
+longest answer from admission on.
 """
 
 from bisect import insort

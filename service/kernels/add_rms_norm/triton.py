@@ -1,6 +1,5 @@
 """The residual connection and its norm on CUDA: one kernel, which holds a row in registers."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
