@@ -13,8 +13,8 @@ from service.kernels.w4_linear.layout import NF4_BLOCK
 from service.messages import EngineConfig
 from service.model.checkpoint import TensorSource
 from service.model.config import ModelConfig
-from service.model.decoder import layer_groups
 from service.model.instance import GROUPS
+from service.model.layout import layer_groups
 from service.precision.base import Backend
 
 LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq", "fp8": "fp8", "int3": "int3"}

@@ -29,8 +29,8 @@ from service.kernels.kv_codes import is_coded
 from service.kernels.shape_logits import NEUTRAL
 from service.kernels.w8_linear.variants import MAX_INPUTS
 from service.model.batch import BLOCK_TOKENS
-from service.model.decoder import layer_groups
 from service.model.instance import GROUPS
+from service.model.layout import layer_groups
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from service import device as devices
 from service.errors import DeviceError
 from service.model.checkpoint import TensorSource
-from service.model.decoder import layer_groups
+from service.model.layout import layer_groups
 from service.precision.base import Backend, LinearGroup
 from service.precision.bitsandbytes_checkpoint import bits_of
 

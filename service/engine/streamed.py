@@ -25,6 +25,7 @@ from service.model.checkpoint import TensorSource
 from service.model.decoder import DecoderLayer, Step, plan_step
 from service.model.head import Embedding, FullHead
 from service.model.instance import require_accepted
+from service.model.rotary import rotary_table
 from service.precision.base import Backend, Read
 
 Stream = tuple[Tensor, Tensor | None]  # the residual stream and what is to be added to it, [T, hidden] each
@@ -81,7 +82,7 @@ class StreamedModel:
         kv.keys *= config.num_layers
         kv.values *= config.num_layers
         kv.scales *= config.num_layers
-        cos, sin = config.rope.table(config.head_dim, longest, self.device)
+        cos, sin = rotary_table(config.rope, config.head_dim, longest, self.device)
         blocks = list(range(1, num_blocks + 1))
         return [
             plan_step(sequence_batch(sequence, blocks, self.device), kv, cos, sin) for sequence in sequences

@@ -21,8 +21,8 @@ from service import device as devices
 from service.errors import HalftoneError
 from service.kernel_bench.contestants import Built, Contestant, others, ours, versions
 from service.kernel_bench.reading import Reader
-from service.model.decoder import layer_groups
 from service.model.instance import GROUPS
+from service.model.layout import layer_groups
 from service.model.random_weights import Draw, RandomWeights
 from service.precision.base import LinearGroup
 from service.quantize import packing

@@ -23,8 +23,10 @@ from service.kernels.rotary_kv import rotary_kv
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 from service.model.config import ModelConfig
 from service.model.head import Embedding, FullHead, Int8Head
+from service.model.layout import layer_groups
 from service.model.recorded import Recordings
-from service.precision.base import Backend, LinearGroup, LinearSpec, QuantLinear, Read
+from service.model.rotary import rotary_table
+from service.precision.base import Backend, LinearGroup, QuantLinear, Read
 
 Observe = Callable[[str, Tensor], None]  # (a linear's path, its input [T, in_features])
 
@@ -38,27 +40,6 @@ class Step:
     cos: Tensor  # float32 [positions, head_dim], the whole table
     sin: Tensor
     attention: AttentionPlan
-
-
-def layer_groups(config: ModelConfig, layer: int) -> dict[str, tuple[LinearSpec, ...]]:
-    """Layer class -> the linears built into it, in the order of their outputs."""
-    prefix = f"model.layers.{layer}"
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    return {
-        "qkv_proj": (
-            LinearSpec(f"{attention}.q_proj", hidden, queries, config.qkv_bias),
-            LinearSpec(f"{attention}.k_proj", hidden, keys, config.qkv_bias),
-            LinearSpec(f"{attention}.v_proj", hidden, keys, config.qkv_bias),
-        ),
-        "o_proj": (LinearSpec(f"{attention}.o_proj", queries, hidden, config.o_bias),),
-        "gate_up_proj": (
-            LinearSpec(f"{mlp}.gate_proj", hidden, inner, config.mlp_bias),
-            LinearSpec(f"{mlp}.up_proj", hidden, inner, config.mlp_bias),
-        ),
-        "down_proj": (LinearSpec(f"{mlp}.down_proj", inner, hidden, config.mlp_bias),),
-    }
 
 
 class DecoderLayer(nn.Module):
@@ -213,7 +194,7 @@ class Decoder(nn.Module):
         if deterministic:
             refuse_variance(backend.canonical, {"lm_head": self.head})
         positions = max_context_tokens or config.max_context_tokens
-        cos, sin = config.rope.table(config.head_dim, positions, device)
+        cos, sin = rotary_table(config.rope, config.head_dim, positions, device)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
         self.eval().requires_grad_(False)

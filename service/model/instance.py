@@ -25,7 +25,6 @@ from service.precision.base import Backend, QuantLinear, Read
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit
 
 GROUPS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-LEDGER = {"weights16": "linear16"}  # a backend's part -> its name under `weights.`; others keep theirs
 
 
 class ModelInstance:
@@ -118,7 +117,7 @@ class ModelInstance:
             for name in GROUPS:
                 linear: QuantLinear = getattr(layer, name)
                 for part, size in linear.bytes().items():
-                    ledger[f"weights.{LEDGER.get(part, part)}"] += size
+                    ledger[f"weights.{part}"] += size
             for norm in (layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm):
                 ledger["weights.norms"] += _bytes(norm)
         ledger["weights.norms"] += _bytes(decoder.final_norm)

@@ -27,8 +27,8 @@ from service.errors import CheckpointError, SettingError, SystemProblem
 from service.model.checkpoint import TensorInfo, TensorSource
 from service.model.config import read_config, read_json
 from service.model.folders import RANDOM, is_whole, make_whole, random_origin, write_json, write_manifest
+from service.model.layout import expected_tensors
 from service.model.shards import ShardWriter, copy_companions
-from service.model.verify import expected_tensors
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit: as messages.Loading
 

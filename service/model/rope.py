@@ -1,4 +1,6 @@
-"""Rotary position embedding: config.json's parameters -> a table of cosines and sines, one row a position.
+"""Parameters of the rotary position embedding, out of config.json. No torch: a plan reads them too.
+
+config --parse--> RopeConfig --> rotary.py, which makes the tables
 
 Variants after `transformers`' modeling_rope_utils: default, linear (positions divided), llama3 (low
 frequencies divided, high ones kept, a ramp between), yarn (arXiv 2309.00071). `dynamic` and `longrope`
@@ -8,9 +10,6 @@ are refused: their frequencies depend on the length of a batch, so a neighbour c
 import math
 from dataclasses import dataclass
 from typing import Any, Self
-
-import torch
-from torch import Tensor
 
 from service.errors import CheckpointError
 
@@ -81,58 +80,6 @@ class RopeConfig:
         if self.variant != "yarn":
             return max_positions
         return max(max_positions, int(self.original_max_positions * self.factor))
-
-    def inverse_frequencies(self, head_dim: int) -> Tensor:
-        """-> float32 [head_dim / 2], radians a position."""
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        base = 1.0 / (self.theta**exponents)
-        if self.variant == "linear":
-            return base / self.factor
-        if self.variant == "llama3":
-            return self._llama3(base)
-        if self.variant == "yarn":
-            return self._yarn(head_dim)
-        return base
-
-    def _llama3(self, base: Tensor) -> Tensor:
-        wavelength = 2 * math.pi / base
-        longest_kept = self.original_max_positions / self.high_freq_factor
-        shortest_divided = self.original_max_positions / self.low_freq_factor
-        ramp = (self.original_max_positions / wavelength - self.low_freq_factor) / (
-            self.high_freq_factor - self.low_freq_factor
-        )
-        between = (1 - ramp) * base / self.factor + ramp * base
-        result = torch.where(wavelength > shortest_divided, base / self.factor, base)
-        middle = (wavelength >= longest_kept) & (wavelength <= shortest_divided)
-        return torch.where(middle, between, result)
-
-    def _yarn(self, head_dim: int) -> Tensor:
-        """Frequencies that turn more than `beta_fast` times are kept, fewer than `beta_slow` divided."""
-
-        def dimension(turns: float) -> float:
-            positions_a_turn = self.original_max_positions / (turns * 2 * math.pi)
-            return head_dim * math.log(positions_a_turn) / (2 * math.log(self.theta))
-
-        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        if low == high:
-            high += 0.001
-        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-        powers = self.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-        keep = 1 - ramp
-        return 1.0 / (self.factor * powers) * (1 - keep) + 1.0 / powers * keep
-
-    def table(self, head_dim: int, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """-> cosines and sines, each float32 [num_positions, head_dim].
-
-        The first half of the sines is negated: rotating a head is then `x * cos + swap_halves(x) * sin`.
-        """
-        positions = torch.arange(num_positions, dtype=torch.float32)
-        angles = torch.outer(positions, self.inverse_frequencies(head_dim))
-        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
-        return torch.cat((cos, cos), -1).to(device), torch.cat((-sin, sin), -1).to(device)
 
 
 def _yarn_attention(given: dict[str, Any], factor: float) -> float:

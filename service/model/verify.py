@@ -12,35 +12,12 @@ import torch
 
 from service.errors import CheckpointError
 from service.model.checkpoint import TensorSource
-from service.model.config import ModelConfig, read_json
-from service.model.decoder import layer_groups
+from service.model.config import read_json
+from service.model.layout import expected_tensors
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # buffers that older releases of transformers saved and that follow from config.json
 HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq|.*\.self_attn\.(bias|masked_bias)")
-
-
-def expected_tensors(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """-> (tensors outside the linears, tensors of the linears), each name -> shape."""
-    hidden = config.hidden_size
-    plain: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    linear: dict[str, tuple[int, ...]] = {}
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}"
-        plain[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        plain[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        if config.qk_norm:
-            plain[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
-            plain[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
-        for parts in layer_groups(config, layer).values():
-            for part in parts:
-                linear[f"{part.path}.weight"] = (part.out_features, part.in_features)
-                if part.bias:
-                    linear[f"{part.path}.bias"] = (part.out_features,)
-    plain["model.norm.weight"] = (hidden,)
-    if not config.tied_head:
-        plain["lm_head.weight"] = (config.vocab_size, hidden)
-    return plain, linear
 
 
 def verify(checkpoint: TensorSource, tokenizer: Path | None = None) -> None:

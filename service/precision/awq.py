@@ -17,7 +17,8 @@ from torch import Tensor
 from service.errors import CheckpointError, PrecisionError
 from service.kernels import awq_linear, w4_linear
 from service.precision import w4
-from service.precision.base import Activation, LinearGroup, LinearSpec, QuantLinear, Read
+from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.linear import LinearSpec
 from service.precision.source import part_rows, quantized_activation_dtype, read_bias, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
 
@@ -73,7 +74,7 @@ class AWQLinear(QuantLinear):
             "codes": tensor_bytes(self.codes),
             "scales": tensor_bytes(self.scales),
             "zeros": tensor_bytes(self.zeros),
-            "weights16": tensor_bytes(self.bias),
+            "linear16": tensor_bytes(self.bias),
         }
 
 

@@ -17,20 +17,11 @@ from torch import Tensor, nn
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.gated_silu import gated_silu
 from service.kernels.int8_rows import Live
+from service.precision.linear import LinearSpec
 from service.precision.spec import Options, PrecisionSpec
 
 Read = Callable[[str], Tensor]
 Activation = Literal["16bit", "int8_rows", "fp8_rows"]
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """One linear of the checkpoint, `path` as in its tensor names without `.weight`."""
-
-    path: str
-    in_features: int
-    out_features: int
-    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,7 @@ class QuantLinear(nn.Module, ABC):
 
     @abstractmethod
     def bytes(self) -> dict[str, int]:
-        """Bytes by ledger part: codes, scales, zeros, codebooks, weights16 (unquantized
+        """Bytes by ledger part: codes, scales, zeros, codebooks, linear16 (unquantized
         weights and biases).
 
         Counts what is resident after the first forward, whatever a library calls its buffers.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from service.errors import CheckpointError
-from service.precision.base import LinearSpec, Read
+from service.precision.base import Read
+from service.precision.linear import LinearSpec
 from service.precision.source import read_shaped
 
 METHOD = "bitsandbytes"

@@ -59,7 +59,7 @@ class FP8Linear(QuantLinear):
         return {
             "codes": tensor_bytes(self.codes),
             "scales": tensor_bytes(self.scales),
-            "weights16": tensor_bytes(self.bias),
+            "linear16": tensor_bytes(self.bias),
         }
 
 

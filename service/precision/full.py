@@ -47,7 +47,7 @@ class FullLinear(QuantLinear):
         return unpack_weight(self.weight)[part_rows(self.group, part)].float().cpu()
 
     def bytes(self) -> dict[str, int]:
-        return {"weights16": packed_bytes(self.weight) + tensor_bytes(self.bias)}
+        return {"linear16": packed_bytes(self.weight) + tensor_bytes(self.bias)}
 
 
 class Full(InFlight):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from service.errors import PrecisionError
 from service.kernels.int3_linear import LARGEST, TOGETHER, dequantize, int3_linear, pack
-from service.precision.base import Activation, LinearGroup, LinearSpec, QuantLinear, Read
+from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.linear import LinearSpec
 from service.precision.source import InFlight, part_rows, read_bias, read_weight, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
 
@@ -68,7 +69,7 @@ class INT3Linear(QuantLinear):
             "codes": tensor_bytes(self.codes),
             "scales": tensor_bytes(self.scales),
             "zeros": tensor_bytes(self.zeros),
-            "weights16": tensor_bytes(self.bias),
+            "linear16": tensor_bytes(self.bias),
         }
 
 

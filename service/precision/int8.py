@@ -183,7 +183,7 @@ class Int8Linear(QuantLinear):
         return {
             "codes": tensor_bytes(self.codes),
             "scales": tensor_bytes(self.scales, self.steps),
-            "weights16": tensor_bytes(self.bias),
+            "linear16": tensor_bytes(self.bias),
         }
 
 

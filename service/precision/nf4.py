@@ -23,9 +23,10 @@ from service.kernels import w4_linear
 from service.kernels.native.linear import NativeLinear
 from service.kernels.nf4_linear import native
 from service.precision import w4
-from service.precision.base import Activation, LinearGroup, LinearSpec, QuantLinear, Read
+from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_checkpoint import bits_of, read_nf4
 from service.precision.bitsandbytes_import import bitsandbytes
+from service.precision.linear import LinearSpec
 from service.precision.source import (
     InFlight,
     part_rows,
@@ -202,7 +203,7 @@ class NF4Linear(QuantLinear):
         return {
             "codes": tensor_bytes(self.codes),
             "scales": tensor_bytes(self.absmax, self.nested_absmax, self.offsets),
-            "weights16": tensor_bytes(self.bias),
+            "linear16": tensor_bytes(self.bias),
         }
 
 

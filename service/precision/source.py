@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from service.errors import CheckpointError, PrecisionError
-from service.precision.base import LinearGroup, LinearSpec, Read
+from service.precision.base import LinearGroup, Read
+from service.precision.linear import LinearSpec
 
 
 class InFlight:

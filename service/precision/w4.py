@@ -54,7 +54,7 @@ class W4Linear(QuantLinear):
             "codes": tensor_bytes(self.codes),
             "scales": tensor_bytes(self.scales, self.nested_absmax, self.offsets),
             "zeros": tensor_bytes(self.zeros),
-            "weights16": tensor_bytes(self.bias),
+            "linear16": tensor_bytes(self.bias),
         }
         return {part: size for part, size in found.items() if size or part != "zeros"}
 

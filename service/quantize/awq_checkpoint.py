@@ -20,9 +20,9 @@ from service.errors import CheckpointError, PrecisionError
 from service.kernels.awq_linear.reference import pack
 from service.model.checkpoint import Checkpoint
 from service.model.config import ModelConfig, read_json
-from service.model.decoder import layer_groups
 from service.model.folders import RANDOM, write_json, write_manifest
 from service.model.instance import ModelInstance
+from service.model.layout import layer_groups
 from service.model.shards import ShardWriter, copy_companions
 from service.precision import load_backend
 from service.quality.texts import Text, spread, token_windows

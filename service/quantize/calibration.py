@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from service.model.batch import BLOCK_TOKENS, StepBatch
-from service.model.decoder import DecoderLayer, layer_groups
+from service.model.decoder import DecoderLayer
 from service.model.instance import ModelInstance
+from service.model.layout import layer_groups
 
 BLOCKS = 6  # of a symmetric product: 21 of its 36 parts are computed
 

@@ -20,7 +20,8 @@ from service.kernels.awq_linear.reference import pack
 from service.kernels.dense_linear import pack_weight
 from service.model.head import FullHead
 from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec
+from service.precision.base import LinearGroup
+from service.precision.linear import LinearSpec
 
 LAYERS = 30
 GROUP = 64

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from service.model.checkpoint import Checkpoint
-from service.model.decoder import layer_groups
+from service.model.layout import layer_groups
 from service.quantize.awq import Grid, round_weight
 from service.quantize.awq_checkpoint import gemm_layout, quantization_config
 

@@ -21,7 +21,8 @@ from service.model.checkpoint import Checkpoint
 from service.model.instance import ModelInstance
 from service.model.random_weights import Draw, RandomWeights
 from service.precision import awq, load_backend
-from service.precision.base import LinearSpec, Read
+from service.precision.base import Read
+from service.precision.linear import LinearSpec
 from service.quantize.awq import Grid
 from service.quantize.awq_checkpoint import quantization_config
 from tests.e2e.int4_checkpoint import round_to_int4

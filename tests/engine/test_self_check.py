@@ -15,8 +15,9 @@ from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint
 from service.model.instance import ModelInstance
 from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec, QuantLinear
+from service.precision.base import LinearGroup, QuantLinear
 from service.precision.full import FullLinear
+from service.precision.linear import LinearSpec
 
 CPU = torch.device("cpu")
 PRECISIONS = ["fp32", "bf16", "int8", "int8:outliers=batch", "int8:skip=o_proj", "nf4", "fp8", "int3"]

@@ -19,7 +19,8 @@ from service.model.batch import BLOCK_TOKENS
 from service.model.checkpoint import DTYPES
 from service.model.device_reader import DeviceReader, places
 from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec, QuantLinear
+from service.precision.base import LinearGroup, QuantLinear
+from service.precision.linear import LinearSpec
 from tests.tiny_models import make_checkpoint
 
 pytestmark = pytest.mark.gpu

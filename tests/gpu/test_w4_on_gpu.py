@@ -20,7 +20,8 @@ from service.engine.self_check import check
 from service.kernels import w4_linear
 from service.kernels.w4_linear import Kind, Shape, Weight, absence, bind, plan
 from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec
+from service.precision.base import LinearGroup
+from service.precision.linear import LinearSpec
 from service.precision.w4 import W4Linear
 from tests.kernels.w4_weights import Awq, Nf4, random_awq, random_nf4, random_weight
 
@@ -298,7 +299,7 @@ def test_a_precision_s_layer_is_served(dtype: torch.dtype, precision: str) -> No
     assert isinstance(layer, W4Linear)
     assert layer.kernel == "cuda.w4_few up to 8 rows, cuda.w4_tile"
     check(layer, 0.002 if dtype == torch.float16 else 0.012)
-    bits = 8 * sum(size for part, size in layer.bytes().items() if part != "weights16") / (768 * 1024)
+    bits = 8 * sum(size for part, size in layer.bytes().items() if part != "linear16") / (768 * 1024)
     assert bits <= 1.01 * {"awq": 4.156, "nf4": 4.127}[precision]
     if precision == "nf4":
         for number, part in enumerate(layer.group.parts):

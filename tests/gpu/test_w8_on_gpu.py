@@ -22,9 +22,10 @@ from service.kernels.int8_rows import ALL_LIVE, Live, OutlierRule
 from service.kernels.w8_linear import AFTER_ROWS, Shape, Tiles, absence, bind, plan
 from service.kernels.w8_linear.cuda import workspace_on
 from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec
+from service.precision.base import LinearGroup
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.int8 import Int8Linear
+from service.precision.linear import LinearSpec
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,9 @@ from service.kernels import native
 from service.kernels.fp8_linear import fp8_linear, quantize_rows
 from service.kernels.fp8_linear import native as fp8_native
 from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec
+from service.precision.base import LinearGroup
 from service.precision.fp8 import check_on_cuda
+from service.precision.linear import LinearSpec
 
 needs_library = pytest.mark.skipif(native.load() is None, reason=native.absence())
 CPU = torch.device("cpu")

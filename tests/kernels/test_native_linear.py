@@ -17,8 +17,9 @@ from service.kernels.native.blocks import from_blocks, from_nibbles, to_blocks, 
 from service.kernels.native.linear import NativeLinear
 from service.kernels.nf4_linear import native as nf4_native
 from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec, QuantLinear
+from service.precision.base import LinearGroup, QuantLinear
 from service.precision.bitsandbytes_import import bitsandbytes
+from service.precision.linear import LinearSpec
 from service.precision.nf4 import NF4Linear
 
 needs_library = pytest.mark.skipif(native.load() is None, reason=native.absence())

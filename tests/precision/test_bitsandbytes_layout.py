@@ -8,8 +8,9 @@ from torch import Tensor
 
 from service.errors import PrecisionError
 from service.precision import load_backend
-from service.precision.base import LinearGroup, LinearSpec
+from service.precision.base import LinearGroup
 from service.precision.int8 import Int8Linear
+from service.precision.linear import LinearSpec
 from service.precision.nf4 import NF4Linear, codebook, deinterleave, interleave
 
 CPU = torch.device("cpu")

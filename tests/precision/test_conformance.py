@@ -11,8 +11,9 @@ from torch import Tensor
 from service.errors import CheckpointError, PrecisionError
 from service.kernels.awq_linear.reference import pack
 from service.precision import TABLE, backend_of, load_backend
-from service.precision.base import LinearGroup, LinearSpec, QuantLinear, Read
+from service.precision.base import LinearGroup, QuantLinear, Read
 from service.precision.int8 import Int8Options
+from service.precision.linear import LinearSpec
 
 CPU = torch.device("cpu")
 IN = 192

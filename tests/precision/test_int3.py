@@ -6,7 +6,8 @@ from torch import Tensor
 
 from service.errors import PrecisionError
 from service.precision import int3, load_backend
-from service.precision.base import LinearGroup, LinearSpec
+from service.precision.base import LinearGroup
+from service.precision.linear import LinearSpec
 
 CPU = torch.device("cpu")
 

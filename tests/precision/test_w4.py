@@ -12,7 +12,8 @@ from service.engine.self_check import check
 from service.errors import DeviceError
 from service.kernels.awq_linear.reference import pack
 from service.precision import load_backend, w4
-from service.precision.base import LinearGroup, LinearSpec
+from service.precision.base import LinearGroup
+from service.precision.linear import LinearSpec
 from service.precision.w4 import W4Linear
 
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def test_bytes_are_those_of_the_buffers(
     layer = load_backend(precision).build(group(), tensors.__getitem__)
     ledger = layer.bytes()
     assert sum(ledger.values()) == sum(buffer.nbytes for buffer in layer.buffers())
-    assert ledger.pop("weights16") == sum(OUTS) * 2
+    assert ledger.pop("linear16") == sum(OUTS) * 2
     assert ("zeros" in ledger) == (precision == "awq")
     # three parts of few weights: a nested absmax and an offset each
     assert 8 * sum(ledger.values()) / (sum(OUTS) * IN) == pytest.approx(bits, rel=0.01)

@@ -43,7 +43,7 @@ def rotary_kv(
     """-> q [T, heads, head_dim], contiguous; K and V are written.
 
     `qkv` [T, (heads + 2 kv_heads) * head_dim]; `cos` and `sin` float32 [positions, head_dim] as
-    `RopeConfig.table` makes them, None for a layer without positions; `positions` and `slots` int64 [T];
+    model/rotary makes them, None for a layer without positions; `positions` and `slots` int64 [T];
     `q_norm` and `k_norm` [head_dim] or None; caches [block, kv_head, token, head_dim]; `scales` of their
     codes, bfloat16 [block, kv_head, token, 2], None where they hold values. Rotated in float32, rounded once.
     """
