@@ -122,6 +122,11 @@ class Settings(BaseSettings):
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Own port for /metrics on the same host; 0: the API's port."
     )
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none",
+        description="`vllm`: /metrics has, beside our names, those that vLLM's dashboards, KServe and llm-d "
+        "read.",
+    )
     api_key: str = Field(
         "", description="Key that clients must send; several separated by commas; empty: none."
     )

@@ -18,6 +18,28 @@ HEADER = struct.Struct("<I")
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+# What Output.error says. An exception's own text can carry tokens, paths or addresses.
+MODEL_ERROR = "the model produced numbers that are not finite"
+STEP_ERROR = "the engine failed on this request"
+NO_MEMORY = "the device ran out of memory on this request"
+TOO_LONG = "the prompt leaves no room for an answer in the context window"
+BAD_TOKEN = "the prompt holds a token id outside the vocabulary"
+EMPTY_PROMPT = "the prompt is empty"
+ENGINE_DIED = "engine died"
+INTERNAL_ERROR = "internal error"
+SHUTTING_DOWN = "server is shutting down"
+ERROR_KINDS = {
+    MODEL_ERROR: "model",
+    STEP_ERROR: "step",
+    NO_MEMORY: "memory",
+    TOO_LONG: "prompt",
+    BAD_TOKEN: "prompt",
+    EMPTY_PROMPT: "prompt",
+    ENGINE_DIED: "engine_died",
+    INTERNAL_ERROR: "internal",
+    SHUTTING_DOWN: "shutdown",
+}
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine child is started with: a JSON argument on its command line."""

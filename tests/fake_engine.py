@@ -41,6 +41,7 @@ import msgspec
 
 from service.messages import (
     HEADER,
+    MODEL_ERROR,
     Abort,
     EngineConfig,
     EngineInfo,
@@ -101,7 +102,7 @@ class Request:
 
     def step(self) -> Output:
         if self.failing:
-            return Output(self.id, [], "error", error="model error")
+            return Output(self.id, [], "error", error=MODEL_ERROR)
         sampling = self.sampling
         output = Output(self.id, [])
         if self.sent == 0 and sampling.prompt_logprobs >= 0:

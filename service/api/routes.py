@@ -191,7 +191,7 @@ def make_router(server: Server) -> APIRouter:
 
         @router.get("/metrics")
         async def scrape() -> Response:
-            return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
+            return Response(metrics.render(settings.metrics_compat), headers={"content-type": CONTENT_TYPE})
 
     return router
 

@@ -2,7 +2,8 @@
 
 from service.cli.flags import bounds, default_text, kind
 from service.config import Settings
-from service.metrics import catalogue
+from service.metrics import TWINS, catalogue
+from service.metrics.vllm import STATUS_CLASSES, Twin
 
 SETTINGS_HEAD = """\
 # Settings
@@ -15,12 +16,26 @@ exist is an error, wherever it stands.
 | setting | values | default | meaning |
 |---|---|---|---|
 """
+COMPAT_HEAD = """
+## vLLM's names
+
+`--metrics-compat vllm` exports these beside our own, for vLLM's dashboards, KServe's autoscaling and llm-d's
+router. They carry `model_name`, `engine` and `precision`; a histogram has our buckets.
+
+| vLLM | ours | labels beside |
+|---|---|---|
+"""
 METRICS_HEAD = """\
 # Metrics
 
 `GET /metrics`, Prometheus' text format. Every series carries `model` and `precision`, so that two modes can
-be laid side by side; further labels are named below. Buckets of latencies grow by 1.25, fine enough to tell
-a mode of 3.5 ms a token from one of 6.5 ms.
+be laid side by side; further labels are named below. Bounds of latencies grow by 1.25 from 1 ms, and what a
+client feels (first token, inter-token, per token, end to end) has two more in each such step: where all steps
+take one time, a median over its buckets is within 4 %.
+
+Counters and histograms are those of the time in which their precision was served: a server that changes its
+precision goes on with another set, and comes back to the first where it was. Gauges are of now, so that a
+precision which is not served has none.
 
 | metric | type | unit | further labels | meaning |
 |---|---|---|---|---|
@@ -43,7 +58,21 @@ def metrics_page() -> str:
     for family in catalogue():
         labels = ", ".join(f"`{label}`" for label in family.labels if label not in COMMON_LABELS)
         rows.append(row(f"`{family.name}`", family.type, family.unit, labels, family.help))
-    return METRICS_HEAD + "".join(rows)
+    twins = [row(f"`{twin.name}`", twin_source(twin), twin_labels(twin)) for twin in TWINS]
+    cache = row("`vllm:cache_config_info`", "`halftone_kv_cache_tokens`, `halftone_kv_block_tokens`",
+                "`block_size`, `num_gpu_blocks`")  # fmt: skip
+    return METRICS_HEAD + "".join(rows) + COMPAT_HEAD + "".join(twins) + cache
+
+
+def twin_source(twin: Twin) -> str:
+    if not twin.values or twin.values is STATUS_CLASSES:
+        return f"`{twin.source}`"
+    return f"`{twin.source}`: {' + '.join(twin.values)}"
+
+
+def twin_labels(twin: Twin) -> str:
+    fixed = [f'`{name}="{value}"`' for name, value in twin.fixed]
+    return ", ".join([*(f"`{name}`" for name in twin.names if name), *fixed])
 
 
 def row(*cells: str) -> str:

@@ -179,14 +179,10 @@ async def drive(job: Job, host: Host, model: str, advance: Advance) -> tuple[lis
 
 def memory_of(host: Host, info: EngineInfo) -> Memory:
     """Ledger and peaks as the engine last reported them, after load and before quality is computed."""
-    gauges = {
-        (sample.name, sample.labels.get("part") or sample.labels.get("phase")): int(sample.value)
-        for family in host.metrics.collect()
-        if family.name in ("halftone_memory_bytes", "halftone_memory_peak_bytes")
-        for sample in family.samples
-    }
-    parts = {str(key): size for (name, key), size in gauges.items() if name == "halftone_memory_bytes"}
-    peaks = {str(key): size for (name, key), size in gauges.items() if name == "halftone_memory_peak_bytes"}
+    parts, peaks = (
+        {label: int(size) for (label,), size in host.metrics.numbers(name).items()}
+        for name in ("halftone_memory_bytes", "halftone_memory_peak_bytes")
+    )
     parts = parts or info.memory_bytes
     kv_bytes = ledger.kv_bytes(parts)
     # a system that cannot begin a new peak after loading reports only the one until then

@@ -20,18 +20,22 @@ from service.engine.results import Pending
 from service.engine.runner import Runner
 from service.engine.sampler import BAD_ROW
 from service.engine.scheduler import Chunk, Plan, Scheduler
-from service.messages import FinishReason, Output, Step, StepStats, Submit
+from service.messages import (
+    BAD_TOKEN,
+    EMPTY_PROMPT,
+    MODEL_ERROR,
+    NO_MEMORY,
+    STEP_ERROR,
+    TOO_LONG,
+    FinishReason,
+    Output,
+    Step,
+    StepStats,
+    Submit,
+)
 from service.model.batch import BLOCK_TOKENS, PagedKV
 
 logger = logging.getLogger(__name__)
-
-# What a client may read. An exception's own text can carry tokens, paths or addresses.
-MODEL_ERROR = "the model produced numbers that are not finite"
-STEP_ERROR = "the engine failed on this request"
-NO_MEMORY = "the device ran out of memory on this request"
-TOO_LONG = "the prompt leaves no room for an answer in the context window"
-BAD_TOKEN = "the prompt holds a token id outside the vocabulary"
-EMPTY_PROMPT = "the prompt is empty"
 
 
 @dataclass(frozen=True)

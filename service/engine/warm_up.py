@@ -8,10 +8,10 @@ from itertools import count
 import torch
 
 from service import device as devices
-from service.engine.engine import NO_MEMORY, Engine, Limits
+from service.engine.engine import Engine, Limits
 from service.engine.shortage import MIB, shortage
 from service.errors import PrecisionError
-from service.messages import Sampling, Submit
+from service.messages import NO_MEMORY, Sampling, Submit
 from service.model.batch import BLOCK_TOKENS
 from service.model.decoder import DecoderLayer
 from service.model.head import FullHead, Int8Head

@@ -19,6 +19,8 @@ from service.errors import EngineUnavailableError, HalftoneError, OverloadedErro
 from service.front.connection import EngineConnection
 from service.front.engine_state import EngineState, State
 from service.messages import (
+    ENGINE_DIED,
+    INTERNAL_ERROR,
     Abort,
     EngineInfo,
     EngineMessage,
@@ -43,18 +45,15 @@ logger = logging.getLogger(__name__)
 EvaluationMode = Literal["prefill", "decode1", "decode8"]
 Sink = Callable[[Output, float], None]
 
-ENGINE_DIED = "engine died"
-INTERNAL_ERROR = "internal error"
-SHUTTING_DOWN = "server is shutting down"
-
 
 class OpenRequest:
     """A request that has no end yet."""
 
-    __slots__ = ("first_token_at", "last_token_at", "num_tokens", "opened_at", "sink")
+    __slots__ = ("first_token_at", "last_token_at", "num_prompt_tokens", "num_tokens", "opened_at", "sink")
 
-    def __init__(self, sink: Sink, opened_at: float) -> None:
+    def __init__(self, sink: Sink, opened_at: float, num_prompt_tokens: int) -> None:
         self.sink = sink
+        self.num_prompt_tokens = num_prompt_tokens
         self.opened_at = opened_at
         self.first_token_at = 0.0
         self.last_token_at = 0.0
@@ -71,6 +70,7 @@ class EngineClient:
         self.fatal: Fatal | None = None  # of the present or the last engine
         self.last_message_at = time.monotonic()
         self.max_queue_requests = max_queue_requests
+        metrics.queue_limit(max_queue_requests)
         self._metrics = metrics
         self._next_id = 1
         self._open: dict[int, OpenRequest] = {}
@@ -133,7 +133,9 @@ class EngineClient:
         self.admit()
         id = self._next_id
         self._next_id = id + 1
-        self._open[id] = OpenRequest(sink, time.monotonic() if arrived_at is None else arrived_at)
+        self._open[id] = OpenRequest(
+            sink, time.monotonic() if arrived_at is None else arrived_at, len(prompt)
+        )
         self._metrics.accepted()
         self._send(Submit(id, prompt, sampling, salt))
         return id
@@ -146,7 +148,7 @@ class EngineClient:
         request = self._open.pop(id, None)
         if request is not None:
             self._send(Abort([id]))
-            self._ended(request, finish_reason)
+            self._ended(request, finish_reason, time.monotonic())
             self._wake_if_idle()
 
     async def evaluate(
@@ -317,7 +319,7 @@ class EngineClient:
                 request.last_token_at = now
             if output.finish_reason is not None:
                 del open_requests[output.id]
-                self._ended(request, output.finish_reason)
+                self._ended(request, output.finish_reason, now, output.error)
             try:
                 request.sink(output, now)
             except Exception:  # one stream's fault must not reach the others of this step
@@ -340,16 +342,25 @@ class EngineClient:
         if progress is not None:
             progress(message)
         if message.error or message.done >= message.total:
+            if not message.error:
+                self._metrics.evaluated(message)
             answer.set_result(message)
 
-    def _ended(self, request: OpenRequest, reason: str) -> None:
-        self._metrics.finished(reason, request.num_tokens, request.last_token_at - request.first_token_at)
+    def _ended(self, request: OpenRequest, reason: str, now: float, error: str = "") -> None:
+        self._metrics.finished(
+            reason,
+            request.num_prompt_tokens,
+            request.num_tokens,
+            request.last_token_at - request.first_token_at,
+            now - request.opened_at,
+            error,
+        )
 
     def _end_open(self, error: str) -> None:
         ended, self._open = self._open, {}
         now = time.monotonic()
         for id, request in ended.items():
-            self._ended(request, "error")
+            self._ended(request, "error", now, error)
             self._end(request, id, error, now)
         self._wake_if_idle()
 

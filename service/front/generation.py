@@ -15,8 +15,8 @@ import msgspec
 
 from service.errors import EngineUnavailableError, HalftoneError
 from service.front.detokenizer import Detokenizer, StopMatcher
-from service.front.engine_client import ENGINE_DIED, SHUTTING_DOWN, EngineClient
-from service.messages import FinishReason, Output, Sampling, TokenLogprobs
+from service.front.engine_client import EngineClient
+from service.messages import ENGINE_DIED, SHUTTING_DOWN, FinishReason, Output, Sampling, TokenLogprobs
 from service.metrics import Metrics
 
 

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from service.config import NO_TOKENIZER, Settings
 from service.errors import HalftoneError, SettingError, SystemProblem
-from service.front.engine_client import SHUTTING_DOWN, EngineClient
+from service.front.engine_client import EngineClient
 from service.front.supervisor import ENGINE_COMMAND, Supervisor
-from service.messages import EngineInfo
-from service.metrics import CONTENT_TYPE, Metrics
+from service.messages import SHUTTING_DOWN, EngineInfo
+from service.metrics import CONTENT_TYPE, Compat, Metrics
 
 if TYPE_CHECKING:  # imported while the engine loads, which nothing here shall keep waiting
     from service.front.http_server import HTTPServer
@@ -102,7 +102,7 @@ class Host:
             await self._serve(exits, app, listener)
             if metrics_listener is not None:
                 self.metrics_url = url_of(metrics_listener)
-                await self._serve(exits, metrics_app(self.metrics), metrics_listener)
+                await self._serve(exits, metrics_app(self.metrics, settings.metrics_compat), metrics_listener)
             exits.callback(self.client.end_all, SHUTTING_DOWN)
             self._exits = exits.pop_all()
         return self
@@ -243,12 +243,12 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def metrics_app(metrics: Metrics) -> ASGIApp:
+def metrics_app(metrics: Metrics, compat: Compat) -> ASGIApp:
     """/metrics alone, for a port of its own."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         found = scope["path"] == "/metrics" and scope["method"] in ("GET", "HEAD")
-        body = metrics.render() if found else b"only GET /metrics is here\n"
+        body = metrics.render(compat) if found else b"only GET /metrics is here\n"
         headers = [
             (b"content-type", CONTENT_TYPE.encode() if found else b"text/plain; charset=utf-8"),
             (b"content-length", str(len(body)).encode()),

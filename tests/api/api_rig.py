@@ -15,6 +15,7 @@ from service.api.app import create_app
 from service.config import Settings
 from service.front.host import Host
 from service.front.text import TextCodec
+from tests.metric_samples import sample
 
 T = TypeVar("T")
 FAKE_ENGINE = (sys.executable, str(Path(__file__).resolve().parent.parent / "fake_engine.py"))
@@ -67,8 +68,7 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         self.settle()
-        common = {"model": self.settings.name, "precision": "bf16"}
-        return self.host.metrics.registry.get_sample_value(name, common | labels) or 0.0
+        return sample(self.host.metrics, name, precision="bf16", **labels) or 0.0
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from service.front.host import Host
 from service.front.supervisor import ENGINE_COMMAND
 from service.messages import EngineInfo, Evaluated
 from tests.front_thread import running
+from tests.metric_samples import sample
 
 # one step ahead of its results, as on a GPU
 ENGINE_AHEAD = (sys.executable, str(Path(__file__).with_name("engine_ahead.py")))
@@ -32,8 +33,7 @@ class DemoServer:
     loop: asyncio.AbstractEventLoop
 
     def metric(self, name: str, **labels: str) -> float:
-        labels |= {"model": self.host.settings.name, "precision": self.info.precision}
-        return self.host.metrics.registry.get_sample_value(name, labels) or 0.0
+        return sample(self.host.metrics, name, precision=self.info.precision, **labels) or 0.0
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """One request, answered whole."""

@@ -23,6 +23,7 @@ from service.config import load_settings
 from service.front.host import Host, run_loop
 from service.front.supervisor import ENGINE_COMMAND
 from service.model.config import FAMILIES
+from tests.metric_samples import sample
 
 NEW_TOKENS = 24
 NUM_PROMPTS = 64
@@ -91,10 +92,8 @@ async def serve(folder: Path, is_ahead: bool, prompts: list[list[int]], referenc
             return answered
 
         together = await ask(prompts)  # in one body: they arrive faster than any engine answers
-        labels = {"model": "m", "precision": info.precision}
-        sample = host.metrics.registry.get_sample_value
-        preemptions = sample("halftone_preemptions_total", labels)
-        num_shared = sample("halftone_tokens_total", labels | {"kind": "cached"})
+        preemptions = sample(host.metrics, "halftone_preemptions_total", precision=info.precision)
+        num_shared = sample(host.metrics, "halftone_tokens_total", precision=info.precision, kind="cached")
         unseen = [3 + number for number in range(60)]
         again = [await ask([unseen], key) for key in (*KEYS, KEYS[0])]
     return Served(

@@ -8,15 +8,16 @@ import torch
 from fake_model import UNSAID, VOCAB_SIZE, Client, FakeModel, expected_answer, fake_engine, prefix_logits
 
 from service.engine import request
-from service.engine.engine import (
+from service.messages import (
     BAD_TOKEN,
     EMPTY_PROMPT,
     MODEL_ERROR,
     NO_MEMORY,
     STEP_ERROR,
     TOO_LONG,
+    Sampling,
+    Submit,
 )
-from service.messages import Sampling, Submit
 
 GREEDY = Sampling(8, temperature=0, ignore_eos=True)
 

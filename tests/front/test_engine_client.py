@@ -15,6 +15,7 @@ from service.front.engine_client import EngineClient
 from service.messages import (
     HEADER,
     MAX_FRAME_BYTES,
+    MODEL_ERROR,
     EngineConfig,
     EngineMessage,
     Evaluated,
@@ -26,6 +27,7 @@ from service.messages import (
     frame,
 )
 from service.metrics import Metrics
+from tests.metric_samples import sample
 
 pytestmark = pytest.mark.anyio
 
@@ -71,8 +73,8 @@ async def test_nothing_follows_an_abort() -> None:
         await other.ended.wait()
         assert len(stream.outputs) == num_outputs
         assert rig.client.num_open == 0
-        assert value(rig.metrics, 'requests_total{finish_reason="abort"') == 1
-        assert value(rig.metrics, "requests_accepted_total{") == 2
+        assert sample(rig.metrics, "halftone_requests_total", finish_reason="abort") == 1
+        assert sample(rig.metrics, "halftone_requests_accepted_total") == 2
 
 
 async def test_a_sink_may_abort_its_own_request() -> None:
@@ -89,7 +91,7 @@ async def test_a_sink_may_abort_its_own_request() -> None:
         await stopped.wait()
         _, other = rig.open([2], max_tokens=20)
         await other.ended.wait()
-        assert value(rig.metrics, 'requests_total{finish_reason="stop"') == 1
+        assert sample(rig.metrics, "halftone_requests_total", finish_reason="stop") == 1
 
 
 async def test_one_more_than_the_queue_holds_is_refused() -> None:
@@ -102,10 +104,7 @@ async def test_one_more_than_the_queue_holds_is_refused() -> None:
             rig.open([3])
         rig.client.abort(first)
         rig.open([3])
-        assert (
-            value(rig.metrics, 'requests_rejected_total{model="demo",precision="bf16",reason="overloaded"')
-            == 2
-        )
+        assert sample(rig.metrics, "halftone_requests_rejected_total", reason="overloaded") == 2
 
 
 async def test_an_engine_may_be_ready_before_connect_returns() -> None:
@@ -136,7 +135,7 @@ async def test_only_the_guilty_request_fails(monkeypatch: pytest.MonkeyPatch) ->
         _, innocent = rig.open([1, 2], max_tokens=5)
         await guilty.ended.wait()
         await innocent.ended.wait()
-        assert guilty.outputs == [Output(guilty.outputs[0].id, [], "error", error="model error")]
+        assert guilty.outputs == [Output(guilty.outputs[0].id, [], "error", error=MODEL_ERROR)]
         assert innocent.token_ids == reply([1, 2], 5)
 
 
@@ -154,7 +153,7 @@ async def test_a_sink_that_raises_ends_its_own_request_only(caplog: pytest.LogCa
         assert rig.client.num_open == 0
         assert "planted" in caplog.text
         assert [output.error for output in outputs] == ["", "internal error"]
-        assert value(rig.metrics, 'requests_total{finish_reason="error"') == 1
+        assert sample(rig.metrics, "halftone_requests_total", finish_reason="error") == 1
 
 
 async def test_fixed_replies_end_with_the_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,10 +229,3 @@ async def test_what_cannot_be_read_ends_the_connection(rubbish: bytes) -> None:
         async with asyncio.timeout(10):
             await connection.closed
     assert received == [Loading("load", 0, 1, "bytes")]
-
-
-def value(metrics: Metrics, start: str) -> float:
-    """The one series that begins with `halftone_` + `start`."""
-    lines = [line for line in metrics.render().decode().splitlines() if line.startswith(f"halftone_{start}")]
-    assert len(lines) == 1, lines
-    return float(lines[0].rpartition(" ")[2])

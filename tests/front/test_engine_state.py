@@ -18,8 +18,7 @@ def state() -> EngineState:
 
 
 def up(state: EngineState) -> float | None:
-    labels = {"model": "demo", "precision": "auto"}
-    return state._metrics.registry.get_sample_value("halftone_engine_up", labels)
+    return state._metrics.numbers("halftone_engine_up").get(())
 
 
 async def test_held_requests_see_nothing_of_the_engines_behind(state: EngineState) -> None:

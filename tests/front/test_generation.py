@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import EngineUnavailableError, HalftoneError
-from service.front.engine_client import ENGINE_DIED, Sink
+from service.front.engine_client import Sink
 from service.front.generation import Answer, Delta, Generation, Plan
-from service.messages import FinishReason, Output, Sampling, TokenLogprobs
+from service.messages import ENGINE_DIED, FinishReason, Output, Sampling, TokenLogprobs
 from service.metrics import Metrics
+from tests.metric_samples import sample
 
 PIECES = [bytes([byte]) for byte in range(256)] + ["🙂".encode(), b""]
 END = 257  # a stop token: no text
@@ -61,9 +62,7 @@ class Run:
         return [id for which, delta in self.deltas if which == index for id in delta.token_ids]
 
     def discarded(self) -> float:
-        value = self.metrics.registry.get_sample_value(
-            "halftone_tokens_total", {"model": "m", "precision": "p", "kind": "discarded"}
-        )
+        value = sample(self.metrics, "halftone_tokens_total", kind="discarded")
         assert value is not None
         return value
 

@@ -13,7 +13,9 @@ from service.errors import EngineUnavailableError
 from service.front import engine_client
 from service.front.engine_client import EngineClient, Sink
 from service.messages import EngineConfig, Output, Ready, Sampling, Step, StepStats
-from service.metrics import FIRST_TOKEN_SECONDS, TOKEN_SECONDS, Histogram, Metrics
+from service.metrics import Metrics
+from service.metrics.catalogue import FIRST_TOKEN_SECONDS, TOKEN_SECONDS
+from service.metrics.counts import Histogram
 
 
 class Clock:
@@ -48,10 +50,8 @@ class Engine:
 
     def observed(self, name: str) -> tuple[list[float], float]:
         """A histogram's buckets and sum, as they are exported."""
-        (metric,) = [metric for metric in self.metrics.collect() if metric.name == f"halftone_{name}_seconds"]
-        buckets = [sample.value for sample in metric.samples if sample.name.endswith("_bucket")]
-        (total,) = [sample.value for sample in metric.samples if sample.name.endswith("_sum")]
-        return buckets, total
+        found = self.metrics.counts()[0].histograms[f"halftone_{name}_seconds"][()]
+        return [count for _, count in found.cumulative()], found.sum
 
 
 @contextlib.contextmanager
