@@ -11,7 +11,7 @@ import prometheus_client
 import pytest
 from engine_rig import running
 from fake_engine import FakeEngine
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -74,6 +74,7 @@ def test_first_token_buckets() -> None:
 bounds_or_between = st.one_of(st.sampled_from(TOKEN_SECONDS), st.floats(0, 3))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(bounds_or_between, st.integers(1, 5))))
 def test_histogram_counts_as_prometheus_does(observations: list[tuple[float, int]]) -> None:
     ours = Histogram(TOKEN_SECONDS)
