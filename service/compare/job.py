@@ -15,8 +15,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from loadtest.prompts import DEFAULT_PROMPTS, Prompts
 from service.compare.assemble import Finished, build_report
-from service.compare.export import print_report, write_report
+from service.compare.export import write_report
 from service.compare.files import read_back, write_whole
+from service.compare.forms.tables import print_report
 from service.compare.mode import STAGES, Advance, Job, Measured, measure
 from service.compare.plan import CompareOptions, Plan, claim
 from service.compare.report import Mode, Report, Row

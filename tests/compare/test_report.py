@@ -1,0 +1,93 @@
+"""What a report is made of: its schema, what follows from its figures, and where it was made."""
+
+import os
+from pathlib import Path
+
+import jsonschema
+import msgspec
+import pytest
+
+from service import cores
+from service.compare.assemble import environment
+from service.compare.mode import agreement_of
+from service.compare.report import Apart, Report, purchase, schema, shipped_schema
+from service.errors import HalftoneError
+from service.messages import Evaluated, Paired
+from tests.compare.made_up import KV_BYTES_PER_TOKEN, MODES, Made, failed, made_up, row, too_large
+
+KINDS = {
+    "all measured": made_up(),
+    "one run": made_up(repeats=1, null=None),
+    "one mode": made_up(MODES[:1], verdict=None),
+    "failures": made_up(rows=[failed("bf16", "no kernel"), too_large("fp32")], complete=False, verdict=None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reports_keep_the_shipped_schema(kind: str) -> None:
+    assert shipped_schema() == schema(), "write it anew: python -m service.compare.report"
+    jsonschema.Draft202012Validator.check_schema(shipped_schema())
+    good = msgspec.to_builtins(KINDS[kind])
+    jsonschema.validate(good, shipped_schema())
+    assert msgspec.convert(good, Report) == KINDS[kind]
+    for broken in ({**good, "rows": [{"name": "x"}]}, {**good, "complete": "yes"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, shipped_schema())
+
+
+def test_what_freed_bytes_buy() -> None:
+    base, small, large = (
+        row(Made(name, size), MODES[0]) for name, size in (("bf16", 16), ("nf4", 6), ("fp32", 32))
+    )
+    bought = purchase(small, base, 400.0)
+    assert bought is not None
+    assert bought.freed_bytes == 10_000_000_000
+    assert bought.kv_bytes_per_token == KV_BYTES_PER_TOKEN
+    assert bought.more_kv_tokens == 76_293
+    assert bought.more_requests == 190
+    assert purchase(base, base, 400.0) is None
+    larger = purchase(large, base, 400.0)
+    assert larger is not None
+    assert larger.more_kv_tokens == -122_070
+
+
+@pytest.mark.parametrize(
+    ("change", "standard_error", "flagged"),
+    [(0.003, 0.001, True), (-0.003, 0.001, True), (-0.003, 0.002, False), (0.0015, 0.0001, False)],
+)
+def test_a_flag_needs_both_size_and_certainty(change: float, standard_error: float, flagged: bool) -> None:
+    assert Apart(change=change, standard_error=standard_error).is_flagged is flagged
+
+
+def test_agreement_by_hand() -> None:
+    nll = {"prefill": 6.0, "decode1": 6.003, "decode8": 5.991}
+    paired = {"decode1": Paired(3, 0.001, 0.0001), "decode8": Paired(3, -0.003, 0.001)}
+    agreement = agreement_of(Evaluated(1, 1, 1, nll, dict.fromkeys(WAYS, 3), paired=paired))
+    assert agreement.prefill == pytest.approx(7.389056)
+    assert agreement.decode8_apart.change == pytest.approx(-0.0029955, rel=1e-4)  # exp(-0.003) - 1
+    assert agreement.decode8_apart.change == pytest.approx(agreement.decode8 / agreement.prefill - 1)
+    assert agreement.decode8_apart.standard_error == pytest.approx(0.001 * 0.9970045)
+    assert agreement.disagreement == pytest.approx(0.0029955, rel=1e-4)
+    assert not agreement.agrees
+    paired["decode8"] = Paired(3, -0.003, 0.0016)
+    assert agreement_of(Evaluated(1, 1, 1, nll, dict.fromkeys(WAYS, 3), paired=paired)).agrees
+    for tokens, common in (({"prefill": 3, "decode1": 3, "decode8": 2}, 3), (dict.fromkeys(WAYS, 3), 2)):
+        paired["decode8"] = Paired(common, 0.0, 0.0)
+        with pytest.raises(HalftoneError, match="different tokens"):
+            agreement_of(Evaluated(1, 1, 1, nll, tokens, paired=paired))
+
+
+WAYS = ("prefill", "decode1", "decode8")
+
+
+def test_readme_of_the_load_generator_is_what_the_page_says() -> None:
+    """One definition of TPOT, in both places."""
+    readme = (Path(__file__).resolve().parents[2] / "loadtest/README.md").read_text()
+    assert "(E2E - TTFT) / (n - 1)" in readme
+
+
+def test_the_environment_is_told_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no such call, and a comparison there ended without its report."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(cores, "_mac_cores", lambda: 8)
+    assert environment(None)["machine"].endswith(", 8 cores usable")
