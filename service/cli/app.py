@@ -111,20 +111,53 @@ def evaluate(
         typer.Option(help="16- or 32-bit mode that divergence is measured against; empty: no divergence."),
     ] = "",
     text: Annotated[
-        str, typer.Option(help="UTF-8 file; empty: the half of Python's documentation kept for evaluation.")
+        str,
+        typer.Option(
+            help="UTF-8 file, JSON lines with a field `text`, or `wikitext-2` or `c4` of the hub; empty: the "
+            "half of Python's documentation kept for evaluation."
+        ),
     ] = "",
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text to score.")] = 8,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="What perplexity is of, one or more: halftone, gptq-2048, aqlm-4096, aqlm-8192, "
+            "lm-eval-word, llama.cpp-512."
+        ),
+    ] = "halftone",
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Windows of text to score. (default 8 of `halftone`, all of the others)",
+            show_default=False,
+        ),
+    ] = None,
     window_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens in one window; all but the first are scored.")
+        int, typer.Option(min=2, help="Tokens in one window of `halftone`; all but the first are scored.")
     ] = 513,
+    decode_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens scored again by decode, one and eight sequences; 0: none.")
+    ] = 2048,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="Prompts to answer greedily beside the reference, one JSON object a line; empty: ours."
+        ),
+    ] = "",
+    greedy_tokens: Annotated[
+        int, typer.Option(min=0, help="Most tokens of each greedy answer; 0: none are made.")
+    ] = 64,
     out: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
     **settings: Any,
 ) -> None:
     """Perplexity of one precision, and its divergence from a reference."""
     checked = load_settings(model=model, **settings)
-    from service.cli.evaluate import evaluate
+    from service.cli.evaluate import Asked, evaluate
 
-    evaluate(checked, reference, text, windows, window_tokens, out)
+    asked = Asked(
+        reference, text, protocol, windows or 0, window_tokens, decode_tokens, prompts, greedy_tokens
+    )
+    evaluate(checked, asked, out)
 
 
 @app.command()

@@ -1,120 +1,244 @@
-"""`halftone eval`: one precision in its own engine -> perplexity, and divergence from a reference.
+"""`halftone eval`: one precision in its own engine -> perplexities, and divergence from a reference.
 
-text --windows--> Evaluate --engine--> Evaluated --> table and JSON
+text --protocols--> windows --Evaluate--> engine --Evaluated--> Findings --> tables and JSON
 """
 
 import asyncio
 import contextlib
-import json
-import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from loadtest.workload import DEFAULT_PROMPTS, Prompts
 from service import __version__, logs
 from service.cli.display import Display, show_loading
 from service.cli.model import find_model
 from service.cli.serve import check_calibration, check_precision, create_app
 from service.compare.assemble import NO_VERDICT
-from service.compare.windows import EvaluationText
 from service.config import Settings
 from service.disk import megabytes, told_disk_errors
-from service.errors import SystemProblem
+from service.errors import SettingError, SystemProblem
+from service.front.engine_client import EvaluationMode
 from service.front.host import Host, run_to_end
-from service.messages import EngineInfo, Evaluated
+from service.front.text import TextCodec
+from service.messages import EngineInfo
+from service.quality.findings import Apart, Findings, Greedy, Perplexity, decode_of, perplexity_of
+from service.quality.protocols import Limits, WordPieces, cut, parse_protocols
+from service.quality.texts import Text, calibration_text, evaluation_text, refuse_overlap
+
+DEFAULT_WINDOWS = 8  # of our own protocol; the others score the whole text
 
 
-def evaluate(
-    settings: Settings, reference: str, text: str, num_windows: int, window_tokens: int, out: Path | None
-) -> None:
-    """Prints a table, and writes the same as JSON to `out`. Raises HalftoneError."""
+@dataclass(frozen=True)
+class Asked:
+    """What `halftone eval` is asked besides the model's settings."""
+
+    reference: str = ""
+    text: str = ""
+    protocols: str = "halftone"
+    windows: int = 0  # 0: as the protocol has it
+    window_tokens: int = 513
+    decode_tokens: int = 2048  # 0: prefill alone
+    prompts: str = ""
+    greedy_tokens: int = 64  # 0: no greedy answers
+
+
+def evaluate(settings: Settings, asked: Asked, out: Path | None) -> None:
+    """Prints tables, and writes the same as JSON to `out`. Raises HalftoneError."""
     logs.configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
-    for precision in filter(None, (settings.precision, reference)):
+    for precision in filter(None, (settings.precision, asked.reference)):
         check_precision(precision)
     check_calibration(settings.calibration, [settings.precision])
-    if out is not None and out.exists():
-        raise SystemProblem(f"`--out {out}` exists", hint="name a new file")
+    protocols = parse_protocols(asked.protocols)
+    require_new(out)
+    prompts = load_prompts(asked)
+    text = evaluation_text(asked.text)
+    refuse_overlap(calibration_text(settings.calibration), text)
     with Display() as display:
         settings, model_path = find_model(settings, display, needs_text=True)
-        folder = settings.tokenizer_folder(model_path)
-        windows = EvaluationText.prepare(text, settings.calibration, folder, num_windows, window_tokens)
-        # nobody but this process talks to the engine
-        quiet = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "metrics_port": 0})
-        info, evaluated = run_to_end(run(quiet, model_path, windows, reference, display))
-    result = result_of(info, evaluated, windows, reference)
-    Console(highlight=False).print(table_of(result))
+        found = run_to_end(run(settings, model_path, asked, protocols, text, prompts, display))
+    console = Console(highlight=False)
+    for table in tables_of(found):
+        console.print(table)
     if out is not None:
         with told_disk_errors(out):
-            out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            out.write_bytes(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
 
 
-async def run(
-    settings: Settings, model_path: Path, windows: EvaluationText, reference: str, display: Display
-) -> tuple[EngineInfo, Evaluated]:
+def require_new(out: Path | None) -> None:
+    if out is not None and out.exists():
+        raise SystemProblem(f"`--out {out}` exists", hint="name a new file")
+
+
+def load_prompts(asked: Asked) -> Prompts | None:
+    """Those of `--prompts`, or our own where there is a reference to compare answers with."""
+    if not asked.reference or not asked.greedy_tokens:
+        if asked.prompts:
+            raise SettingError(
+                f"`--prompts` = `{asked.prompts}` is of no use without greedy answers to compare",
+                hint="add `--reference bf16` and leave `--greedy-tokens` above 0",
+            )
+        return None
+    try:
+        return Prompts.load(Path(asked.prompts) if asked.prompts else DEFAULT_PROMPTS)
+    except OSError as error:
+        raise SettingError(f"`--prompts` cannot be read: {error}", hint="name a JSON lines file") from None
+    except ValueError as error:
+        raise SettingError(f"`--prompts`: {error}", hint="one prompt on each line") from None
+
+
+@contextlib.asynccontextmanager
+async def own_engine(
+    settings: Settings, model_path: Path, display: Display
+) -> AsyncIterator[tuple[Host, EngineInfo]]:
+    """A ready engine that nobody but this process talks to."""
+    quiet = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "metrics_port": 0})
     # until the engine is ready its failure is this command's own, and said once, at the end
     speak_again = logs.hold_back("service.front.supervisor")
     try:
-        async with Host(settings, model_path, create_app) as host:
+        async with Host(quiet, model_path, create_app) as host:
             loading = asyncio.create_task(show_loading(host.client, display))
             try:
                 info = await host.ready()
                 speak_again()
-                evaluated = await host.client.evaluate(
-                    windows.windows,
-                    ["prefill"],
-                    reference=reference,
-                    progress=lambda message: display("evaluate", message.done, message.total, "tokens"),
-                )
+                yield host, info
             finally:
                 loading.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await loading
     finally:
         speak_again()
-    return info, evaluated
 
 
-def result_of(
-    info: EngineInfo, evaluated: Evaluated, windows: EvaluationText, reference: str
-) -> dict[str, Any]:
-    """Figures with everything needed to repeat them."""
-    divergence = {
-        "reference": reference,
-        "kl_nats_per_token": evaluated.kl_mean,
-        "kl_tokens": evaluated.kl_tokens,
-        "top1_agreement": evaluated.top1_agreement,
+async def run(
+    settings: Settings,
+    model_path: Path,
+    asked: Asked,
+    protocols: list[str],
+    text: Text,
+    prompts: Prompts | None,
+    display: Display,
+) -> Findings:
+    """One Evaluate for each protocol; the first also asks for decode and for greedy answers."""
+    folder = settings.tokenizer_folder(model_path)
+    async with own_engine(settings, model_path, display) as (host, info):
+        pieces = WordPieces.load(folder, info.eos_token_ids)
+        limits = Limits(info.max_context_tokens, asked.windows, asked.window_tokens)
+        own = replace(limits, windows=asked.windows or DEFAULT_WINDOWS)
+        cuts = {name: cut(name, text, pieces, own if name == "halftone" else limits) for name in protocols}
+        perplexities: list[Perplexity] = []
+        decode: dict[str, Apart] = {}
+        greedy: Greedy | None = None
+        for name, made in cuts.items():
+            is_first = name == protocols[0]
+            modes: list[EvaluationMode] = ["prefill"]
+            modes += ["decode1", "decode8"] if is_first and asked.decode_tokens else []
+            asks = tokenized(prompts, folder, settings) if is_first and prompts else []
+            evaluated = await host.client.evaluate(
+                made.windows,
+                modes,
+                decode_tokens=asked.decode_tokens,
+                reference=asked.reference,
+                scored_from=made.scored_from,
+                prompts=asks,
+                greedy_tokens=asked.greedy_tokens,
+                progress=lambda message: display("evaluate", message.done, message.total, "tokens"),
+            )
+            perplexities.append(perplexity_of(name, made, evaluated, asked.reference))
+            decode |= decode_of(evaluated)
+            if evaluated.greedy and prompts:
+                greedy = Greedy(
+                    prompts=prompts.source,
+                    prompts_sha256=prompts.sha256,
+                    max_tokens=asked.greedy_tokens,
+                    generated=evaluated.greedy.generated,
+                    agreed=evaluated.greedy.agreed,
+                )
+    return Findings(
+        halftone=__version__,
+        model_path=info.model_path,
+        precision=info.precision,
+        dtype=info.dtype,
+        kv_dtype=info.kv_dtype,
+        device=info.device_name,
+        torch=info.torch_version,
+        weight_bytes=info.weight_bytes,
+        tokenizer_sha256=pieces.sha256,
+        text=text.provenance,
+        calibration=info.calibration,
+        random_weights=info.random_weights,
+        perplexities=perplexities,
+        decode=decode,
+        greedy=greedy,
+    )
+
+
+def tokenized(prompts: Prompts, folder: Path, settings: Settings) -> list[list[int]]:
+    """As the API would: through the chat template where the checkpoint has one."""
+    codec = TextCodec.load(folder, settings.chat_template)
+    if codec.template is None:
+        return [codec.encode(text) for text in prompts.texts]
+    return [codec.encode_chat([{"role": "user", "content": text}]) for text in prompts.texts]
+
+
+def tables_of(found: Findings) -> list[Table]:
+    """Perplexity and divergence with a column for each protocol, then what else was asked."""
+    words = [f"{one.protocol}: {one.words}" for one in found.perplexities]
+    stamp = (
+        f"text {found.text['text']}, SHA-256 {found.text['sha256'][:12]}; tokenizer "
+        f"{found.tokenizer_sha256[:12]}; ± one standard error over windows"
+    )
+    first = Table(
+        title=f"{found.precision} on {found.device}, KV cache in {found.kv_dtype}; "
+        f"weights {megabytes(found.weight_bytes)}",
+        caption=NO_VERDICT if found.random_weights else "\n".join([*words, stamp]),
+        caption_justify="left",
+    )
+    first.add_column("")
+    for one in found.perplexities:
+        first.add_column(one.protocol, justify="right")
+    columns = [cells_of(one) for one in found.perplexities]
+    for name in columns[0]:
+        first.add_row(name, *(cells[name] for cells in columns))
+    return [first, *more_tables(found)]
+
+
+def cells_of(one: Perplexity) -> dict[str, str]:
+    """Row of the table -> its text."""
+    cells = {
+        "perplexity": f"{one.perplexity:.3f} ± {one.standard_error:.3f}",
+        "per": one.unit,
+        "tokens scored": f"{one.scored_tokens:,}",
     }
-    return {
-        "halftone": __version__,
-        "model_path": info.model_path,
-        "precision": info.precision,
-        "kv_dtype": info.kv_dtype,
-        "device": info.device_name,
-        "torch": info.torch_version,
-        "weight_bytes": info.weight_bytes,
-        "perplexity": math.exp(evaluated.nll["prefill"] / evaluated.tokens["prefill"]),
-        "scored_tokens": evaluated.tokens["prefill"],
-        **(divergence if reference else {}),
-        "protocol": windows.protocol,
-        "text": windows.text.provenance,
-        "calibration": info.calibration,
-        "random_weights": info.random_weights,
-    }
+    if far := one.divergence:
+        cells |= {
+            f"beside {far.reference}": f"{far.change:+.2%} ± {far.change_standard_error:.2%}",
+            "KL, nats/token": f"{far.kl_nats_per_token:.5f} ± {far.kl_standard_error:.5f}",
+            "KL, 99 % of tokens": f"{far.kl_quantiles['p99']:.3f}",
+            "same likeliest token": f"{far.top1_agreement:.2%} ± {far.top1_standard_error:.2%}",
+        }
+    return cells
 
 
-def table_of(result: dict[str, Any]) -> Table:
-    caption = NO_VERDICT if result["random_weights"] else result["protocol"]
-    title = f"{result['precision']} on {result['device']}, KV cache in {result['kv_dtype']}"
-    table = Table(title=title, caption=caption)
-    table.add_column("weights", justify="right")
-    table.add_column("perplexity", justify="right")
-    row = [megabytes(result["weight_bytes"]), f"{result['perplexity']:.3f}"]
-    if "reference" in result:
-        table.add_column(f"KL against {result['reference']}, nats/token", justify="right")
-        table.add_column("same likeliest token", justify="right")
-        row += [f"{result['kl_nats_per_token']:.5f}", f"{result['top1_agreement']:.2%}"]
-    table.add_column("tokens scored", justify="right")
-    table.add_row(*row, f"{result['scored_tokens']:,}")
-    return table
+def more_tables(found: Findings) -> list[Table]:
+    tables = []
+    if found.decode:
+        table = Table(title="Teacher-forced decode through the paged cache, beside prefill")
+        for name in ("sequences at once", "perplexity", "tokens"):
+            table.add_column(name, justify="right")
+        for mode, apart in found.decode.items():
+            change = f"{apart.change:+.3%} ± {apart.standard_error:.3%}"
+            table.add_row(mode.removeprefix("decode"), change, f"{apart.tokens:,}")
+        tables.append(table)
+    if greedy := found.greedy:
+        table = Table(title=f"Greedy answers beside the reference's, prompts of {greedy.prompts}")
+        for name in ("prompts", "answers that part", "tokens until then, median", "of at most"):
+            table.add_column(name, justify="right")
+        cells = (len(greedy.agreed), greedy.num_apart, f"{greedy.median_agreed:g}", greedy.max_tokens)
+        table.add_row(*map(str, cells))
+        tables.append(table)
+    return tables

@@ -109,7 +109,7 @@ class Evaluation:
         if not all(prompts) or message.greedy_tokens < 1:
             raise RequestError("greedy answers need prompts and an answer of one token or more each")
         longest = max(map(len, windows), default=0)
-        if longest > limits.max_context_tokens:
+        if longest > limits.max_context_tokens + 1:  # the last token is predicted and need not be fed
             raise RequestError(
                 f"a window has {longest} tokens, the context window {limits.max_context_tokens}",
                 hint="cut shorter windows, or raise `max_context_tokens` or `kv_tokens`",
@@ -169,7 +169,7 @@ class Evaluation:
         """All windows and all greedy answers, which the reference reads in one pass or a few."""
         windows, prompts = self.message.windows, self.message.prompts
         told = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-        sequences = [*windows, *told]
+        sequences = [*map(self._fed, windows), *told]
         agreed = []
         for group in in_groups(sequences, STREAMED_TOKENS):
             passed = reference.through([sequences[number] for number in group], self._tick)
@@ -185,6 +185,13 @@ class Evaluation:
         if answers:
             self._answer.greedy = GreedyAgreement([len(answer) for answer in answers], agreed)
 
+    def _fed(self, window: list[int]) -> list[int]:
+        """What of a window is computed: its last token too, whose row predicts nothing, if there is room.
+
+        Where a mode looks at a whole batch of activations, it shall see what an independent computation sees.
+        """
+        return window[: self.serving.engine.limits.max_context_tokens]
+
     def _first_row(self, number: int) -> int:
         """Of the logits that are computed: what counts, and what decode is paired with."""
         return 0 if self._decodes else self._scored_from[number] - 1
@@ -199,7 +206,8 @@ class Evaluation:
         targets = torch.tensor(window[1:], device=model.device)
         [blocks] = self._borrow([-(-len(window) // BLOCK_TOKENS)])
         try:
-            for (start, stop), logits in zip(slices, self._logits(window, blocks, slices), strict=True):
+            ours = self._logits(self._fed(window), blocks, slices)
+            for (start, stop), logits in zip(slices, ours, strict=True):
                 other = None if reference is None else next(reference)
                 scored.add(logits, targets[start:stop], other)
                 self._tick(stop - start)
@@ -210,11 +218,7 @@ class Evaluation:
     def _logits(
         self, token_ids: list[int], blocks: list[int], slices: Sequence[tuple[int, int]]
     ) -> Iterator[Tensor]:
-        """One forward pass over a window -> logits [rows, vocab] for each (first, last + 1) of `slices`.
-
-        The last token, whose row has nothing to predict, is computed too: where a mode looks at a whole batch
-        of activations, it shall see what an independent computation of this window sees.
-        """
+        """One forward pass over a window -> logits [rows, vocab] for each (first, last + 1) of `slices`."""
         model = self.serving.model
         decoder = model.decoder
         batch = sequence_batch(token_ids, blocks, model.device)

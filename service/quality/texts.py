@@ -1,17 +1,20 @@
 """Text that calibrates and text that judges, kept apart: files, or halves of Python's own documentation.
 
-`--calibration`, `--text`, or nothing --> Text --token_windows()--> token ids. No torch here.
+`--calibration`, `--text`, or nothing --> Text --token_windows(), protocols--> token ids. No torch here.
 
 Every CPython carries its documentation topics, so both texts exist without a network. A topic belongs to
 one half by the hash of its name. Topics quote each other, so half B leaves out every paragraph that
 half A has too.
 """
 
+import gzip
 import hashlib
+import json
 import platform
 import re
+import zlib
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -26,6 +29,7 @@ from service.errors import SettingError
 OVERLAP_CHARACTERS = 80
 WORD = re.compile(r"[^\W_]+")
 START = re.compile(r"\S+")
+GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,16 @@ class Text:
     name: str
     content: str
     python: str = ""  # version whose documentation this is; empty for a file
+    # of a data set of documents, these, which `content` has joined by what stands between them; else none
+    documents: tuple[str, ...] = ()
+    most_windows: int = 0  # that published figures of this data set are of; 0: all
+
+    @classmethod
+    def of_documents(
+        cls, name: str, documents: Iterable[str], between: str = "\n\n", most_windows: int = 0
+    ) -> "Text":
+        kept = tuple(documents)
+        return cls(name, between.join(kept), documents=kept, most_windows=most_windows)
 
     @cached_property
     def sha256(self) -> str:
@@ -54,14 +68,23 @@ def calibration_text(path: str) -> Text:
 
 
 def evaluation_text(path: str) -> Text:
-    """The file that `--text` names, or half B of the documentation where it names none."""
+    """What `--text` names, a file or a text of the hub; half B of the documentation where it names none."""
+    from service.quality.hub_texts import HUB_TEXTS  # which makes texts of this module's kind
+
+    if path in HUB_TEXTS:
+        return HUB_TEXTS[path]()
     return read_text(path, "text") if path else documentation("B")
 
 
 def read_text(path: str | Path, setting: str) -> Text:
-    """A UTF-8 file; SettingError naming `setting` when it cannot be one."""
+    """A file of UTF-8 text, or of JSON lines with a field `text`, one a document; either may be gzipped.
+
+    SettingError naming `setting` when it cannot be one.
+    """
+    name = Path(path).name.removesuffix(".gz")
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        raw = Path(path).read_bytes()
+        content = (gzip.decompress(raw) if raw.startswith(GZIP) else raw).decode()
     except OSError as error:
         raise SettingError(
             f"`{setting}` = `{path}` cannot be read: {(error.strerror or 'unknown reason').lower()}",
@@ -71,9 +94,29 @@ def read_text(path: str | Path, setting: str) -> Text:
         raise SettingError(
             f"`{setting}` = `{path}` is not UTF-8 at byte {error.start}", hint="give a text file in UTF-8"
         ) from None
-    if not content.strip():
+    except (EOFError, zlib.error) as error:
+        raise SettingError(
+            f"`{setting}` = `{path}` is no whole gzip file: {error}", hint="fetch or compress the file again"
+        ) from None
+    text = Text(Path(path).name, content)
+    if name.endswith((".jsonl", ".json")):
+        text = Text.of_documents(text.name, json_documents(content, f"`{setting}` = `{path}`"))
+    if not text.content.strip():
         raise SettingError(f"`{setting}` = `{path}` is empty", hint="give a text file with some prose in it")
-    return Text(Path(path).name, content)
+    return text
+
+
+def json_documents(content: str, told: str) -> Iterator[str]:
+    """The field `text` of each line; SettingError that begins with `told` for a line without one."""
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            try:
+                yield str(json.loads(line)["text"])
+            except (ValueError, TypeError, KeyError):
+                raise SettingError(
+                    f"{told}: line {number} is no JSON object with a field `text`",
+                    hint='each line reads {"text": "..."}; plain text has another suffix, such as .txt',
+                ) from None
 
 
 def documentation(half: Literal["A", "B"]) -> Text:

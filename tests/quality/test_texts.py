@@ -1,16 +1,20 @@
 """The texts that calibrate and judge: two halves that share nothing, and files that may not."""
 
+import gzip
 import random
 import string
+import zipfile
 from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import huggingface_hub
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import SettingError
+from service.errors import SettingError, SystemProblem
+from service.quality import hub_texts
 from service.quality.texts import (
     OVERLAP_CHARACTERS,
     Text,
@@ -108,3 +112,47 @@ def test_spread_takes_from_everywhere() -> None:
     windows = [[number] for number in range(100)]
     assert spread(windows, 4) == [[0], [25], [50], [75]]
     assert spread(windows[:3], 16) == windows[:3]
+
+
+def test_json_lines_are_documents(tmp_path: Path) -> None:
+    lines = '{"text": "one größe", "url": "u"}\n\n{"text": "two"}\n'
+    (tmp_path / "mine.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "mine.json.gz").write_bytes(gzip.compress(lines.encode()))
+    for name in ("mine.jsonl", "mine.json.gz"):
+        text = evaluation_text(str(tmp_path / name))
+        assert text.documents == ("one größe", "two")
+        assert text.content == "one größe\n\ntwo"
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"prompt": "two"}\n')
+    with pytest.raises(SettingError, match=r"line 2 is no JSON object with a field `text`"):
+        evaluation_text(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(lines.encode())[:20])
+    with pytest.raises(SettingError, match="no whole gzip file"):
+        evaluation_text(str(tmp_path / "cut.txt.gz"))
+
+
+def test_texts_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "wikitext-2-raw-v1.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("wikitext-2-raw/wiki.test.raw", " \n = Title = \n")
+    rows = [f'{{"text": "document {n}"}}' for n in range(hub_texts.C4_DOCUMENTS + 1)]
+    (tmp_path / "c4-validation.00000-of-00008.json.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    asked = []
+
+    def download(repository: str, file: str, repo_type: str) -> str:
+        asked.append((repository, file, repo_type))
+        return str(tmp_path / Path(file).name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert evaluation_text("wikitext-2").content == " \n = Title = \n"
+    text = evaluation_text("c4")
+    assert len(text.documents) == hub_texts.C4_DOCUMENTS
+    assert text.content.startswith("document 0 document 1 ")
+    assert text.most_windows == 256
+    assert {kind for _, _, kind in asked} == {"dataset"}
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_the_way_around_it() -> None:
+    """The suite is offline."""
+    with pytest.raises(SystemProblem, match="text `wikitext-2` cannot be fetched") as error:
+        evaluation_text("wikitext-2")
+    assert "--text FILE" in error.value.hint
