@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.workload import DEFAULT_PROMPTS, Prompts
+from loadtest.prompts import DEFAULT_PROMPTS, Prompt, Prompts
 from service import __version__, logs
 from service.cli.display import Display, show_loading
 from service.cli.model import find_model
@@ -178,11 +178,17 @@ async def run(
 
 
 def tokenized(prompts: Prompts, folder: Path, settings: Settings) -> list[list[int]]:
-    """As the API would: through the chat template where the checkpoint has one."""
+    """As the API would: texts through the chat template where the checkpoint has one."""
     codec = TextCodec.load(folder, settings.chat_template)
-    if codec.template is None:
-        return [codec.encode(text) for text in prompts.texts]
-    return [codec.encode_chat([{"role": "user", "content": text}]) for text in prompts.texts]
+
+    def ids(prompt: Prompt) -> list[int]:
+        if not prompt.text:
+            return list(prompt.token_ids)
+        if codec.template is None:
+            return codec.encode(prompt.text)
+        return codec.encode_chat([{"role": "user", "content": prompt.text}])
+
+    return [ids(prompt) for prompt in prompts.items]
 
 
 def tables_of(found: Findings) -> list[Table]:

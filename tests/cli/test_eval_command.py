@@ -34,7 +34,7 @@ def test_figures_are_stamped_and_written(
     folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "hello world"}\n{"prompt": "stop here"}\n{"prompt": "the quick fox"}\n')
+    prompts.write_text('{"prompt": "hello world"}\n{"prompt": "stop here"}\n{"prompt": [5, 6, 7]}\n')
     settings = load_settings(model=str(folder), precision="fp8", device="cpu", kv_tokens=2048)
     asked = Asked(
         "fp32", str(text), "halftone,llama.cpp-512", 3, 65, 128, prompts=str(prompts), greedy_tokens=5
