@@ -16,6 +16,7 @@ from service.model.config import ModelConfig
 from service.model.instance import GROUPS
 from service.model.layout import layer_groups
 from service.precision.base import Backend
+from service.precision.options import Int8Options
 
 LINEARS = {"fp32": "dense", "bf16": "dense", "fp16": "dense", "awq": "awq", "fp8": "fp8", "int3": "int3"}
 
@@ -121,8 +122,6 @@ def w4_kind(backend: Backend) -> w4_linear.Kind | None:
 
 def int8_kind(backend: Backend) -> Int8Kind | None:
     """None where bitsandbytes' product serves."""
-    from service.precision.int8 import Int8Options  # brings bitsandbytes with it
-
     options = backend.options
     assert isinstance(options, Int8Options)
     if options.kernel == "bitsandbytes":

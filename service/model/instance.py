@@ -121,6 +121,8 @@ class ModelInstance:
             for norm in (layer.input_norm, layer.post_attention_norm, layer.q_norm, layer.k_norm):
                 ledger["weights.norms"] += _bytes(norm)
         ledger["weights.norms"] += _bytes(decoder.final_norm)
+        if self.backend.codebook_bytes:
+            ledger["weights.codebooks"] = self.backend.codebook_bytes
         ledger["weights.embedding"] = decoder.embedding.bytes()
         if getattr(decoder.head, "weight", None) is not decoder.embedding.weight:
             ledger["weights.head"] = decoder.head.bytes()

@@ -1,36 +1,84 @@
 """The table of precisions: a backend is one file here and one row below. No torch until one is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from service.errors import PrecisionError
-from service.precision.spec import PrecisionSpec
+from service.precision import options, sizes
+from service.precision.linear import LinearSpec
+from service.precision.spec import Options, PrecisionSpec, canonical, check_options
 
 if TYPE_CHECKING:
     from service.precision.base import Backend
 
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a precision without torch, and where the rest of it is."""
+
+    backend: str  # module:class
+    options: type[Options]
+    sizes: sizes.Sizes  # what its layers will take
+    codebooks: Callable[[Any], int] = lambda options: 0  # bytes of the tables that all layers share
+
+
 TABLE = {
-    "fp32": "service.precision.full:Full",
-    "bf16": "service.precision.full:Full",
-    "fp16": "service.precision.full:Full",
-    "int8": "service.precision.int8:Int8",
-    "nf4": "service.precision.nf4:NF4",
-    "awq": "service.precision.awq:AWQ",
-    "fp8": "service.precision.fp8:FP8",
-    "int3": "service.precision.int3:INT3",
+    "fp32": Row("service.precision.full:Full", options.FullOptions, sizes.full),
+    "bf16": Row("service.precision.full:Full", options.FullOptions, sizes.full),
+    "fp16": Row("service.precision.full:Full", options.FullOptions, sizes.full),
+    "int8": Row("service.precision.int8:Int8", options.Int8Options, sizes.int8),
+    "nf4": Row("service.precision.nf4:NF4", options.NF4Options, sizes.nf4, sizes.nf4_codebooks),
+    "awq": Row("service.precision.awq:AWQ", options.AWQOptions, sizes.awq),
+    "fp8": Row("service.precision.fp8:FP8", options.FP8Options, sizes.fp8),
+    "int3": Row("service.precision.int3:INT3", options.INT3Options, sizes.int3),
 }
 CALIBRATED = ("awq",)  # those whose backend has a `quantizer`; the front asks before anything is loaded
 
 
-def load_backend(text: str) -> "Backend":
-    """`name[:option=value,...]` -> the backend with its options checked."""
+@dataclass(frozen=True)
+class Precision:
+    """A mode of the table with its options checked."""
+
+    name: str
+    options: Options
+
+    @property
+    def canonical(self) -> str:
+        """Flag, metric label, report column."""
+        return canonical(self.name, self.options)
+
+    @property
+    def codebook_bytes(self) -> int:
+        """Of the tables that all layers share."""
+        return TABLE[self.name].codebooks(self.options)
+
+    def sizes(self, name: str, parts: Sequence[LinearSpec], width: int) -> dict[str, int]:
+        """Part -> bytes of the linears built into one layer class, under activations of `width` bytes."""
+        return TABLE[self.name].sizes(self.options, name, parts, width)
+
+
+def parse_precision(text: str) -> Precision:
+    """`name[:option=value,...]` -> the mode; PrecisionError for one that does not exist."""
+    spec = parse_known(text)
+    return Precision(spec.name, check_options(spec, TABLE[spec.name].options))
+
+
+def parse_known(text: str) -> PrecisionSpec:
+    """Name and options, these not yet checked."""
     spec = PrecisionSpec.parse(text)
     if spec.name not in TABLE:
         raise PrecisionError(
             f"precision `{spec.name}` does not exist; accepted are {', '.join(TABLE)}",
             hint="write `name[:option=value,...]`, for example `nf4:double_quant=off`",
         )
+    return spec
+
+
+def load_backend(text: str) -> "Backend":
+    """`name[:option=value,...]` -> the backend with its options checked."""
+    spec = parse_known(text)
     return backend_class(spec.name)(spec)
 
 
@@ -43,6 +91,6 @@ def backend_of(quantization: Mapping[str, Any]) -> "Backend | None":
 
 
 def backend_class(name: str) -> "type[Backend]":
-    module, _, class_name = TABLE[name].partition(":")
+    module, _, class_name = TABLE[name].backend.partition(":")
     found: type[Backend] = getattr(import_module(module), class_name)
     return found

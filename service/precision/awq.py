@@ -8,10 +8,9 @@ Three bits use codes 0..7 in the same 4-bit containers: they cost what four cost
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
 from service.errors import CheckpointError, PrecisionError
@@ -19,25 +18,9 @@ from service.kernels import awq_linear, w4_linear
 from service.precision import w4
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.linear import LinearSpec
+from service.precision.options import AWQOptions
 from service.precision.source import part_rows, quantized_activation_dtype, read_bias, tensor_bytes
-from service.precision.spec import Options, PrecisionSpec, canonical, check_options
-
-
-class AWQOptions(Options):
-    bits: Literal[4, 3] = Field(4, description="4, 3: of a code")
-    group: int = Field(0, description="128, 64, 32: weights under one scale; 0: the largest that divides")
-
-    @field_validator("bits", mode="before")
-    @classmethod
-    def read_bits(cls, bits: object) -> object:
-        return int(bits) if isinstance(bits, str) and bits.isdecimal() else bits
-
-    @field_validator("group")
-    @classmethod
-    def check_group(cls, group: int) -> int:
-        if group not in (0, 32, 64, 128):
-            raise ValueError("accepted are 0, 32, 64, 128")
-        return group
+from service.precision.spec import PrecisionSpec, canonical, check_options
 
 
 class AWQLinear(QuantLinear):
@@ -84,6 +67,7 @@ class AWQ:
     name = "awq"
     activation: Activation = "16bit"
     quantizer: str | None = "awq"
+    codebook_bytes = 0
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: AWQOptions = check_options(spec, AWQOptions)

@@ -91,6 +91,7 @@ class Backend(Protocol):
     options: Options
     canonical: str  # flag, metric label, report column
     activation: Activation
+    codebook_bytes: int  # of tables that all layers share
     quantizer: str | None  # step of service/quantize that makes this mode's checkpoint from a 16-bit one
 
     def __init__(self, spec: PrecisionSpec) -> None: ...

@@ -13,15 +13,12 @@ from service.errors import PrecisionError
 from service.kernels.fp8_linear import fp8_linear, native, quantize_rows
 from service.kernels.fp8_linear.plan import FEW_ROWS, KERNEL_ROWS
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.options import FP8Options
 from service.precision.source import InFlight, part_rows, read_bias, read_weight, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
 
 LEAST_CAPABILITY = (8, 9)  # of the NVIDIA devices that multiply E4M3
 MULTIPLE = 16  # of in and out features, which their kernels want
-
-
-class FP8Options(Options):
-    """None."""
 
 
 class FP8Linear(QuantLinear):

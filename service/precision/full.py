@@ -14,14 +14,11 @@ from service.kernels.dense_linear import (
     unpack_weight,
 )
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
+from service.precision.options import FullOptions
 from service.precision.source import InFlight, merged_weight, part_rows, read_bias, tensor_bytes
 from service.precision.spec import Options, PrecisionSpec, canonical, check_options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class FullOptions(Options):
-    """None."""
 
 
 class FullLinear(QuantLinear):

@@ -9,33 +9,22 @@ Nothing is calibrated: it is made while a 16-bit checkpoint loads, and what it c
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
 from service.errors import PrecisionError
 from service.kernels.int3_linear import LARGEST, TOGETHER, dequantize, int3_linear, pack
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.linear import LinearSpec
+from service.precision.options import INT3Options
+from service.precision.sizes import check_int3
 from service.precision.source import InFlight, part_rows, read_bias, read_weight, tensor_bytes
-from service.precision.spec import Options, PrecisionSpec, canonical, check_options
+from service.precision.spec import PrecisionSpec, canonical, check_options
 
-GROUPS = (64, 128)
 # shares of a group's range that the codes may span: what lies beyond is clipped, what lies inside is finer
 CLIPPINGS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 # of what a clipping leaves over, summed: squares clip more and read worse than no clipping (docs/quality.md)
 ERROR_POWER = 6
 ROWS_AT_ONCE = 1 << 22  # weights whose errors are compared at once: 16 MiB in float32
-
-
-class INT3Options(Options):
-    group: int = Field(64, description="64, 128: weights under one scale")
-
-    @field_validator("group")
-    @classmethod
-    def check_group(cls, group: int) -> int:
-        if group not in GROUPS:
-            raise ValueError(f"accepted are {', '.join(map(str, GROUPS))}")
-        return group
 
 
 class INT3Linear(QuantLinear):
@@ -84,7 +73,7 @@ class INT3(InFlight):
         self.canonical = canonical(self.name, self.options)
 
     def build(self, group: LinearGroup, read: Read) -> INT3Linear:
-        check_shape(group, self.options.group)
+        check_int3(group.parts, self.options.group)
         check_dtype(group)
         parts = [self._quantize(part, read, group.device) for part in group.parts]
         codes, zeros, scales = zip(*parts, strict=True)
@@ -100,26 +89,6 @@ class INT3(InFlight):
                 hint="serve this checkpoint with `--precision bf16`",
             )
         return pack(codes.t()), pack(zeros), scales.t().contiguous()
-
-
-def check_shape(group: LinearGroup, group_size: int) -> None:
-    """Raises PrecisionError for what the layout has no place for."""
-    if group.in_features % group_size:
-        hint = "serve this checkpoint with `--precision int8` or `bf16`"
-        if group_size != GROUPS[0] and group.in_features % GROUPS[0] == 0:
-            hint = f"serve it with `--precision int3:group={GROUPS[0]}`"
-        raise PrecisionError(
-            f"precision `int3` needs in_features divisible by its group of {group_size}; "
-            f"`{group.parts[0].path}` has {group.in_features}",
-            hint=hint,
-        )
-    for part in group.parts:
-        if part.out_features % TOGETHER:
-            raise PrecisionError(
-                f"precision `int3` needs out_features divisible by {TOGETHER}; `{part.path}` has "
-                f"{part.out_features}",
-                hint="serve this checkpoint with `--precision int8` or `bf16`",
-            )
 
 
 def check_dtype(group: LinearGroup) -> None:

@@ -13,10 +13,9 @@ Source: arXiv 2208.07339.
 import logging
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from service.errors import PrecisionError
@@ -28,6 +27,7 @@ from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_checkpoint import bits_of, read_int8
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.full import FullLinear
+from service.precision.options import Int8Options
 from service.precision.source import (
     InFlight,
     merged_weight,
@@ -36,53 +36,9 @@ from service.precision.source import (
     read_weight,
     tensor_bytes,
 )
-from service.precision.spec import Options, PrecisionSpec, canonical, check_options
+from service.precision.spec import PrecisionSpec, canonical, check_options
 
 logger = logging.getLogger(__name__)
-
-LAYER_CLASSES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-
-
-class Int8Options(Options):
-    threshold: float = Field(
-        6.0, ge=0, allow_inf_nan=False, description="activations from here on stay 16-bit; 0: none does"
-    )
-    skip: str = Field(
-        "", description=f"layer classes kept in 16 bits, joined by +: {' '.join(LAYER_CLASSES)}"
-    )
-    outliers: Literal["auto", "row", "batch"] = Field(
-        "auto",
-        description="row: decided in each row alone; batch: in all rows of a step, as bitsandbytes does; "
-        "auto: row",
-    )
-    kernel: Literal["auto", "bitsandbytes"] = Field(
-        "auto", description="bitsandbytes: its own product, with outliers=batch"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def follow_bitsandbytes(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Its product has one rule, which need not be said."""
-        return {"outliers": "batch"} | given if given.get("kernel") == "bitsandbytes" else given
-
-    @property
-    def by_row(self) -> bool:
-        return self.outliers != "batch"
-
-    @field_validator("kernel")
-    @classmethod
-    def check_kernel(cls, kernel: str, info: ValidationInfo) -> str:
-        if kernel == "bitsandbytes" and info.data.get("outliers") == "row":
-            raise ValueError("bitsandbytes decides by batch; `outliers=batch`, or another kernel, is needed")
-        return kernel
-
-    @field_validator("skip")
-    @classmethod
-    def check_skip(cls, skip: str) -> str:
-        named = [name for name in skip.split("+") if name]
-        if unknown := [name for name in named if name not in LAYER_CLASSES]:
-            raise ValueError(f"`{unknown[0]}` is no layer class")
-        return "+".join(name for name in LAYER_CLASSES if name in named)
 
 
 class Int8Linear(QuantLinear):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from service.errors import PrecisionError
@@ -27,6 +26,9 @@ from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.bitsandbytes_checkpoint import bits_of, read_nf4
 from service.precision.bitsandbytes_import import bitsandbytes
 from service.precision.linear import LinearSpec
+from service.precision.options import NF4Options
+from service.precision.sizes import NESTED_BLOCK, check_nf4, nf4_codebooks
+from service.precision.sizes import NF4_BLOCK as BLOCK
 from service.precision.source import (
     InFlight,
     part_rows,
@@ -34,15 +36,9 @@ from service.precision.source import (
     read_weight,
     tensor_bytes,
 )
-from service.precision.spec import Options, PrecisionSpec, canonical, check_options
+from service.precision.spec import PrecisionSpec, canonical, check_options
 
-BLOCK = 64  # weights under one absmax
-NESTED_BLOCK = 256  # absmax values under one nested scale
 INTERLEAVED_ROWS = 32  # rows that the fused CPU product reads side by side
-
-
-class NF4Options(Options):
-    double_quant: bool = Field(True, description="on, off: absmax as 8-bit codes")
 
 
 @cache
@@ -225,6 +221,7 @@ class NF4(InFlight):
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: NF4Options = check_options(spec, NF4Options)
         self.canonical = canonical(self.name, self.options)
+        self.codebook_bytes = nf4_codebooks(self.options)
         self._reads_codes = False
 
     @classmethod
@@ -247,12 +244,7 @@ class NF4(InFlight):
         return written is not None
 
     def build(self, group: LinearGroup, read: Read) -> NF4Linear | w4.W4Linear:
-        if group.in_features % BLOCK:
-            raise PrecisionError(
-                f"precision `nf4` needs in_features divisible by {BLOCK}; `{group.parts[0].path}` has "
-                f"{group.in_features}",
-                hint="serve this checkpoint with `--precision int8` or `bf16`",
-            )
+        check_nf4(group.parts)
         codes, absmax, nested_absmax, offsets = [], [], [], []
         for part in group.parts:
             part_codes, scales, nested = (

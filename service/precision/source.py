@@ -18,6 +18,7 @@ class InFlight:
     """What the backends share that read a 16-bit checkpoint and make of it what they need while it loads."""
 
     quantizer: str | None = None
+    codebook_bytes = 0
 
     @classmethod
     def written_as(cls, quantization: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from service.errors import CheckpointError, PrecisionError
+from service.errors import CheckpointError
 from service.kernels.awq_linear.reference import pack
 from service.model.checkpoint import Checkpoint
 from service.model.config import ModelConfig, read_json
@@ -25,13 +25,13 @@ from service.model.instance import ModelInstance
 from service.model.layout import layer_groups
 from service.model.shards import ShardWriter, copy_companions
 from service.precision import load_backend
+from service.precision.sizes import choose_awq_group
 from service.quality.texts import Text, spread, token_windows
 from service.quantize.awq import Grid, Rounded, quantize_layer
 from service.quantize.calibration import InputStatistics, observe_layers
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit: as messages.Loading
 
-GROUP_SIZES = (128, 64, 32)
 WINDOWS = 16
 WINDOW_TOKENS = 512
 
@@ -39,25 +39,7 @@ WINDOW_TOKENS = 512
 def choose_grid(config: ModelConfig, bits: int, group_size: int) -> Grid:
     """`group_size` 0: the largest that divides every linear's in_features. PrecisionError if none does."""
     parts = [part for group in layer_groups(config, 0).values() for part in group]
-    features = sorted({part.in_features for part in parts})
-    fitting = [size for size in GROUP_SIZES if all(count % size == 0 for count in features)]
-    if not fitting or (group_size and group_size not in fitting):
-        asked = f"group size {group_size}" if group_size else "no group size"
-        raise PrecisionError(
-            f"precision `awq`: {asked} divides the input features of the linears, "
-            f"{', '.join(map(str, features))}",
-            hint=f"leave `group` out, or take {' or '.join(map(str, fitting))}"
-            if fitting
-            else "serve this model with `--precision nf4`",
-        )
-    narrow = next((part for part in parts if part.out_features % 8), None)
-    if narrow:
-        raise PrecisionError(
-            f"precision `awq`: `{narrow.path}` has {narrow.out_features} output features; "
-            "the layout packs them by eight",
-            hint="serve this model with `--precision nf4`",
-        )
-    return Grid(bits, group_size or fitting[0])
+    return Grid(bits, choose_awq_group(parts, group_size))
 
 
 def checkpoint_bytes(checkpoint: Checkpoint, grid: Grid) -> int:

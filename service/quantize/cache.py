@@ -26,6 +26,7 @@ CODE = (
     "quality/texts.py",
     "kernels/awq_linear/reference.py",
     "model/shards.py",
+    "precision/sizes.py",
 )
 DESCRIPTIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 HASHES = "hashes.json"

@@ -8,6 +8,7 @@ from service.errors import PrecisionError
 from service.precision import int3, load_backend
 from service.precision.base import LinearGroup
 from service.precision.linear import LinearSpec
+from service.precision.options import INT3_GROUPS
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ def error_of(weight: Tensor, group_size: int) -> float:
     return float((meant - weight).norm(int3.ERROR_POWER) / weight.abs().max())
 
 
-@pytest.mark.parametrize("group_size", int3.GROUPS)
+@pytest.mark.parametrize("group_size", INT3_GROUPS)
 def test_clipping_is_worth_its_search(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same rounding of the whole range, on normal weights."""
     weight = random_weights(group_of(512, 256))["part0.weight"]
