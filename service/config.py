@@ -82,6 +82,12 @@ class Settings(BaseSettings):
     random_outliers: int = Field(
         0, ge=0, le=1024, description="Features that random weights lift beyond 6 in each layer, for int8."
     )
+    random_std: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Standard deviation of random weights; 0: config.json's initializer_range.",
+    )
     save: str = Field(
         "", description="New folder to write random weights to, as a checkpoint; empty: they are not kept."
     )

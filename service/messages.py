@@ -66,6 +66,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: Literal["safetensors", "random"] = "safetensors"  # `random` needs config.json alone
     load_seed: int = 0
     random_outliers: int = 0
+    random_std: float = 0.0
     save: str = ""  # new folder for the random weights as a checkpoint; empty: none
 
 

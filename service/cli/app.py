@@ -34,7 +34,7 @@ HTTP_SETTINGS = (
     *("max_queue_requests", "max_body_bytes", "max_n", "max_prompts", "drain_timeout_s"),
 )
 MORE = "`halftone bench --kernels --help`: microseconds of the linears of a layer on this machine instead."
-DRAWN = ("load_format", "load_seed", "random_outliers", "tokenizer")
+DRAWN = ("load_format", "load_seed", "random_outliers", "random_std", "tokenizer")
 
 
 @app.callback(invoke_without_command=True)

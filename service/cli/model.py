@@ -10,7 +10,12 @@ from service.config import NO_TOKENIZER, Settings
 from service.errors import SettingError
 from service.model.hub import resolve, resolve_tokenizer
 
-RANDOM_ONLY = ("load_seed", "random_outliers", "save")  # settings that trained weights have no use for
+RANDOM_ONLY = (
+    "load_seed",
+    "random_outliers",
+    "random_std",
+    "save",
+)  # settings that trained weights have no use for
 
 
 def find_model(

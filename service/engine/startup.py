@@ -201,7 +201,7 @@ def open_model(
     """
     source: TensorSource
     if config.load_format == "random":
-        draw = Draw(config.load_seed, config.random_outliers)
+        draw = Draw(config.load_seed, config.random_outliers, config.random_std)
         source = RandomWeights(Path(config.model_path), device, draw)
     else:
         source = Checkpoint(config.model_path)

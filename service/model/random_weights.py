@@ -52,6 +52,7 @@ class Draw:
 
     seed: int = 0
     outliers: int = 0  # features in the input of each q, k, v and gate, up that a norm's gain lifts
+    standard_deviation: float = 0.0  # 0: as config.json says
 
 
 class RandomWeights(TensorSource):
@@ -68,7 +69,7 @@ class RandomWeights(TensorSource):
         self.config, own = read_config(path)
         self.quantization = own if quantization is None else quantization
         self.raw = read_json(path / "config.json")
-        self.standard_deviation = standard_deviation(self.raw)
+        self.standard_deviation = draw.standard_deviation or standard_deviation(self.raw)
         if draw.outliers > self.config.hidden_size:
             raise SettingError(
                 f"setting `random_outliers` = `{draw.outliers}`: the model's hidden states have "

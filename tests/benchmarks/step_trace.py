@@ -3,12 +3,15 @@
     python -m tests.benchmarks.step_trace --model preset:llama-3.1-8b --precision fp16 --streams 1,64,256
 
 Of each width a stretch for each of `--chunks`: steps that decode all streams and compute so many tokens of
-prompts beside them. Random weights, 512 prompt tokens behind each stream.
+prompts beside them. Random weights, 512 prompt tokens behind each stream. `--layer` also prints a layer of
+a step, launch by launch: under dependent launch a kernel begins before the one ahead of it ends.
 """
 
 import argparse
 import random
 from collections import defaultdict
+from itertools import pairwise
+from statistics import median
 
 import torch
 
@@ -33,7 +36,23 @@ def keep_busy(engine: Engine, num_steps: int, chunk: int, first_id: int) -> None
         engine.step()
 
 
-def trace(engine: Engine, chunk: int, first_id: int) -> None:
+def print_layer(events: list[tuple[int, int, str]], num_layers: int) -> None:
+    """Medians over all whole layers: how long each launch lasts, and when the next one begins."""
+    names = [name for _, _, name in events]
+    first = next((name for name in dict.fromkeys(names) if names.count(name) == STEPS * num_layers), None)
+    if first is None:
+        print("    no kernel is launched once a layer")
+        return
+    at = [place for place, name in enumerate(names) if name == first]
+    layers = [(a, b) for a, b in pairwise(at) if names[a:b] == names[at[2] : at[3]]]
+    for offset in range(at[3] - at[2]):
+        steps = [events[a + offset + 1][0] - events[a + offset][0] for a, _ in layers]
+        lasts = [events[a + offset][1] - events[a + offset][0] for a, _ in layers]
+        name = names[at[2] + offset][:60]
+        print(f"    next after {median(steps) / 1e3:6.1f} us, lasts {median(lasts) / 1e3:6.1f}  {name}")
+
+
+def trace(engine: Engine, chunk: int, first_id: int, num_layers: int) -> None:
     keep_busy(engine, WARM_STEPS, chunk, first_id)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as traced:
         keep_busy(engine, STEPS, chunk, first_id + 10_000)
@@ -54,6 +73,8 @@ def trace(engine: Engine, chunk: int, first_id: int) -> None:
     print(f"{chunk} prompt tokens: {span / 1e6 / STEPS:.2f} ms a step, busy {busy / span:.1%}")
     for name, values in sorted(sums.items(), key=lambda item: -sum(item[1]))[:SHOWN]:
         print(f"    {sum(values) / STEPS:8.3f} ms in {len(values) / STEPS:6.1f} launches  {name}")
+    if num_layers:
+        print_layer(events, num_layers)
 
 
 def main() -> None:
@@ -65,6 +86,7 @@ def main() -> None:
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--streams", default="1,64,256")
     parser.add_argument("--chunks", default="0,512,1024", help="prompt tokens beside them, multiples of 512")
+    parser.add_argument("--layer", type=int, default=0, metavar="LAYERS", help="of the model, to print one")
     arguments = parser.parse_args()
     engine = gpu_engine(arguments)
     for num_streams in map(int, arguments.streams.split(",")):
@@ -76,7 +98,7 @@ def main() -> None:
             pass
         print(f"\n{num_streams} streams")
         for chunk in map(int, arguments.chunks.split(",")):
-            trace(engine, chunk, 1_000_000 + chunk * 1000)
+            trace(engine, chunk, 1_000_000 + chunk * 1000, arguments.layer)
         engine.abort(list(range(num_streams)))
         while engine.has_work:
             engine.step()

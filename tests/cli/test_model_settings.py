@@ -85,7 +85,9 @@ def test_a_checkpoint_keeps_its_own_tokenizer(tokenizer: Path) -> None:
     assert settings.tokenizer_folder(path) == path == tokenizer
 
 
-@pytest.mark.parametrize("given", [{"load_seed": "3"}, {"random_outliers": "4"}, {"save": "x"}])
+@pytest.mark.parametrize(
+    "given", [{"load_seed": "3"}, {"random_outliers": "4"}, {"random_std": "0.1"}, {"save": "x"}]
+)
 def test_settings_of_random_weights_are_not_ignored(given: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=f"`{next(iter(given))}` = .* of no use to weights that are read"):
         found({"model": str(tmp_path), **given})
@@ -113,9 +115,9 @@ def test_nothing_is_calibrated_on_random_weights_or_with_another_tokenizer(
 
 
 def test_a_seed_crosses_to_the_engine(tmp_path: Path) -> None:
-    settings = load_settings(model="preset:qwen3-8b", load_seed="7", random_outliers="4")
+    settings = load_settings(model="preset:qwen3-8b", load_seed="7", random_outliers="4", random_std="0.5")
     config = settings.engine_config(resolve("preset:qwen3-8b", "main", tmp_path, print, needs_weights=False))
-    assert (config.load_seed, config.random_outliers) == (7, 4)
+    assert (config.load_seed, config.random_outliers, config.random_std) == (7, 4, 0.5)
 
 
 def test_without_a_tokenizer_the_printed_line_sends_ids() -> None:

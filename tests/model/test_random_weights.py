@@ -102,6 +102,9 @@ def test_config_decides_type_and_deviation(tmp_path: Path) -> None:
     assert embedding.dtype == source.dtype == torch.float16
     assert float(embedding.float().std()) == pytest.approx(0.1, rel=0.02)
     assert source.random_weights["standard_deviation"] == "0.1"
+    narrow = RandomWeights(source.path, CPU, Draw(standard_deviation=0.05))
+    assert float(narrow.read("model.embed_tokens.weight").float().std()) == pytest.approx(0.05, rel=0.02)
+    assert narrow.random_weights["standard_deviation"] == "0.05"
     for changes, named in (
         ({"initializer_range": 0}, "initializer_range"),
         ({"initializer_range": True}, "initializer_range"),
