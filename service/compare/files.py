@@ -9,16 +9,17 @@ import msgspec
 from service.errors import SystemProblem
 
 T = TypeVar("T")
+OTHER_FOLDER = "it may be another version's: name a new folder with `--out`"
 
 
-def read_back(path: Path, kind: type[T]) -> T:
+def read_back(path: Path, kind: type[T], hint: str = OTHER_FOLDER) -> T:
     """A file that an earlier run wrote. Raises SystemProblem for one that this version does not write."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError) as error:
         raise SystemProblem(
             f"`{path}` cannot be read back: {error}",
-            hint="it may be another version's: name a new folder with `--out`",
+            hint=hint,
         ) from None
 
 
