@@ -44,7 +44,7 @@ def print_differences(found: Differences, console: Console) -> None:
         console.print(table(modes[first : first + MODES_A_TABLE], found.changes))
     console.print(
         f"\nChanges from the first report to the second, with their interval at 95 %; {UNTOLD} is within "
-        f"noise, or smaller than {100 * found.tolerance:g} %. Bytes and quality are counted: they have no noise.",
+        f"noise, or smaller than {100 * found.tolerance:g} %. Bytes and quality are counted, without noise.",
         style="dim",
         highlight=False,
     )

@@ -9,6 +9,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from service import ledger
 from service.compare.figures import Latency
 from service.compare.forms import svg
 from service.compare.forms.columns import (
@@ -110,6 +111,7 @@ def render_page(report: Report) -> str:
         agreements=[(row, row.quality.agreement) for row in report.rows if row.quality],
         agreement_said=agreement_said(report),
         held=held,
+        ledger=ledger.PARTS,
         part_names=list(dict.fromkeys(part for _, parts in held for part in parts)),
         num_colours=svg.NUM_COLOURS,
         shades=SHADES,

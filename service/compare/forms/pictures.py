@@ -3,9 +3,10 @@
 page --Report--> pictures() --figures--> curves, rows
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from service import ledger
 from service.compare.figures import Interval, effect
 from service.compare.forms.curves import Curve, Dot, Event, Level, Point, curves, front
 from service.compare.forms.notes import level_words
@@ -23,7 +24,8 @@ from service.compare.forms.words import (
 )
 from service.compare.report import Memory, Report, Row, Slo
 
-NULL_WORDS = "The grey band is what the reference differs from itself in this run: within it is noise."
+KV_CACHE, BEYOND, SMALL = "KV cache", "else, at the peak", "smaller parts"
+SMALLEST_PART = 0.012  # of the longest stack
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def throughput(report: Report, drawn: dict[str, Mark]) -> Picture | None:
                     found.streams,
                     low,
                     high,
-                    f"{row.name} {found.kind} at about {amount(found.streams)} streams",
+                    f"{row.name} {found.kind} at about {found.streams:.0f} streams",
                 )
             )
     svg = curves(
@@ -244,11 +246,11 @@ def quality_front(report: Report, drawn: dict[str, Mark]) -> Picture | None:
         f"KL from {report.reference}, nats per token (logarithmic)",
         "Quality against memory",
     )
-    return Picture(
-        "What is lost against what it takes",
-        svg,
-        "Down and left is better. The dashed line joins modes that no other beats in both.",
-    )
+    caption = "Down and left is better. The dashed line joins modes that no other beats in both."
+    best = [row.name for row in report.rows if row.is_on_front]
+    if best:
+        caption += f" Counting speed too, nothing surely beats {', '.join(best)}."
+    return Picture("What is lost against what it takes", svg, caption)
 
 
 def held_bytes(memory: Memory) -> int:
@@ -275,13 +277,14 @@ def memory(report: Report, drawn: dict[str, Mark]) -> Picture | None:
     if not rows:
         return None
     unit = size_unit(max(memory.peak_bytes for _, memory in rows))
+    stacked = large_parts([parts_of(memory) for _, memory in rows])
     found = [
         Stack(
             drawn[row.name],
-            [(part, size / unit.divisor) for part, size in parts_of(memory).items()],
-            f"{amount(memory.peak_bytes / unit.divisor)} {unit.name}",
+            [(part, size / unit.divisor) for part, size in parts.items()],
+            f"{amount(sum(parts.values()) / unit.divisor)} {unit.name}",
         )
-        for row, memory in rows
+        for (row, _), parts in zip(rows, stacked, strict=True)
     ]
     svg = stacks(found, unit.name, "Memory by part")
     return Picture(
@@ -290,16 +293,27 @@ def memory(report: Report, drawn: dict[str, Mark]) -> Picture | None:
 
 
 def parts_of(memory: Memory) -> dict[str, int]:
-    """The ledger's parts as it names them, and what the peak holds beyond them."""
-    parts = {
-        part.replace("_", " ").replace("weights.", "weights: "): size
-        for part, size in memory.parts.items()
-        if size > 0
-    }
-    rest = memory.peak_bytes - sum(parts.values())
-    if rest > 0:
-        parts["else, at the peak"] = rest
-    return parts
+    """Parts in the ledger's order, the KV cache as one, then what the peak holds beyond them all."""
+    order = {part.name: place for place, part in enumerate(ledger.PARTS)}
+    parts: dict[str, int] = {}
+    for name, size in sorted(memory.parts.items(), key=lambda item: order.get(item[0], len(order))):
+        # how much of the cache was in use at the moment of reading says nothing of a mode
+        words = KV_CACHE if name.startswith("kv.") else name.replace(".", ": ").replace("_", " ")
+        parts[words] = parts.get(words, 0) + size
+    parts[BEYOND] = memory.peak_bytes - sum(parts.values())
+    return {name: size for name, size in parts.items() if size > 0}
+
+
+def large_parts(rows: Sequence[dict[str, int]]) -> list[dict[str, int]]:
+    """Parts that nobody could see in any stack become one: there are more of them than letters are read."""
+    least = SMALLEST_PART * max(sum(parts.values()) for parts in rows)
+    large = {name for parts in rows for name, size in parts.items() if size >= least}
+    found = []
+    for parts in rows:
+        shown = {name: size for name, size in parts.items() if name in large}
+        small = sum(parts.values()) - sum(shown.values())
+        found.append(shown | ({SMALL: small} if small else {}))
+    return found
 
 
 def bought(report: Report, drawn: dict[str, Mark]) -> Picture | None:
