@@ -6,6 +6,7 @@ them. No torch here.
 
 import difflib
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ ENV_PREFIX = "HALFTONE_"
 CONFIG_VARIABLE = "HALFTONE_CONFIG"
 PRESET_PREFIX = "preset:"
 NO_TOKENIZER = "none"
+ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -136,6 +138,11 @@ class Settings(BaseSettings):
     api_key: str = Field(
         "", description="Key that clients must send; several separated by commas; empty: none."
     )
+    allowed_origins: str = Field(
+        "",
+        description="Origins whose pages may use the API from a browser, and which /compare asks for other "
+        "precisions: `http://127.0.0.1:8001`, several separated by commas; empty: none but its own.",
+    )
     max_queue_requests: int = Field(512, ge=1, description="Requests open at once; one more is answered 429.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body in bytes.")
     max_n: int = Field(8, ge=1, le=128, description="Most answers to one prompt (`n`).")
@@ -180,6 +187,20 @@ class Settings(BaseSettings):
         if value and not keys_in(value):
             raise ValueError("it holds no key")
         return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def with_origins_in_it(cls, value: str) -> str:
+        """A browser's `Origin` is compared letter by letter; a path or `*` would match nothing."""
+        for origin in keys_in(value):
+            if ORIGIN.fullmatch(origin) is None:
+                raise ValueError(f"`{origin}` is no origin, such as http://127.0.0.1:8001")
+        return value
+
+    @property
+    def origins(self) -> list[str]:
+        """Each origin whose pages may use the API."""
+        return keys_in(self.allowed_origins)
 
     @property
     def api_keys(self) -> list[str]:

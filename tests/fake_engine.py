@@ -13,6 +13,7 @@ FAKE_VOCAB            size of the vocabulary, where the model folder has no conf
 FAKE_EOS              the end-of-text id (2); never a part of a computed reply
 FAKE_CONTEXT          longest prompt + answer (4096)
 FAKE_REPLY            ids separated by commas: each answer is these, then the end-of-text id (finish `stop`)
+FAKE_LOGPROB          of each sampled token (-0.25)
 FAKE_ERROR_TOKEN      a prompt with this id ends with finish reason `error` at its first step
 FAKE_FATAL            `code:message`: Fatal at load; FAKE_RETRYABLE=1 says that another try may work
 FAKE_QUANTIZE         an `awq` engine makes its checkpoint while it loads: 1.75 s, and 900 MB at the peak
@@ -88,6 +89,7 @@ class Request:
         self.eos = engine.eos
         self.start = first_offset(submit.prompt, submit.sampling.sample_index)
         self.fixed = engine.fixed_reply
+        self.logprob = engine.logprob
         self.failing = engine.error_token in submit.prompt
         self.room = engine.max_context_tokens - len(submit.prompt)
 
@@ -130,7 +132,8 @@ class Request:
     def logprobs(self, token: int, num_top: int) -> TokenLogprobs:
         others = [(token + 1 + k) % self.vocab_size for k in range(num_top - 1)]
         top = [token, *others] if num_top else []
-        return TokenLogprobs(token, -0.25, 1, top, [-0.25 - k for k in range(num_top)])
+        likeliest = self.logprob
+        return TokenLogprobs(token, likeliest, 1, top, [likeliest - k for k in range(num_top)])
 
 
 class FakeEngine:
@@ -152,6 +155,7 @@ class FakeEngine:
             self.eos = eos[0] if isinstance(eos, list) else eos
         self.error_token = int(env.get("FAKE_ERROR_TOKEN") or -1)
         fixed = env.get("FAKE_REPLY")
+        self.logprob = float(env.get("FAKE_LOGPROB") or -0.25)
         self.fixed_reply = [int(token) for token in fixed.split(",")] if fixed else None
         self.max_context_tokens = config.max_context_tokens or int(env.get("FAKE_CONTEXT") or 4096)
         self.max_batch_requests = config.max_batch_requests or 64

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from service import __version__
+from service.api.compare_page import COMPARE_PATH, make_compare_router
 from service.api.errors import error_response
 from service.api.guard import Guard, RefusalError
 from service.api.routes import Server, make_router
@@ -40,6 +41,7 @@ def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metri
     )
     router = make_router(Server(settings, client, codec, metrics, int(time.time())))
     app.include_router(router)
+    app.include_router(make_compare_router(settings.origins))
     app.add_exception_handler(HalftoneError, answered_error)
     app.add_exception_handler(HTTPException, answered_error)
     app.add_exception_handler(Exception, answered_error)
@@ -48,11 +50,12 @@ def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metri
     return Guard(
         app,
         metrics,
-        paths=[route.path for route in routes],
+        paths=[*(route.path for route in routes), COMPARE_PATH],
         json_paths=[route.path for route in routes if "POST" in (route.methods or ())],
         api_keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
         loopback_only=settings.is_local,
+        allowed_origins=settings.origins,
     )
 
 

@@ -19,14 +19,17 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.compare_page import COMPARE_PATH
 from service.api.errors import error_response
 from service.api.json_body import parse_json
+from service.api.origins import AllowedOrigins
 from service.errors import AuthenticationError, BodyTooLargeError, HalftoneError, RequestError
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready"})  # for probes, which have no key
+# for probes, which have no key, and for a page that holds nothing of this server's
+OPEN_PATHS = frozenset({"/health", "/ready", COMPARE_PATH})
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 << 10
 MAX_URL_BYTES = 8 << 10
@@ -69,6 +72,7 @@ class Guard:
         api_keys: list[str],
         max_body_bytes: int,
         loopback_only: bool,
+        allowed_origins: Sequence[str] = (),
     ) -> None:
         self.app = app
         self.metrics = metrics
@@ -76,6 +80,7 @@ class Guard:
         self.json_paths = frozenset(json_paths)
         self.key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
         self.max_body_bytes = max_body_bytes
+        self.origins = AllowedOrigins(allowed_origins)
         # a web page may resolve its own name to this machine; without a key only the name tells it apart
         self.check_host = loopback_only and not api_keys
 
@@ -95,12 +100,16 @@ class Guard:
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", context.request_id.encode()),
+                    *self.origins.response_headers(headers),
                 ]
             await send(message)
 
         try:
             try:
                 self.check_sizes(scope, headers)
+                if (preflight := self.origins.preflight(scope["method"], headers)) is not None:
+                    await preflight(scope, receive, send_with_id)
+                    return
                 if scope["path"] not in OPEN_PATHS:
                     context.cache_salt = self.authenticate(headers)
                 if scope["method"] == "POST" and scope["path"] in self.json_paths:

@@ -77,7 +77,8 @@ def serving(
 ) -> Iterator[Server]:
     """A front over a tiny checkpoint in `folder`; `env` is the fake engine's."""
     write_checkpoint(folder, kind)
-    server = Server(Settings(model=str(folder), served_model_name="tiny", port=0, **settings), folder)
+    defaults = {"model": str(folder), "served_model_name": "tiny", "port": 0}
+    server = Server(Settings(**defaults | settings), folder)
     # not in this process's environment: several fronts run at once
     command = ("env", *(f"{name}={value}" for name, value in env.items()), *FAKE_ENGINE)
     with running(

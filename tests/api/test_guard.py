@@ -24,7 +24,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_every_route_but_the_probes_needs_a_key(locked: Server) -> None:
     with locked.http() as http:
         document = http.get("/openapi.json", headers={"authorization": "Bearer first-key"}).json()
-        paths = [*document["paths"], "/openapi.json", "/docs", "/nothing", "/health/", "/READY"]
+        paths = [*document["paths"], "/openapi.json", "/docs", "/compare", "/nothing", "/health/", "/READY"]
         assert {"/v1/completions", "/metrics", "/version"} < set(paths)
         open_paths = set()
         for path in paths:
@@ -34,7 +34,7 @@ def test_every_route_but_the_probes_needs_a_key(locked: Server) -> None:
                     assert response.headers["www-authenticate"] == "Bearer"
                 else:
                     open_paths.add(path)
-        assert open_paths == {"/health", "/ready"}
+        assert open_paths == {"/health", "/ready", "/compare"}
 
 
 @pytest.mark.parametrize(
