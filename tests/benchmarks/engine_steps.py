@@ -142,6 +142,18 @@ def host_only_engine(max_requests: int, context_tokens: int) -> Engine:
     return engine
 
 
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """What `gpu_engine` reads."""
+    parser.add_argument("--model", default="preset:llama-3.1-8b")
+    parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--cuda-graphs", default="on")
+    parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--deterministic", action="store_true", help="once with, once without: what it costs")
+    parser.add_argument("--random-outliers", type=int, default=0)
+    parser.add_argument("--random-std", type=float, default=0.0)
+
+
 def gpu_engine(arguments: argparse.Namespace) -> Engine:
     asked = load_settings(
         model=arguments.model,
@@ -149,6 +161,8 @@ def gpu_engine(arguments: argparse.Namespace) -> Engine:
         load_format=arguments.load_format,
         cuda_graphs=arguments.cuda_graphs,
         kv_dtype=arguments.kv_dtype,
+        random_outliers=arguments.random_outliers,
+        random_std=arguments.random_std,
         prefix_cache=False,
         deterministic=arguments.deterministic,
     )
@@ -164,12 +178,7 @@ def gpu_engine(arguments: argparse.Namespace) -> Engine:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="preset:llama-3.1-8b")
-    parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--cuda-graphs", default="on")
-    parser.add_argument("--kv-dtype", default="auto")
-    parser.add_argument("--deterministic", action="store_true", help="once with, once without: what it costs")
+    add_engine_flags(parser)
     parser.add_argument("--streams", default="1,16,64,256")
     parser.add_argument("--tokens", default="512,256", help="in, out")
     parser.add_argument("--rounds", type=int, default=3, help="requests of each stream")

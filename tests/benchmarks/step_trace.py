@@ -17,7 +17,7 @@ import torch
 
 from service.engine.engine import Engine
 from service.messages import Sampling, Submit
-from tests.benchmarks.engine_steps import gpu_engine
+from tests.benchmarks.engine_steps import add_engine_flags, gpu_engine
 
 WARM_STEPS = 6
 STEPS = 20
@@ -79,11 +79,7 @@ def trace(engine: Engine, chunk: int, first_id: int, num_layers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="preset:llama-3.1-8b")
-    parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--cuda-graphs", default="on")
-    parser.add_argument("--deterministic", action="store_true")
+    add_engine_flags(parser)
     parser.add_argument("--streams", default="1,64,256")
     parser.add_argument("--chunks", default="0,512,1024", help="prompt tokens beside them, multiples of 512")
     parser.add_argument("--layer", type=int, default=0, metavar="LAYERS", help="of the model, to print one")
