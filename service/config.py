@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -52,6 +52,11 @@ class Settings(BaseSettings):
     revision: str = Field("main", description="Hub branch, tag or commit.")
     precision: str = Field(
         "auto", description="`name[:option=value,...]`: fp32 bf16 fp16 int8 fp8 nf4 awq int3, or `auto`."
+    )
+    resident: str = Field(
+        "",
+        description="Precisions served at once, `fp16,nf4`, each by an engine of its own; requests name one "
+        "as `NAME@nf4`, plain NAME is the first. Empty: one, of `precision`.",
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where the model runs.")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -138,6 +143,11 @@ class Settings(BaseSettings):
     api_key: str = Field(
         "", description="Key that clients must send; several separated by commas; empty: none."
     )
+    admin_key: str = Field(
+        "",
+        description="Key of /admin, which changes what is served; several separated by commas, none of them "
+        "an `api_key`. Empty: /admin is off.",
+    )
     allowed_origins: str = Field(
         "",
         description="Origins whose pages may use the API from a browser, and which /compare asks for other "
@@ -154,7 +164,15 @@ class Settings(BaseSettings):
     step_timeout_s: float = Field(
         60, gt=0, description="Seconds without a sign of life until the engine is restarted."
     )
-    drain_timeout_s: float = Field(30, ge=0, description="Seconds open requests may take after SIGTERM.")
+    drain_timeout_s: float = Field(
+        30, ge=0, description="Seconds open requests may take after SIGTERM, or before a swap is given up."
+    )
+    swap_wait_s: float = Field(
+        30,
+        ge=0,
+        description="Seconds a request waits for the end of a swap of the precision, before it is answered "
+        "503 with Retry-After.",
+    )
     # logs
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level written."
@@ -180,12 +198,20 @@ class Settings(BaseSettings):
         """`~` comes through variables and TOML as it is written; a shell replaces it in flags alone."""
         return value.expanduser()
 
-    @field_validator("api_key")
+    @field_validator("api_key", "admin_key")
     @classmethod
     def with_a_key_in_it(cls, value: str) -> str:
         """`,` would start a server that is open to everyone where a key was meant."""
         if value and not keys_in(value):
             raise ValueError("it holds no key")
+        return value
+
+    @field_validator("admin_key")
+    @classmethod
+    def apart_from_clients(cls, value: str, info: ValidationInfo) -> str:
+        """A key that every client has would open /admin to every client."""
+        if set(keys_in(value)) & set(keys_in(info.data.get("api_key", ""))):
+            raise ValueError("it is an `api_key` too; what is served is not for clients to change")
         return value
 
     @field_validator("allowed_origins")
@@ -206,6 +232,11 @@ class Settings(BaseSettings):
     def api_keys(self) -> list[str]:
         """Each key that opens the API; none where it is open to everyone."""
         return keys_in(self.api_key)
+
+    @property
+    def admin_keys(self) -> list[str]:
+        """Each key that opens /admin; none where it is off."""
+        return keys_in(self.admin_key)
 
     @property
     def is_local(self) -> bool:
@@ -269,8 +300,10 @@ def load_settings(**flags: Any) -> Settings:
         source = variable if variable in os.environ else str(file)
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
+    is_secret = name.endswith("_key") and bool(keys_in(str(first["input"])))
+    shown = "..." if is_secret else first["input"]
     raise SettingError(
-        f"setting `{name}` = `{first['input']}` (from {source}): {reason}",
+        f"setting `{name}` = `{shown}` (from {source}): {reason}",
         hint=f"{name}: {Settings.model_fields[name].description}",
     )
 

@@ -5,7 +5,8 @@ HalftoneError
 │   ├── ContextLengthError 400
 │   ├── BodyTooLargeError 413
 │   ├── AuthenticationError 401
-│   └── ModelNotFoundError 404
+│   ├── ModelNotFoundError 404
+│   └── ConflictError 409     what is under way has to end first
 ├── OverloadedError 429       the queue is full: come back after `retry_after_s`
 ├── EngineUnavailableError 503
 ├── SettingError              a flag, variable or TOML value (exit 2)
@@ -60,6 +61,11 @@ class AuthenticationError(RequestError):
 class ModelNotFoundError(RequestError):
     status = 404
     code = "model_not_found"
+
+
+class ConflictError(RequestError):
+    status = 409
+    code = "conflict"
 
 
 class OverloadedError(HalftoneError):

@@ -68,6 +68,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     random_outliers: int = 0
     random_std: float = 0.0
     save: str = ""  # new folder for the random weights as a checkpoint; empty: none
+    canary: bool = (
+        False  # compare with the 16-bit weights before ready; for an engine with another to go back to
+    )
+    beside: tuple[
+        str, ...
+    ] = ()  # precisions of the same checkpoint that will load onto the device after this
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -146,7 +152,8 @@ FrontMessage = Submit | Abort | Evaluate | Shutdown
 class Loading(msgspec.Struct, tag="loading", array_like=True):
     """Progress on the way to ready.
 
-    `stage` is one of import, device, verify, calibrate, quantize, save, load, kernels, check, warm, capture.
+    `stage` is one of import, device, verify, calibrate, quantize, save, load, kernels, check, canary, warm,
+    capture.
     """
 
     stage: str
@@ -182,6 +189,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     calibration: dict[str, str] = msgspec.field(default_factory=dict)  # text, sha256, python
     random_weights: dict[str, str] = msgspec.field(default_factory=dict)  # seed, ...; empty: trained ones
     deterministic: bool = False
+    canary: dict[str, float | str] = msgspec.field(default_factory=dict)  # what it found; empty: not asked
     device_uuid: str = ""  # as NVML names it; empty: a CPU
     device_bytes: int = 0  # memory of the device, whoever has it
 

@@ -1,6 +1,7 @@
 """An engine child without torch: speaks service/messages.py, computes nothing, fails when it is told to.
 
     python tests/fake_engine.py --fd N --config JSON
+    python tests/fake_engine.py --check --config JSON
 
 Becomes ready after a short script, then emits one Step for all open requests; a request's tokens follow from
 (prompt, sample index, token index) alone. `reply()` computes the same tokens in a test.
@@ -21,6 +22,8 @@ FAKE_DIE_AT_LOAD      kills itself before it is ready
 FAKE_HANG_AT_LOAD     never becomes ready
 FAKE_DIE_AT_STEP      kills itself instead of the k-th step (counted from 1)
 FAKE_HANG_AT_STEP     stops for ever instead of the k-th step
+FAKE_ONLY             a precision: failpoints fire only in an engine of this one
+FAKE_REFUSE           `code:message`: what `--check` finds
 FAKE_ONCE             a path: a failpoint fires only where this file does not exist, and creates it
 """
 
@@ -35,6 +38,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -171,7 +175,10 @@ class FakeEngine:
 
     def fires(self, name: str) -> bool:
         """Is failpoint `name` set, and not spent by an earlier life?"""
-        if not self.env.get(name):
+        if (
+            not self.env.get(name)
+            or self.env.get("FAKE_ONLY", self.config.precision) != self.config.precision
+        ):
             return False
         once = self.env.get("FAKE_ONCE")
         if once:
@@ -223,6 +230,7 @@ class FakeEngine:
             weight_bytes=268_000_000,
             load_seconds=self.load_seconds,
             peak_load_bytes=self.peak_load_bytes,
+            canary={"kl_nats": 0.01, "bound_nats": 1.0} if self.config.canary else {},
         )
 
     def run(self) -> None:
@@ -312,12 +320,24 @@ class FakeEngine:
         )
 
 
+def check(env: Mapping[str, str]) -> NoReturn:
+    """Says on stdout what speaks against the configuration; exit code 0: nothing."""
+    refused = env.get("FAKE_REFUSE", "")
+    if refused:
+        code, _, message = refused.partition(":")
+        print(msgspec.json.encode(Fatal(code, message, "change it")).decode())
+    sys.exit(3 if refused else 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--fd", type=int)
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--config", required=True)
     arguments = parser.parse_args()
     config = msgspec.json.decode(arguments.config, type=EngineConfig)
+    if arguments.check:
+        check(dict(os.environ))
     connection = socket.socket(fileno=arguments.fd)
     try:
         FakeEngine(connection, config, dict(os.environ)).run()

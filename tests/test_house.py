@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "quantize": BELOW | {"device", "kernels", "model", "precision", "quality"},
     "engine": BELOW | {"device", "kernels", "model", "precision", "quality", "quantize", "logs"},
     "kernel_bench": BELOW | {"device", "kernels", "model", "precision", "quantize"},
-    "front": BELOW | {"energy", "metrics"},
+    "front": BELOW | {"energy", "metrics", "precision"},
     "api": BELOW | {"front", "metrics"},
     "compare": BELOW | {"energy", "front", "metrics", "precision", "quality"},
     "__main__": {"cli", "errors"},

@@ -12,7 +12,7 @@ from service.api.answers import Wanted
 from service.api.guard import RequestContext
 from service.api.schema import ChatMessage, ChatRequest, CompletionRequest, GenerationRequest
 from service.config import Settings
-from service.errors import ContextLengthError, ModelNotFoundError, RequestError
+from service.errors import ContextLengthError, RequestError
 from service.front.generation import Plan
 from service.front.text import TextCodec
 from service.messages import EngineInfo, Sampling
@@ -195,15 +195,6 @@ def checked_ids(ids: list[int], info: EngineInfo) -> list[int]:
     if max(ids) >= info.vocab_size:
         raise out_of_vocabulary("prompt", info)
     return ids
-
-
-def check_model(name: str | None, settings: Settings) -> None:
-    """Raises ModelNotFoundError for any name but the served one."""
-    if name is not None and name != settings.name:
-        shown = name[:64]
-        raise ModelNotFoundError(
-            f"model `{shown}` is not served here; served is `{settings.name}`", param="model"
-        )
 
 
 def check_counts(n: int | None, num_prompts: int, settings: Settings) -> None:

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from service import __version__
+from service.api.admin import SwapRequest, make_admin_router
 from service.api.compare_page import COMPARE_PATH, make_compare_router
 from service.api.errors import error_response
 from service.api.guard import Guard, RefusalError
@@ -22,15 +23,14 @@ from service.api.routes import Server, make_router
 from service.api.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from service.config import Settings
 from service.errors import HalftoneError
-from service.front.engine_client import EngineClient
+from service.front.residents import Residents
 from service.front.text import TextCodec
-from service.metrics import Metrics
 
-BODY_TYPES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+BODY_TYPES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, SwapRequest)
 
 
-def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metrics: Metrics) -> ASGIApp:
-    """The whole API over one engine client; uvicorn serves what is returned."""
+def create_app(settings: Settings, residents: Residents, codec: TextCodec) -> ASGIApp:
+    """The whole API over the engines of a server; uvicorn serves what is returned."""
     app = FastAPI(
         title="Halftone",
         version=__version__,
@@ -39,20 +39,24 @@ def create_app(settings: Settings, client: EngineClient, codec: TextCodec, metri
         redirect_slashes=False,
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
     )
-    router = make_router(Server(settings, client, codec, metrics, int(time.time())))
-    app.include_router(router)
-    app.include_router(make_compare_router(settings.origins))
+    routers = (
+        make_router(Server(settings, residents, codec, int(time.time()))),
+        make_admin_router(residents),
+    )
+    for router in (*routers, make_compare_router(settings.origins)):
+        app.include_router(router)
     app.add_exception_handler(HalftoneError, answered_error)
     app.add_exception_handler(HTTPException, answered_error)
     app.add_exception_handler(Exception, answered_error)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
-    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     return Guard(
         app,
-        metrics,
+        residents.first.metrics,
         paths=[*(route.path for route in routes), COMPARE_PATH],
         json_paths=[route.path for route in routes if "POST" in (route.methods or ())],
         api_keys=settings.api_keys,
+        admin_keys=settings.admin_keys,
         max_body_bytes=settings.max_body_bytes,
         loopback_only=settings.is_local,
         allowed_origins=settings.origins,

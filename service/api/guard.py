@@ -2,8 +2,9 @@
 
 uvicorn --ASGI--> Guard --(parsed body, key's salt, request id in the scope)--> FastAPI
 
-Plain ASGI, before any framework reads a byte. A route is closed unless it is listed as open. Each response
-gets a request id, and its duration is observed under the route's own path, never one that a client chose.
+Plain ASGI, before any framework reads a byte. A route is closed unless it is listed as open, and /admin has
+keys of its own: without them it is off, however the server is reached. Each response gets a request id, and
+its duration is observed under the route's own path, never one that a client chose.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+ADMIN_PREFIX = "/admin"
 # for probes, which have no key, and for a page that holds nothing of this server's
 OPEN_PATHS = frozenset({"/health", "/ready", COMPARE_PATH})
 MAX_HEADERS = 100
@@ -50,6 +52,7 @@ class RequestContext:
     arrived_at: float  # time.monotonic() seconds
     cache_salt: bytes  # of the key: two keys never share a prefix block
     body: Any = None  # parsed JSON of a POST
+    metrics: Metrics | None = None  # of the engine that the request went to, once that is known
     status: int = 0  # of the response, once it has begun
 
 
@@ -70,6 +73,7 @@ class Guard:
         paths: Sequence[str],
         json_paths: Sequence[str],
         api_keys: list[str],
+        admin_keys: list[str],
         max_body_bytes: int,
         loopback_only: bool,
         allowed_origins: Sequence[str] = (),
@@ -78,7 +82,8 @@ class Guard:
         self.metrics = metrics
         self.paths = frozenset(paths)
         self.json_paths = frozenset(json_paths)
-        self.key_digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self.key_digests = digests_of(api_keys)
+        self.admin_digests = digests_of(admin_keys)
         self.max_body_bytes = max_body_bytes
         self.origins = AllowedOrigins(allowed_origins)
         # a web page may resolve its own name to this machine; without a key only the name tells it apart
@@ -110,7 +115,9 @@ class Guard:
                 if (preflight := self.origins.preflight(scope["method"], headers)) is not None:
                     await preflight(scope, receive, send_with_id)
                     return
-                if scope["path"] not in OPEN_PATHS:
+                if scope["path"].startswith(ADMIN_PREFIX):
+                    self.authenticate_admin(headers)
+                elif scope["path"] not in OPEN_PATHS:
                     context.cache_salt = self.authenticate(headers)
                 if scope["method"] == "POST" and scope["path"] in self.json_paths:
                     context.body = parse_json(await self.read_body(headers, receive))
@@ -128,10 +135,11 @@ class Guard:
             logger.exception("request %s failed", context.request_id)
             context.status = context.status or 500
         finally:
+            metrics = context.metrics or self.metrics
             if context.status in REJECTED:
-                self.metrics.rejected("unauthorized" if context.status == 401 else "invalid")
+                metrics.rejected("unauthorized" if context.status in (401, 403) else "invalid")
             endpoint = self.endpoint_of(scope["path"])
-            self.metrics.http_request(endpoint, context.status or 499, time.monotonic() - context.arrived_at)
+            metrics.http_request(endpoint, context.status or 499, time.monotonic() - context.arrived_at)
 
     def endpoint_of(self, path: str) -> str:
         """A label for metrics: the route's path, or `other`."""
@@ -161,25 +169,18 @@ class Guard:
 
     def authenticate(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """-> the key's cache salt; empty where no keys are set. Raises AuthenticationError."""
-        if not self.key_digests:
-            return b""
-        given = [value for name, value in headers if name in (b"authorization", b"x-api-key")]
-        bearer = [value for name, value in headers if name == b"authorization"]
-        if len(given) != 1:
-            raise AuthenticationError(
-                "one API key is needed" if not given else "more than one API key was sent",
-                hint="send `Authorization: Bearer KEY` or `x-api-key: KEY`",
+        return authenticated(headers, self.key_digests, "API key") if self.key_digests else b""
+
+    def authenticate_admin(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Raises AuthenticationError, or RefusalError where nobody may."""
+        if not self.admin_digests:
+            raise RefusalError(
+                403,
+                f"`{ADMIN_PREFIX}` is off",
+                "admin_off",
+                hint="start the server with --admin-key, and send that key",
             )
-        key = given[0]
-        if bearer:
-            scheme, _, key = key.partition(b" ")
-            if scheme.lower() != b"bearer":
-                raise AuthenticationError("`Authorization` must be `Bearer KEY`")
-        digest = hashlib.sha256(key.strip()).digest()
-        # every key is compared, so the time tells nothing about which one was near
-        if not any([hmac.compare_digest(digest, known) for known in self.key_digests]):
-            raise AuthenticationError("the API key is not known here")
-        return digest
+        authenticated(headers, self.admin_digests, "admin key")
 
     async def read_body(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes:
         """The whole body, within its bounds. Raises RequestError or ClientGoneError."""
@@ -220,6 +221,31 @@ class Guard:
             f"the body is larger than {self.max_body_bytes} bytes",
             hint="send less, or start the server with a larger `max_body_bytes`",
         )
+
+
+def digests_of(keys: list[str]) -> list[bytes]:
+    return [hashlib.sha256(key.encode()).digest() for key in keys]
+
+
+def authenticated(headers: list[tuple[bytes, bytes]], digests: list[bytes], kind: str) -> bytes:
+    """-> the digest of the key that was sent, one of `digests`. Raises AuthenticationError."""
+    given = [value for name, value in headers if name in (b"authorization", b"x-api-key")]
+    bearer = [value for name, value in headers if name == b"authorization"]
+    if len(given) != 1:
+        raise AuthenticationError(
+            f"one {kind} is needed" if not given else f"more than one {kind} was sent",
+            hint="send `Authorization: Bearer KEY` or `x-api-key: KEY`",
+        )
+    key = given[0]
+    if bearer:
+        scheme, _, key = key.partition(b" ")
+        if scheme.lower() != b"bearer":
+            raise AuthenticationError("`Authorization` must be `Bearer KEY`")
+    digest = hashlib.sha256(key.strip()).digest()
+    # every key is compared, so the time tells nothing about which one was near
+    if not any([hmac.compare_digest(digest, known) for known in digests]):
+        raise AuthenticationError(f"the {kind} is not known here")
+    return digest
 
 
 class ClientGoneError(Exception):

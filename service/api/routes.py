@@ -17,21 +17,22 @@ from service.api import admission
 from service.api.answers import AnswerFormat, ChatFormat, CompletionFormat
 from service.api.guard import RequestContext
 from service.api.schema import (
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    GenerationRequest,
     TokenizeRequest,
+    body_schema,
     parse,
 )
 from service.api.sse import Collector, EventStream
 from service.config import Settings
 from service.errors import EngineUnavailableError, RequestError
-from service.front.engine_client import EngineClient
 from service.front.generation import Generation
+from service.front.residents import Resident, Residents
 from service.front.text import TextCodec
 from service.messages import EngineInfo
-from service.metrics import CONTENT_TYPE, Metrics
+from service.metrics import CONTENT_TYPE
 
 CLIENT_GONE = 499
 
@@ -41,51 +42,53 @@ class Server:
     """What the endpoints answer from."""
 
     settings: Settings
-    client: EngineClient
+    residents: Residents
     codec: TextCodec
-    metrics: Metrics
     started_at: int  # unix seconds
 
-    def info(self) -> EngineInfo:
-        """What is served. Raises EngineUnavailableError while no engine has been ready."""
-        self.client.admit(0)
-        info = self.client.info
+    async def engine_for(self, name: str | None, context: RequestContext) -> tuple[Resident, EngineInfo]:
+        """The engine that `model` names and what it serves, past a swap. Raises ModelNotFoundError, and
+        EngineUnavailableError while no engine has been ready."""
+        resident = self.residents.find(name)
+        context.metrics = resident.metrics
+        await resident.client.engine_state.past_swap()
+        self.residents.find(name)  # a precision that was promised by name may be gone behind the swap
+        resident.client.admit(0)
+        info = resident.client.info
         if info is None:
-            raise EngineUnavailableError(
-                "the engine is loading the model", hint="try again when `/ready` says 200"
-            )
-        return info
+            raise resident.client.engine_state.unavailable()
+        return resident, info
 
 
 def json(value: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(value), status, {"cache-control": "no-store"}, media_type="application/json")
 
 
-def body_schema(body_type: type[Body]) -> dict[str, Any]:
-    """The request body's place in /openapi.json; `app` adds the schemas it refers to."""
-    reference = {"$ref": f"#/components/schemas/{body_type.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
-
-
 def make_router(server: Server) -> APIRouter:
     router = APIRouter()
-    settings, client, codec, metrics = server.settings, server.client, server.codec, server.metrics
+    settings, residents, codec = server.settings, server.residents, server.codec
 
     async def answer(
         request: Request,
+        typed: GenerationRequest,
+        engine: tuple[Resident, EngineInfo],
         admitted: admission.Admission,
-        stream: bool,
         format_type: type[AnswerFormat],
         id: str,
     ) -> Response:
-        info = server.info()
+        resident, info = engine
+        client = resident.client
+        if client.info is not info:
+            raise EngineUnavailableError(
+                "the engine was replaced while the prompt was tokenized", hint="send the request again"
+            )
         cache = "" if info.kv_dtype == info.dtype else f"-kv-{info.kv_dtype}"
         fingerprint = f"halftone-{__version__}-{info.precision}{cache}"
-        response = EventStream(context_of(request).send) if stream else Collector()
+        response = EventStream(context_of(request).send) if typed.stream else Collector()
         generation = Generation(
-            admitted.plan, client, codec.pieces, metrics, response.on_delta, response.on_end
+            admitted.plan, client, codec.pieces, resident.metrics, response.on_delta, response.on_end
         )
-        format = format_type(id, settings.name, fingerprint, admitted.wanted, codec, generation)
+        format = format_type(id, typed.model, fingerprint, admitted.wanted, codec, generation)
         response.attach(generation, format)
         generation.start()
         if isinstance(response, EventStream):
@@ -99,24 +102,22 @@ def make_router(server: Server) -> APIRouter:
     async def completions(request: Request) -> Response:
         context = context_of(request)
         typed = parse(CompletionRequest, context.body)
-        admission.check_model(typed.model, settings)
-        admitted = await admission.admit_completion(typed, context, codec, server.info(), settings)
-        return await answer(
-            request, admitted, bool(typed.stream), CompletionFormat, f"cmpl-{uuid.uuid4().hex}"
-        )
+        engine = await server.engine_for(typed.model, context)
+        admitted = await admission.admit_completion(typed, context, codec, engine[1], settings)
+        return await answer(request, typed, engine, admitted, CompletionFormat, f"cmpl-{uuid.uuid4().hex}")
 
     @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         context = context_of(request)
         typed = parse(ChatRequest, context.body)
-        admission.check_model(typed.model, settings)
-        admitted = await admission.admit_chat(typed, context, codec, server.info(), settings)
-        return await answer(request, admitted, bool(typed.stream), ChatFormat, f"chatcmpl-{uuid.uuid4().hex}")
+        engine = await server.engine_for(typed.model, context)
+        admitted = await admission.admit_chat(typed, context, codec, engine[1], settings)
+        return await answer(request, typed, engine, admitted, ChatFormat, f"chatcmpl-{uuid.uuid4().hex}")
 
     @router.post("/tokenize", openapi_extra=body_schema(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         typed = parse(TokenizeRequest, context_of(request).body)
-        admission.check_model(typed.model, settings)
+        info = residents.find(typed.model).client.info
         if (typed.prompt is None) == (typed.messages is None):
             raise RequestError(
                 "one of `prompt` and `messages` is needed", param="prompt", code="invalid_value"
@@ -133,13 +134,13 @@ def make_router(server: Server) -> APIRouter:
             (tokens,) = await admission.encoded(
                 codec, [typed.prompt or ""], typed.add_special_tokens is not False
             )
-        window = client.info.max_context_tokens if client.info else None
+        window = info.max_context_tokens if info else None
         return json({"tokens": tokens, "count": len(tokens), "max_model_len": window})
 
     @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         typed = parse(DetokenizeRequest, context_of(request).body)
-        admission.check_model(typed.model, settings)
+        residents.find(typed.model)
         codec.require_text("tokens")
         if any(id >= codec.num_tokens for id in typed.tokens):
             raise RequestError(
@@ -149,49 +150,65 @@ def make_router(server: Server) -> APIRouter:
             )
         return json({"prompt": codec.decode(typed.tokens)})
 
-    def card() -> dict[str, Any]:
-        return {"id": settings.name, "object": "model", "created": server.started_at, "owned_by": "halftone"}
+    def card(name: str, resident: Resident) -> dict[str, Any]:
+        common = {"object": "model", "created": server.started_at, "owned_by": "halftone"}
+        return {"id": name, **common, "precision": resident.precision}
 
     @router.get("/v1/models")
     async def models() -> Response:
-        return json({"object": "list", "data": [card()]})
+        cards = [card(name, resident) for name, resident in zip(residents.names, residents.all, strict=True)]
+        return json({"object": "list", "data": cards})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        admission.check_model(name, settings)
-        return json(card())
+        return json(card(name, residents.find(name)))
 
     @router.get("/health")
     async def health() -> Response:
-        """200 through loading and restarts; 503 once there will be no other engine: restart the server."""
-        if client.failure is not None:
-            return json({"status": "failed", "error": client.failure.message}, 503)
+        """200 through loading, restarts and swaps; 503 once an engine stays down: restart the server."""
+        for resident in residents.all:
+            if (failure := resident.client.failure) is not None:
+                return json({"status": "failed", "error": failure.message}, 503)
         return json({"status": "alive"})
 
     @router.get("/ready")
     async def ready() -> Response:
+        """200 when every engine is ready. `state` is that of the first that is not."""
+        laggard = next(
+            (resident for resident in residents.all if resident.client.state != "ready"), residents.first
+        )
+        client = laggard.client
         loading = client.loading
         progress = (
             {"stage": loading.stage, "done": loading.done, "total": loading.total, "unit": loading.unit}
             if loading is not None
             else None
         )
-        body: dict[str, Any] = {"state": client.state, "loading": progress}
+        body: dict[str, Any] = {"state": client.state, "precision": laggard.precision, "loading": progress}
         if client.failure is not None:
             body["error"] = client.failure.message
         return json(body, 200 if client.state == "ready" else 503)
 
     @router.get("/version")
     async def version() -> Response:
-        """What is served: the engine's own account, from the moment it has been ready once."""
-        engine = msgspec.to_builtins(client.info)
-        return json({"version": __version__, "model": settings.name, "state": client.state, "engine": engine})
+        """What is served: the engines' own accounts, from the moment on that they have been ready once."""
+        accounts = [
+            {
+                "model": resident.name,
+                "state": resident.client.state,
+                "engine": msgspec.to_builtins(resident.client.info),
+            }
+            for resident in residents.all
+        ]
+        first = {"model": settings.name, "state": accounts[0]["state"], "engine": accounts[0]["engine"]}
+        others = {"residents": accounts} if len(accounts) > 1 else {}
+        return json({"version": __version__, **first, **others})
 
     if not settings.metrics_port:
 
         @router.get("/metrics")
         async def scrape() -> Response:
-            return Response(metrics.render(settings.metrics_compat), headers={"content-type": CONTENT_TYPE})
+            return Response(residents.render_metrics(), headers={"content-type": CONTENT_TYPE})
 
     return router
 

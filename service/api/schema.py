@@ -216,6 +216,12 @@ def without_no_ops(body_type: type[Body], body: dict[str, Any], path: str = "") 
     return kept
 
 
+def body_schema(body_type: type[Body]) -> dict[str, Any]:
+    """The request body's place in /openapi.json; `app` adds the schemas it refers to."""
+    reference = {"$ref": f"#/components/schemas/{body_type.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
 CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",

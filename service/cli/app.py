@@ -30,8 +30,9 @@ Model = Annotated[
     ),
 ]
 HTTP_SETTINGS = (
-    *("host", "port", "metrics_port", "api_key", "served_model_name", "chat_template"),
-    *("max_queue_requests", "max_body_bytes", "max_n", "max_prompts", "drain_timeout_s"),
+    *("host", "port", "metrics_port", "api_key", "admin_key", "served_model_name", "chat_template"),
+    *("max_queue_requests", "max_body_bytes", "max_n", "max_prompts", "drain_timeout_s", "swap_wait_s"),
+    "resident",
 )
 MORE = "`halftone bench --kernels --help`: microseconds of the linears of a layer on this machine instead."
 DRAWN = ("load_format", "load_seed", "random_outliers", "random_std", "tokenizer")

@@ -6,6 +6,7 @@ what a command prints can be piped.
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
@@ -118,9 +119,10 @@ class Display(AbstractContextManager["Display"]):
         self._stage = ""
 
 
-async def show_loading(client: EngineClient, display: Display) -> None:
-    """Draws what the engine says on its way to ready; ends by being cancelled."""
+async def show_loading(clients: Sequence[EngineClient], display: Display) -> None:
+    """Draws what engines say on their way to ready, one after the other; ends by being cancelled."""
     while True:
-        if client.loading is not None:
-            display(client.loading.stage, client.loading.done, client.loading.total, client.loading.unit)
+        for client in clients:
+            if client.loading is not None:
+                display(client.loading.stage, client.loading.done, client.loading.total, client.loading.unit)
         await asyncio.sleep(POLL_S)

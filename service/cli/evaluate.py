@@ -101,7 +101,7 @@ async def own_engine(
     speak_again = logs.hold_back("service.front.supervisor")
     try:
         async with Host(quiet, model_path, create_app) as host:
-            loading = asyncio.create_task(show_loading(host.client, display))
+            loading = asyncio.create_task(show_loading([host.client], display))
             try:
                 info = await host.ready()
                 speak_again()

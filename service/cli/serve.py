@@ -14,15 +14,15 @@ from service.cli.display import Display, show_loading
 from service.cli.model import find_model
 from service.config import NO_TOKENIZER, Settings
 from service.disk import megabytes
-from service.errors import PrecisionError, SettingError
-from service.front.engine_client import EngineClient
+from service.errors import SettingError
 from service.front.host import ASGIApp, Host, bind, run_loop
+from service.front.residents import precisions_of
 from service.messages import EngineInfo
-from service.metrics import Metrics
-from service.precision import CALIBRATED, TABLE
+from service.precision import CALIBRATED, parse_known
 from service.precision.spec import PrecisionSpec
 
 if TYPE_CHECKING:
+    from service.front.residents import Residents
     from service.front.text import TextCodec
 
 QUESTION = "Why is the sky blue?"
@@ -32,8 +32,9 @@ OPEN_TO_ALL = "  no key     everyone who can reach `{}` may use it; `--api-key` 
 def serve(settings: Settings) -> None:
     """Runs until a signal. Raises HalftoneError before the engine is ready; later ones are the clients'."""
     logs.configure(settings.log_level, settings.log_format)
+    precisions = precisions_of(settings)
     check_precision(settings.precision)
-    check_calibration(settings.calibration, [settings.precision])
+    check_calibration(settings.calibration, precisions)
     # a taken port is told before minutes of download, not after
     with bind(settings.host, settings.port, "port"):
         pass
@@ -44,12 +45,7 @@ def serve(settings: Settings) -> None:
 
 def check_precision(text: str) -> None:
     """PrecisionError for a name that is in no table. Options are the backend's, in the engine."""
-    name = PrecisionSpec.parse(text).name
-    if name != "auto" and name not in TABLE:
-        raise PrecisionError(
-            f"precision `{name}` does not exist; accepted are auto, {', '.join(TABLE)}",
-            hint="write `name[:option=value,...]`, for example `nf4:double_quant=off`",
-        )
+    parse_known(text, "auto")
 
 
 def check_calibration(calibration: str, precisions: list[str]) -> None:
@@ -67,11 +63,11 @@ def check_calibration(calibration: str, precisions: list[str]) -> None:
         )
 
 
-def create_app(settings: Settings, client: EngineClient, codec: "TextCodec", metrics: Metrics) -> ASGIApp:
+def create_app(settings: Settings, residents: "Residents", codec: "TextCodec") -> ASGIApp:
     """The API's factory, imported when it is called: by then the engine is on its way in its own process."""
     from service.api import app
 
-    return app.create_app(settings, client, codec, metrics)
+    return app.create_app(settings, residents, codec)
 
 
 async def run(settings: Settings, model_path: Path, display: Display) -> None:
@@ -79,7 +75,8 @@ async def run(settings: Settings, model_path: Path, display: Display) -> None:
     speak_again = logs.hold_back("service.front.supervisor")
     try:
         async with Host(settings, model_path, create_app) as host:
-            loading = asyncio.create_task(show_loading(host.client, display))
+            clients = [resident.client for resident in host.residents.all]
+            loading = asyncio.create_task(show_loading(clients, display))
 
             def on_ready(info: EngineInfo) -> None:
                 loading.cancel()
@@ -103,18 +100,17 @@ def ready_lines(host: Host, info: EngineInfo) -> str:
 
     settings = host.settings
     size = f"{info.architecture}, {info.num_parameters / 1e6:,.1f} M parameters"
-    drawn = f", random (seed {info.random_weights['seed']})" if info.random_weights else ""
+    drawn = f", random weights (seed {info.random_weights['seed']})" if info.random_weights else ""
+    infos = [(resident.name, resident.client.info or info) for resident in host.residents.all]
+    served = [line for name, engine in infos for line in engine_lines(name if len(infos) > 1 else "", engine)]
     has_text = settings.tokenizer != NO_TOKENIZER
     folder = settings.tokenizer_folder(host.model_path)
     has_chat = has_text and ChatTemplate.load(folder, settings.chat_template) is not None
     return "\n".join(
         [
             f"Halftone {__version__} is ready at {host.url}",
-            f"  model      {settings.name} ({size})",
-            f"  precision  {info.precision} on {info.device} ({info.device_name}), activations {info.dtype}",
-            f"  weights    {megabytes(info.weight_bytes)}{drawn}",
-            f"  KV cache   {info.kv_tokens:,} tokens in {info.kv_dtype}; "
-            f"up to {info.max_context_tokens:,} in one request",
+            f"  model      {settings.name} ({size}{drawn})",
+            *served,
             *([] if has_text else ["  tokenizer  none: prompts and answers are token ids"]),
             *([f"  metrics    {host.metrics_url}/metrics"] if settings.metrics_port else []),
             *([] if settings.is_local or settings.api_keys else [OPEN_TO_ALL.format(settings.host)]),
@@ -122,6 +118,19 @@ def ready_lines(host: Host, info: EngineInfo) -> str:
             curl_line(host.url, settings.name, bool(settings.api_key), has_chat=has_chat, has_text=has_text),
         ]
     )
+
+
+def engine_lines(name: str, info: EngineInfo) -> list[str]:
+    """What one engine serves and holds; `name`: where there are several, the one to send as `model`."""
+    kv_bytes = sum(size for part, size in info.memory_bytes.items() if part.startswith("kv."))
+    memory = f"{megabytes(kv_bytes)}, " if name else ""
+    return [
+        *([f"  {name}"] if name else []),
+        f"  precision  {info.precision} on {info.device} ({info.device_name}), activations {info.dtype}",
+        f"  weights    {megabytes(info.weight_bytes)}",
+        f"  KV cache   {memory}{info.kv_tokens:,} tokens in {info.kv_dtype}; "
+        f"up to {info.max_context_tokens:,} in one request",
+    ]
 
 
 def curl_line(url: str, model: str, has_key: bool, *, has_chat: bool, has_text: bool = True) -> str:

@@ -1,4 +1,5 @@
-"""The engine process: `python -m service.engine.child --fd N --config JSON`.
+"""The engine process: `python -m service.engine.child --fd N --config JSON`; with `--check` in the place of
+the socket it says on stdout what speaks against the configuration (engine/preflight).
 
 front <--socket--> Link <--messages--> this loop --> Engine, evaluation
 
@@ -37,10 +38,14 @@ PR_SET_PDEATHSIG = 1
 def main() -> NoReturn:
     started_at = time.monotonic()
     parser = argparse.ArgumentParser(prog="service.engine.child", description=__doc__)
-    parser.add_argument("--fd", type=int, required=True, help="connected socket, inherited from the front")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--fd", type=int, help="connected socket, inherited from the front")
+    way.add_argument("--check", action="store_true", help="load nothing, say whether an engine could begin")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
     arguments = parser.parse_args()
     die_with_parent()
+    if arguments.check:
+        check(arguments.config)
     link = Link(socket.socket(fileno=arguments.fd))
     is_ready = False
     try:
@@ -63,6 +68,20 @@ def main() -> NoReturn:
     except Exception as error:  # the edge of the process: a trace for the operator, no text for the client
         traceback.print_exc()
         end(link, Fatal("internal_error", type(error).__name__, retryable=is_ready), EXIT_INTERNAL)
+
+
+def check(config_json: str) -> NoReturn:
+    """Exit code 0, or a Fatal in JSON on stdout."""
+    try:
+        config = msgspec.json.decode(config_json, type=EngineConfig)
+        set_threads(config.threads)
+        from service.engine.preflight import check_opens
+
+        check_opens(config)
+    except HalftoneError as error:
+        print(msgspec.json.encode(Fatal(error.code, error.message, error.hint)).decode())
+        sys.exit(EXIT_UNUSABLE)
+    sys.exit(0)
 
 
 def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:

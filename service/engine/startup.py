@@ -192,6 +192,14 @@ def load_model(
     return load(config, *open_model(config, precision, device, progress), device, progress, dtype)
 
 
+def open_source(config: EngineConfig, device: torch.device) -> TensorSource:
+    """Where the tensors of the configured model come from; none is read."""
+    if config.load_format == "random":
+        draw = Draw(config.load_seed, config.random_outliers, config.random_std)
+        return RandomWeights(Path(config.model_path), device, draw)
+    return Checkpoint(config.model_path)
+
+
 def open_model(
     config: EngineConfig, precision: str, device: torch.device, progress: Progress
 ) -> tuple[TensorSource, Backend]:
@@ -199,12 +207,7 @@ def open_model(
 
     A calibrated mode is quantized into the cache first; random weights are drawn as that mode packs them.
     """
-    source: TensorSource
-    if config.load_format == "random":
-        draw = Draw(config.load_seed, config.random_outliers, config.random_std)
-        source = RandomWeights(Path(config.model_path), device, draw)
-    else:
-        source = Checkpoint(config.model_path)
+    source = open_source(config, device)
     backend = choose_backend(precision, source, device)
     if backend.quantizer and source.quantization is None:
         from service.quantize import packing, prepare  # calibration is heavy and most starts do without

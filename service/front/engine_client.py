@@ -63,14 +63,16 @@ class OpenRequest:
 class EngineClient:
     """Streams of one engine at a time. Built once a front; see `Supervisor` for the engine's lives."""
 
-    def __init__(self, max_queue_requests: int, metrics: Metrics) -> None:
-        self.engine_state = EngineState(metrics)
+    def __init__(self, max_queue_requests: int, metrics: Metrics, swap_wait_s: float = 30) -> None:
+        self.engine_state = EngineState(metrics, max_queue_requests, swap_wait_s)
         self.info: EngineInfo | None = None
         self.loading: Loading | None = None
         self.fatal: Fatal | None = None  # of the present or the last engine
         self.last_message_at = time.monotonic()
         self.max_queue_requests = max_queue_requests
         metrics.queue_limit(max_queue_requests)
+        self.said_ready = asyncio.Event()  # by the present engine; `connect` makes another for the next
+        self.on_loading: Callable[[Loading], None] | None = None
         self._metrics = metrics
         self._next_id = 1
         self._open: dict[int, OpenRequest] = {}
@@ -238,6 +240,7 @@ class EngineClient:
         self.loading = None
         self.fatal = None
         self._outbox.clear()
+        self.said_ready = asyncio.Event()
         # both before the await: a quick engine is ready by the time it returns
         self.engine_state.enter("starting")
         connected = self._connection = EngineConnection(self.receive)
@@ -276,12 +279,15 @@ class EngineClient:
         elif isinstance(message, Loading):
             self.loading = message
             self._metrics.loading(message.stage, message.done, message.total, message.unit)
+            if self.on_loading is not None:
+                self.on_loading(message)
         elif isinstance(message, Ready):
             self.info = message.info
             self.loading = None
             self.is_serving = True
             self._metrics.engine_ready(message.info)
             self.engine_state.enter("ready")
+            self.said_ready.set()
         elif isinstance(message, Fatal):
             self.fatal = message
 

@@ -23,16 +23,20 @@ DOING = {
     "draining": "is shutting down",
     "down": "has died and is being started again",
 }
+OTHERS: tuple[State, ...] = ("starting", "ready", "draining", "down", "failed")  # than `swapping`
 LEAST_RETRY_S = 1
 
 
 class EngineState:
     """Of one engine client, over all the engines that it is connected to."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, max_held_requests: int, swap_wait_s: float) -> None:
         self.now: State = "starting"
         self.failure: HalftoneError | None = None  # why the state is `failed`
         self.is_draining = False  # no request is taken any more, whatever becomes of the engine
+        self.max_held_requests = max_held_requests
+        self.swap_wait_s = swap_wait_s
+        self._num_held = 0
         self._metrics = metrics
         self._of_engine: State = "starting"  # what there would be without hold or drain
         self._held_until: float | None = None  # about when a swap will be over; None: there is none
@@ -86,6 +90,25 @@ class EngineState:
             finally:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
+
+    async def past_swap(self) -> None:
+        """Waits while the precision is swapped, `swap_wait_s` at most; returns at once where it is not.
+
+        EngineUnavailableError, with the time to come back, when that was too long or too many wait already.
+        """
+        if self.now != "swapping":
+            return
+        if self._num_held < self.max_held_requests:
+            self._num_held += 1
+            try:
+                await asyncio.wait_for(self.wait_for(*OTHERS), self.swap_wait_s)
+                return
+            except TimeoutError:
+                pass
+            finally:
+                self._num_held -= 1
+        self._metrics.rejected("swapping")
+        raise self.unavailable()
 
     def unavailable(self) -> EngineUnavailableError:
         """Why no request is taken, and when to come back."""

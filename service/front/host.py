@@ -1,4 +1,4 @@
-"""One front in the running event loop: socket, engine, metrics and the HTTP app, started and ended in order.
+"""One front in the running event loop: socket, engines, metrics and the HTTP app, started and ended in order.
 
 `halftone serve` runs one until a signal; `halftone compare` opens one for each precision, in its own process.
 
@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from service.config import NO_TOKENIZER, Settings
 from service.errors import HalftoneError, SettingError, SystemProblem
 from service.front.engine_client import EngineClient
+from service.front.residents import Residents
 from service.front.supervisor import ENGINE_COMMAND, Supervisor
-from service.messages import SHUTTING_DOWN, EngineInfo
-from service.metrics import CONTENT_TYPE, Compat, Metrics
+from service.messages import SHUTTING_DOWN, EngineConfig, EngineInfo
+from service.metrics import CONTENT_TYPE, Metrics
 
 if TYPE_CHECKING:  # imported while the engine loads, which nothing here shall keep waiting
     from service.front.http_server import HTTPServer
@@ -38,14 +39,15 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
-AppFactory = Callable[[Settings, EngineClient, "TextCodec", Metrics], ASGIApp]
+AppFactory = Callable[[Settings, Residents, "TextCodec"], ASGIApp]
 
 BACKLOG = 2048
 
 
 class Host:
     """Everything of one front. Entering binds the port, spawns the engine and serves (`/ready` says 503 until
-    the engine is); leaving ends what is open and waits until the engine's process is gone.
+    the engine is); leaving ends what is open and waits until the engine's process is gone. `client`,
+    `supervisor` and `metrics` are those of the first engine, in most servers the only one.
 
     `app_factory` is `service.api.app.create_app`; `command` is the engine's program, `--fd` and `--config`
     are added; `metrics_host` is where `metrics_port` is bound, empty: `settings.host`. Entering raises
@@ -64,16 +66,21 @@ class Host:
     ) -> None:
         self.settings = settings
         self.model_path = model_path
-        self.metrics = Metrics(settings.name, settings.precision)
-        self.client = EngineClient(settings.max_queue_requests, self.metrics)
-        self.supervisor = Supervisor(
-            settings.engine_config(model_path),
-            self.client,
-            self.metrics,
-            load_timeout_s=settings.load_timeout_s,
-            step_timeout_s=settings.step_timeout_s,
-            command=command,
-        )
+
+        def supervise(config: EngineConfig, client: EngineClient, metrics: Metrics) -> Supervisor:
+            return Supervisor(
+                config,
+                client,
+                metrics,
+                load_timeout_s=settings.load_timeout_s,
+                step_timeout_s=settings.step_timeout_s,
+                command=command,
+            )
+
+        self.residents = Residents(settings, model_path, supervise)
+        self.client = self.residents.first.client
+        self.supervisor = self.residents.first.supervisor
+        self.metrics = self.residents.first.metrics
         self.url = ""  # of the API, without a path
         self.metrics_url = ""
         self._app_factory = app_factory
@@ -92,29 +99,31 @@ class Host:
                 if settings.metrics_port
                 else None
             )
-            exits.push_async_callback(self.supervisor.stop)
-            self.supervisor.start()
+            exits.push_async_callback(self.residents.stop)
+            self.residents.start()
             await asyncio.sleep(0)  # the engine's process comes first
             # the tokenizer is read while the engine loads
             codec = await asyncio.to_thread(self._load_codec)
-            app = self._app_factory(settings, self.client, codec, self.metrics)
+            app = self._app_factory(settings, self.residents, codec)
             self.url = self.metrics_url = url_of(listener)
             await self._serve(exits, app, listener)
             if metrics_listener is not None:
                 self.metrics_url = url_of(metrics_listener)
-                await self._serve(exits, metrics_app(self.metrics, settings.metrics_compat), metrics_listener)
-            exits.callback(self.client.end_all, SHUTTING_DOWN)
+                await self._serve(exits, metrics_app(self.residents), metrics_listener)
+            exits.callback(self.residents.end_all, SHUTTING_DOWN)
             self._exits = exits.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.client.drain()
+        self.residents.drain()
         await self._exits.aclose()
 
     async def ready(self) -> EngineInfo:
-        """Waits for the engine -> what is served. Raises the engine's own error when it cannot load."""
+        """Waits for every engine -> what the first serves. Raises an engine's own error if it cannot load."""
+        for resident in self.residents.all:
+            await resident.client.wait_ready()
         return await self.client.wait_ready()
 
     async def run(self, on_ready: Callable[[EngineInfo], None]) -> None:
@@ -150,19 +159,17 @@ class Host:
     async def drain(self) -> None:
         """Takes no more requests and returns when the open ones have ended, at the latest after
         `drain_timeout_s`, when they are ended with an error."""
-        self.client.drain()
-        if self.client.num_open:
-            logger.info(
-                "%d open requests have %g s to end", self.client.num_open, self.settings.drain_timeout_s
-            )
-        idle = asyncio.create_task(self.client.wait_idle())
+        self.residents.drain()
+        if num_open := self.residents.num_open:
+            logger.info("%d open requests have %g s to end", num_open, self.settings.drain_timeout_s)
+        idle = asyncio.create_task(self.residents.wait_idle())
         abort_asked = asyncio.create_task(self._abort_asked.wait())
         await asyncio.wait(
             {idle, abort_asked}, timeout=self.settings.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED
         )
         idle.cancel()
         abort_asked.cancel()
-        self.client.end_all(SHUTTING_DOWN)
+        self.residents.end_all(SHUTTING_DOWN)
 
     # --- inside --------------------------------------------------------------------------------
 
@@ -181,7 +188,7 @@ class Host:
             for server in self._servers:
                 server.force_exit = True
         else:
-            self.client.drain()
+            self.residents.drain()
             self._stop_asked.set()
 
     async def _serve(self, exits: contextlib.AsyncExitStack, app: ASGIApp, listener: socket.socket) -> None:
@@ -243,12 +250,12 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def metrics_app(metrics: Metrics, compat: Compat) -> ASGIApp:
+def metrics_app(residents: Residents) -> ASGIApp:
     """/metrics alone, for a port of its own."""
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         found = scope["path"] == "/metrics" and scope["method"] in ("GET", "HEAD")
-        body = metrics.render(compat) if found else b"only GET /metrics is here\n"
+        body = residents.render_metrics() if found else b"only GET /metrics is here\n"
         headers = [
             (b"content-type", CONTENT_TYPE.encode() if found else b"text/plain; charset=utf-8"),
             (b"content-length", str(len(body)).encode()),

@@ -1,7 +1,7 @@
 """The engine's lives: spawns the child, listens for its heartbeat, starts another when it dies.
 
 settings --> Supervisor --socket pair, process--> engine child
-                 └── says to EngineClient: connected, gone, failed for good
+swap     --replace--'└── says to EngineClient: connected, gone, failed for good
 
 All times are monotonic: a jump of the wall clock restarts nothing.
 """
@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -23,7 +23,7 @@ import msgspec
 from service.cores import physical_cores
 from service.errors import EngineUnavailableError, HalftoneError, SystemProblem
 from service.front.engine_client import EngineClient
-from service.messages import EngineConfig, Fatal
+from service.messages import SHUTTING_DOWN, EngineConfig, EngineInfo, Fatal
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,33 @@ MAX_CRASHES = 5
 CRASH_WINDOW_S = 600.0
 FIRST_BACKOFF_S = 0.25  # doubled with each crash in the window
 EXIT_GRACE_S = 5.0  # between Shutdown and SIGTERM, and again before SIGKILL
+
+
+class Replacement:
+    """An engine that is to take the place of the present one, and how that went."""
+
+    def __init__(self, config: EngineConfig, on_failure: Callable[[HalftoneError], None]) -> None:
+        self.config = config
+        self.failure: HalftoneError | None = None
+        self.outcome: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        self._on_failure = on_failure
+
+    def fail(self, failure: HalftoneError) -> None:
+        """It does not become ready: what served before is started again."""
+        logger.error("the engine in `%s` is given up: %s", self.config.precision, failure)
+        self.failure = failure
+        self._on_failure(failure)
+
+    def end(self, info: EngineInfo | None) -> None:
+        """An engine serves again, or none will (`info` None)."""
+        if self.outcome.done():
+            return  # who asked has gone
+        if self.failure is not None:
+            self.outcome.set_exception(self.failure)
+        elif info is None:
+            self.outcome.set_exception(EngineUnavailableError(f"the {SHUTTING_DOWN}"))
+        else:
+            self.outcome.set_result(info)
 
 
 class Supervisor:
@@ -57,7 +84,10 @@ class Supervisor:
         self.process: asyncio.subprocess.Process | None = None
         self._crashes: deque[float] = deque()
         self._was_ready = False
-        self._stop_asked = asyncio.Event()
+        self._stop_asked = False
+        self._end_asked = asyncio.Event()  # of the present engine: to stop, or to make room
+        self._next: Replacement | None = None  # asked for, not begun
+        self._trial: Replacement | None = None  # begun; ends when an engine serves
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -67,34 +97,61 @@ class Supervisor:
     async def stop(self) -> None:
         """Ends the engine and waits until its process is gone. Open requests end with an error."""
         self.client.drain()
-        self._stop_asked.set()
+        self._stop_asked = True
+        self._end_asked.set()
         if self._task is not None:
             await self._task
+
+    async def replace(self, config: EngineConfig, on_failure: Callable[[HalftoneError], None]) -> EngineInfo:
+        """Ends the present engine, whatever it has open, and starts one with `config` -> what it serves.
+
+        Where that does not become ready, `on_failure` is told why, one with the configuration before is
+        started, and the reason is raised as soon as it serves, or cannot either (`client.failure`). One call
+        at a time.
+        """
+        assert self._next is None
+        assert self._trial is None
+        if self._task is None or self._task.done():
+            raise self.client.engine_state.unavailable()
+        replacement = self._next = Replacement(config, on_failure)
+        self._end_asked.set()
+        return await replacement.outcome
 
     # --- inside --------------------------------------------------------------------------------
 
     async def _live(self) -> None:
         try:
-            while True:
-                reason = await self._one_life()
-                if self.client.state == "failed" or self._stop_asked.is_set():
-                    return
-                delay_s = self._crashed(reason)
-                if delay_s is None:
-                    return
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop_asked.wait(), delay_s)
-                    return
-                self.metrics.engine_restarted()
+            while not self._stop_asked and self.client.failure is None:
+                if self._next is not None:
+                    self._trial, self._next = self._next, None
+                    self._end_asked.clear()
+                tried = self._trial if self._is_trying else None
+                reason = await self._one_life((tried or self).config)
+                if tried is not None and tried is self._trial:  # it never served
+                    if not self._stop_asked and tried.failure is None:
+                        tried.fail(
+                            EngineUnavailableError(f"the engine in `{tried.config.precision}`: {reason}")
+                        )
+                elif not self._end_asked.is_set() and self.client.failure is None:
+                    await self._crashed(reason)
         except Exception as error:
             logger.exception("the engine's supervisor failed")
             self.client.fail(HalftoneError(f"the engine cannot be started: {error}"))
+        finally:
+            for replacement in (self._next, self._trial):
+                if replacement is not None:
+                    replacement.end(None)
 
-    async def _one_life(self) -> str:
+    @property
+    def _is_trying(self) -> bool:
+        """Is the present engine to show that it can serve, with another one to go back to?"""
+        return self._trial is not None and self._trial.failure is None
+
+    async def _one_life(self, config: EngineConfig) -> str:
         """Spawns an engine and returns, once its process is gone, why it is."""
         front_socket, engine_socket = socket.socketpair()
         try:
-            process = self.process = await self._spawn(engine_socket)
+            process = self.process = await self._spawn(engine_socket, config)
         except OSError as error:
             front_socket.close()
             self._fail(
@@ -108,7 +165,7 @@ class Supervisor:
         try:
             hung_up = await self.client.connect(front_socket)
             reason = await self._watch(process, hung_up)
-            if self._stop_asked.is_set():
+            if self._end_asked.is_set():
                 await self._ask_to_exit(process)
             elif hung_up.done():
                 grace_s = 1.0  # it ends by itself: time to write its last words and to set its exit code
@@ -117,22 +174,22 @@ class Supervisor:
             exit_code = await self._end_process(process, grace_s)
         reason = reason or describe_exit(exit_code)
         logger.log(
-            logging.INFO if self._stop_asked.is_set() else logging.ERROR,
+            logging.INFO if self._end_asked.is_set() else logging.ERROR,
             "engine process %d is gone: %s",
             process.pid,
             reason,
         )
         return reason
 
-    async def _spawn(self, engine_socket: socket.socket) -> asyncio.subprocess.Process:
+    async def _spawn(self, engine_socket: socket.socket, config: EngineConfig) -> asyncio.subprocess.Process:
         fd = engine_socket.fileno()
         return await asyncio.create_subprocess_exec(
             *self.command,
             *("--fd", str(fd)),
-            *("--config", msgspec.json.encode(self.config).decode()),
+            *("--config", msgspec.json.encode(config).decode()),
             pass_fds=(fd,),
             stdin=asyncio.subprocess.DEVNULL,
-            env=engine_environment(self.config.threads),
+            env=engine_environment(config.threads),
             start_new_session=True,  # ctrl-C is for the front, which drains before it ends the engine
         )
 
@@ -140,14 +197,15 @@ class Supervisor:
         """Waits for the engine's end -> why it has to end; empty: it ended by itself."""
         started_at = time.monotonic()
         exited = asyncio.create_task(process.wait())
-        ready = asyncio.create_task(self.client.wait_for("ready"))
-        stop_asked = asyncio.create_task(self._stop_asked.wait())
-        events: list[asyncio.Future[Any]] = [exited, hung_up, stop_asked, ready]
+        end_asked = asyncio.create_task(self._end_asked.wait())
+        ready = asyncio.create_task(self.client.said_ready.wait())
+        events: list[asyncio.Future[Any]] = [exited, hung_up, end_asked, ready]
         try:
-            while not (exited.done() or hung_up.done() or stop_asked.done()):
+            while not (exited.done() or hung_up.done() or end_asked.done()):
                 if ready.done():
-                    self._was_ready = True
-                    events = [exited, hung_up, stop_asked]
+                    if ready in events:
+                        events.remove(ready)
+                        self._serves()
                     limit_s, since = self.step_timeout_s, self.client.last_message_at
                 else:
                     limit_s, since = self.load_timeout_s, started_at
@@ -162,8 +220,17 @@ class Supervisor:
                 await asyncio.wait({hung_up}, timeout=1.0)
             return self._last_words()
         finally:
-            for task in (exited, stop_asked, ready):
+            for task in (exited, end_asked, ready):
                 task.cancel()
+
+    def _serves(self) -> None:
+        """The present engine has become ready; whoever waits for a replacement's end hears of it."""
+        self._was_ready = True
+        if self._trial is not None:
+            if self._is_trying:
+                self.config = self._trial.config
+            self._trial.end(self.client.info)
+            self._trial = None
 
     def _last_words(self) -> str:
         """What the engine said before it hung up. A Fatal that no retry would mend is the end of its kind."""
@@ -185,23 +252,38 @@ class Supervisor:
             )
         return reason
 
-    def _crashed(self, reason: str) -> float | None:
-        """Counts a crash -> seconds until the next try, None when there will be none."""
+    async def _crashed(self, reason: str) -> None:
+        """Counts a crash and returns when another try is due; after too many the client has failed."""
+        delay_s = self._delay_after_crash()
+        if delay_s is None:
+            self._fail(
+                EngineUnavailableError(
+                    f"the engine died {MAX_CRASHES} times in {CRASH_WINDOW_S / 60:g} minutes, at last: "
+                    f"{reason}",
+                    hint="its own messages stand in the log; the server stays down until it is started again",
+                )
+            )
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._end_asked.wait(), delay_s)
+            return
+        self.metrics.engine_restarted()
+
+    def _delay_after_crash(self) -> float | None:
+        """Seconds until the next try; None when there have been too many."""
         now = time.monotonic()
         self._crashes.append(now)
         while self._crashes[0] < now - CRASH_WINDOW_S:
             self._crashes.popleft()
-        if len(self._crashes) < MAX_CRASHES:
-            return FIRST_BACKOFF_S * 2 ** (len(self._crashes) - 1)
-        self._fail(
-            EngineUnavailableError(
-                f"the engine died {MAX_CRASHES} times in {CRASH_WINDOW_S / 60:g} minutes, at last: {reason}",
-                hint="its own messages stand in the log; the server stays down until it is started again",
-            )
-        )
-        return None
+        if len(self._crashes) >= MAX_CRASHES:
+            return None
+        return FIRST_BACKOFF_S * 2 ** (len(self._crashes) - 1)
 
     def _fail(self, failure: HalftoneError) -> None:
+        """Starting again would end the same way: for an engine on trial the end of that, else for all."""
+        if self._trial is not None and self._is_trying:
+            self._trial.fail(failure)
+            return
         logger.error("the engine stays down: %s", failure)
         self.client.fail(failure)
 

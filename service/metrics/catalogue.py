@@ -31,12 +31,14 @@ FIRST_TOKEN_SECONDS = geometric(0.001, 60, (0.05, 0.1, 0.2, 0.5, 1, 2, 60), 3)
 END_TO_END_SECONDS = geometric(0.001, 600, (0.5, 1, 2, 5, 10, 30, 60, 600), 3)
 PHASE_SECONDS = geometric(0.001, 600)
 REQUEST_SECONDS = tuple(round(0.01 * 2**n, 2) for n in range(14))
+SWAP_SECONDS = tuple(0.25 * 2**n for n in range(15))  # to 68 minutes
 POWERS_OF_TWO = tuple(float(2**n) for n in range(11))
 TOKENS = tuple(float(2**n) for n in range(18))
 
 # label values that exist from the start: a rate over a series that appears with its first event misses it
 TOKEN_KINDS = ("prompt", "cached", "generated", "discarded")
 FINISH_REASONS = ("stop", "length", "abort", "error")
+SWAP_OUTCOMES = ("swapped", "given_up", "rolled_back", "failed")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,13 @@ FAMILIES = (
            "", "1; what is served and on what."),
     Family("halftone_kernel_info", "gauge", ("layer", "kernel"), "", "1; kernel that serves a layer class."),
     Family("halftone_engine_up", "gauge", (), "", "1 while the engine is ready, else 0."),
-    Family("halftone_engine_restarts_total", "counter", (), "", "Engines started after the first."),
+    Family("halftone_engine_restarts_total", "counter", (), "",
+           "Engines started in the place of one that died."),
+    Family("halftone_precision_swaps_total", "counter", ("outcome",), "",
+           "Swaps that ended with this precision served, by outcome: swapped (to it), given_up (requests did "
+           "not end in time), rolled_back, failed (nothing serves)."),
+    Family("halftone_precision_swap_seconds", "histogram", (), "seconds",
+           "From the moment on that requests are held for a swap until they go on.", SWAP_SECONDS),
     Family("halftone_model_load_seconds", "gauge", ("stage",), "seconds", "Last load, by stage."),
     Family("halftone_loading_done", "gauge", ("stage", "unit"), "",
            "How far a stage of the present engine's load is, in its unit: bytes, layers, steps, graphs, ..."),

@@ -204,6 +204,11 @@ class Metrics:
         """An engine is started in the place of one that is gone."""
         self._counts.add("halftone_engine_restarts_total", 1)
 
+    def swapped(self, outcome: str, seconds: float) -> None:
+        """A swap of the precision ended, one of SWAP_OUTCOMES; requests were held for `seconds`."""
+        self._counts.add("halftone_precision_swaps_total", 1, outcome)
+        self._counts.histogram("halftone_precision_swap_seconds").observe(seconds)
+
     # --- the scrape ----------------------------------------------------------------------------
 
     def numbers(self, name: str) -> dict[Labels, float]:

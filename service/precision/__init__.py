@@ -34,6 +34,7 @@ TABLE = {
     "fp8": Row("service.precision.fp8:FP8", options.FP8Options, sizes.fp8),
     "int3": Row("service.precision.int3:INT3", options.INT3Options, sizes.int3),
 }
+AUTO = "auto"  # what the checkpoint is
 CALIBRATED = ("awq",)  # those whose backend has a `quantizer`; the front asks before anything is loaded
 
 
@@ -65,15 +66,20 @@ def parse_precision(text: str) -> Precision:
     return Precision(spec.name, check_options(spec, TABLE[spec.name].options))
 
 
-def parse_known(text: str) -> PrecisionSpec:
-    """Name and options, these not yet checked."""
+def parse_known(text: str, *also: str) -> PrecisionSpec:
+    """A name of the table, or one of `also`, and its options, these not yet checked."""
     spec = PrecisionSpec.parse(text)
-    if spec.name not in TABLE:
+    if spec.name not in TABLE and spec.name not in also:
         raise PrecisionError(
-            f"precision `{spec.name}` does not exist; accepted are {', '.join(TABLE)}",
+            f"precision `{spec.name}` does not exist; accepted are {', '.join((*also, *TABLE))}",
             hint="write `name[:option=value,...]`, for example `nf4:double_quant=off`",
         )
     return spec
+
+
+def canonical_of(text: str) -> str:
+    """A precision as it is written everywhere, options checked; `auto` as it is: the checkpoint says what."""
+    return AUTO if parse_known(text, AUTO).name == AUTO else parse_precision(text).canonical
 
 
 def load_backend(text: str) -> "Backend":

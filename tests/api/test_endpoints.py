@@ -31,7 +31,10 @@ def test_the_front_never_imports_torch() -> None:
 def test_health_and_ready(http: httpx2.Client) -> None:
     assert http.get("/health").json() == {"status": "alive"}
     ready = http.get("/ready")
-    assert (ready.status_code, ready.json()) == (200, {"state": "ready", "loading": None})
+    assert (ready.status_code, ready.json()) == (
+        200,
+        {"state": "ready", "precision": "bf16", "loading": None},
+    )
 
 
 def test_version_is_the_engines_account(server: Server, http: httpx2.Client) -> None:
@@ -82,6 +85,7 @@ def test_while_the_engine_loads(tmp_path: Path) -> None:
         assert ready.status_code == 503
         assert ready.json() == {
             "state": "starting",
+            "precision": "auto",
             "loading": {"stage": "import", "done": 1, "total": 1, "unit": "layers"},
         }
         told = {

@@ -17,7 +17,7 @@ KEYS = "first-key,zweiter-schlüssel"
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("locked"), {}, api_key=KEYS) as server:
+    with serving(tmp_path_factory.mktemp("locked"), {}, api_key=KEYS, admin_key="root") as server:
         yield server
 
 
@@ -163,6 +163,7 @@ def call(messages: list[Any]) -> list[dict[str, Any]]:
         paths=["/post"],
         json_paths=["/post"],
         api_keys=[],
+        admin_keys=[],
         max_body_bytes=100_000,
         loopback_only=True,
     )

@@ -84,6 +84,15 @@ def test_keys_are_read_as_they_are_meant(monkeypatch: pytest.MonkeyPatch) -> Non
         load_settings()
 
 
+def test_a_key_that_every_client_has_does_not_open_admin() -> None:
+    assert load_settings(api_key="clients", admin_key="root, other").admin_keys == ["root", "other"]
+    with pytest.raises(
+        SettingError, match=r"`admin_key` = `\.\.\.` \(from --admin-key\): it is an `api_key`"
+    ) as told:
+        load_settings(api_key="clients, secret", admin_key="secret")
+    assert "secret" not in str(told.value)
+
+
 def test_home_in_a_file(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No shell replaces `~` in TOML: it made a folder of that name."""
     monkeypatch.setenv("HOME", str(tmp_path))

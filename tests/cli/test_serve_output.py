@@ -121,7 +121,7 @@ def test_what_the_engine_says_while_loading_is_shown() -> None:
 
     async def show() -> None:
         with Display(Console(file=screen)) as display:
-            showing = asyncio.create_task(show_loading(client, display))
+            showing = asyncio.create_task(show_loading([client], display))
             await asyncio.sleep(0)
             showing.cancel()
             await asyncio.gather(showing, return_exceptions=True)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def state() -> EngineState:
-    return EngineState(Metrics("demo", "auto"))
+    return EngineState(Metrics("demo", "auto"), max_held_requests=2, swap_wait_s=60)
 
 
 def up(state: EngineState) -> float | None:

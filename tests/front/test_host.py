@@ -19,17 +19,16 @@ from engine_rig import ENDLESS, FAKE_ENGINE, Stream, write_tokenizer
 
 from service.config import Settings
 from service.errors import CheckpointError, EngineUnavailableError, SettingError, SystemProblem
-from service.front.engine_client import EngineClient
 from service.front.host import ASGIApp, Host, bind, run_loop, url_of
 from service.front.http_server import HTTPServer
+from service.front.residents import Residents
 from service.front.text import TextCodec
 from service.messages import EngineInfo, Sampling
-from service.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 
 
-def stub_app(settings: Settings, client: EngineClient, codec: TextCodec, metrics: Metrics) -> ASGIApp:
+def stub_app(settings: Settings, residents: Residents, codec: TextCodec) -> ASGIApp:
     """Says the client's state, whatever is asked; `/stall` begins a response and never goes on."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -37,7 +36,7 @@ def stub_app(settings: Settings, client: EngineClient, codec: TextCodec, metrics
         if scope["path"] == "/stall":
             await send({"type": "http.response.body", "body": b"x", "more_body": True})
             await asyncio.Event().wait()
-        await send({"type": "http.response.body", "body": client.state.encode()})
+        await send({"type": "http.response.body", "body": residents.first.client.state.encode()})
 
     return app
 
