@@ -39,16 +39,19 @@ def keep_busy(engine: Engine, num_steps: int, chunk: int, first_id: int) -> None
 def print_layer(events: list[tuple[int, int, str]], num_layers: int) -> None:
     """Medians over all whole layers: how long each launch lasts, and when the next one begins."""
     names = [name for _, _, name in events]
-    first = next((name for name in dict.fromkeys(names) if names.count(name) == STEPS * num_layers), None)
+    # the first and the last step may be traced in part
+    few, many = (STEPS - 2) * num_layers, (STEPS + 2) * num_layers
+    first = next((name for name in dict.fromkeys(names) if few < names.count(name) < many), None)
     if first is None:
         print("    no kernel is launched once a layer")
         return
     at = [place for place, name in enumerate(names) if name == first]
-    layers = [(a, b) for a, b in pairwise(at) if names[a:b] == names[at[2] : at[3]]]
-    for offset in range(at[3] - at[2]):
+    shown = at[len(at) // 2 // num_layers * num_layers + 2 :][:2]
+    layers = [(a, b) for a, b in pairwise(at) if names[a:b] == names[slice(*shown)]]
+    for offset in range(shown[1] - shown[0]):
         steps = [events[a + offset + 1][0] - events[a + offset][0] for a, _ in layers]
         lasts = [events[a + offset][1] - events[a + offset][0] for a, _ in layers]
-        name = names[at[2] + offset][:60]
+        name = names[shown[0] + offset][:60]
         print(f"    next after {median(steps) / 1e3:6.1f} us, lasts {median(lasts) / 1e3:6.1f}  {name}")
 
 
