@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from service.kernels import dense_linear, w4_linear, w8_linear
+from service.kernels import decode_attention, dense_linear, w4_linear, w8_linear
 from service.kernels.cuda import absence
 from service.kernels.w4_linear.layout import NF4_BLOCK
 from service.messages import EngineConfig
 from service.model.checkpoint import TensorSource
 from service.model.config import ModelConfig
+from service.model.decoder import decode_shape
 from service.model.instance import GROUPS
 from service.model.layout import layer_groups
 from service.precision.base import Backend
@@ -47,6 +48,7 @@ class Shapes:
     w4_kind: w4_linear.Kind | None = None  # of codes, where our own 4-bit kernels serve what their table has
     cuda_dense: bool = False  # our own 16-bit kernel in CUDA C++ serves what its table has
     cuda_int8: bool = False  # our own 8-bit kernel in CUDA C++ serves many rows of what its table has
+    cuda_decode: bool = False  # our own attention in CUDA C++ serves decodes, where its table has them
 
     def w4(self, name: str) -> w4_linear.Shape | None:
         """The linear of this layer class, if these kernels serve it."""
@@ -70,6 +72,11 @@ class Shapes:
     def dense(self, out_features: int, in_features: int) -> tuple[dense_linear.Row, ...]:
         """Of a 16-bit linear the plan for few rows; empty where the kernels of Triton serve it."""
         return dense_linear.plan(out_features, in_features, self.dtype) if self.cuda_dense else ()
+
+    def decodes(self) -> tuple[decode_attention.Row, ...]:
+        """The plan for attention of decodes; empty where Triton's kernels serve them."""
+        shape = decode_shape(self.config, self.dtype, self.kv_dtype)
+        return decode_attention.plan(shape) if self.cuda_decode else ()
 
     def dense_linears(self) -> list[tuple[int, int]]:
         """(outputs, inputs) of what stays in 16 bits."""
@@ -102,6 +109,7 @@ def shapes_of(
         config.max_context_tokens or source.config.max_context_tokens,
         config.deterministic,
         None if config.deterministic or absence() else w4_kind(backend),
+        not (config.deterministic or absence()),
         not (config.deterministic or absence()),
         not (config.deterministic or absence()),
     )

@@ -23,7 +23,7 @@ from service.engine.decode_step import sampling_rows
 from service.engine.kernel_shapes import Shapes
 from service.engine.penalties import MAX_BIASES
 from service.engine.state import NUM_WORDS
-from service.kernels import dense_linear, w4_linear, w8_linear
+from service.kernels import decode_attention, dense_linear, w4_linear, w8_linear
 from service.kernels.int8_rows import Live, Marks, OutlierRule
 from service.kernels.kv_codes import is_coded
 from service.kernels.shape_logits import NEUTRAL
@@ -90,6 +90,7 @@ def cuda_loads(shapes: Shapes) -> list[Callable[[], object]]:
         *(partial(w4_linear.load, variant) for variant in sorted(w4, key=lambda each: each.name)),
         *(partial(w8_linear.load, variant) for variant in sorted(w8.values(), key=lambda each: each.name)),
         *(partial(dense_linear.load, variant) for variant in sorted(dense, key=lambda each: each.name)),
+        *(partial(decode_attention.load, row.variant) for row in shapes.decodes()),
     ]
 
 

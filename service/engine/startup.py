@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from service import device as devices
+from service.engine.attention_check import check_decode_attention
 from service.engine.cache_check import check_coded_cache
 from service.engine.engine import Engine, Limits
 from service.engine.graphs import batch_sizes
@@ -116,6 +117,7 @@ def start(
         check_linears(model)
         check_weights(model, source)
         check_coded_cache(model)
+        check_decode_attention(model)
         if likelihood:
             likelihood(model)
     for layer, kernel in model.kernels().items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from service.errors import PrecisionError
+from service.kernels import decode_attention
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.coded_attention import coded_attention
 from service.kernels.dense_linear import pack_weight
@@ -40,6 +41,13 @@ class Step:
     cos: Tensor  # float32 [positions, head_dim], the whole table
     sin: Tensor
     attention: AttentionPlan
+    decode: decode_attention.Variant | None  # serves rotary and attention at once, where something does
+
+
+def decode_shape(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype) -> decode_attention.Shape:
+    """Of a model's decodes, for the kernel that does their rotary embedding and attention at once."""
+    heads = config.head_dim, config.num_heads, config.num_kv_heads
+    return decode_attention.Shape(*heads, dtype, kv_dtype, is_normed=config.qk_norm)
 
 
 class DecoderLayer(nn.Module):
@@ -122,20 +130,15 @@ class DecoderLayer(nn.Module):
         config, batch = self.config, step.batch
         kv, plan = step.kv, step.attention
         keys, values, scales = kv.keys[self.index], kv.values[self.index], kv.scales[self.index]
-        q = rotary_kv(
-            qkv,
-            step.cos if self.rotary else None,
-            step.sin if self.rotary else None,
-            batch.positions,
-            batch.slots,
-            self.q_norm,
-            self.k_norm,
-            config.norm_eps,
-            keys,
-            values,
-            scales,
-        )
+        cos, sin = (step.cos, step.sin) if self.rotary else (None, None)
+        q_norm, k_norm, eps = self.q_norm, self.k_norm, config.norm_eps
         scale, window = config.attention_scale, self.window
+        if step.decode is not None:
+            attended = decode_attention.decode_attention(
+                step.decode, qkv, cos, sin, q_norm, k_norm, eps, keys, values, plan, scale, window
+            )
+            return attended.view(-1, config.num_heads * config.head_dim)
+        q = rotary_kv(qkv, cos, sin, batch.positions, batch.slots, q_norm, k_norm, eps, keys, values, scales)
         if scales is None:
             attended = paged_attention(q, keys, values, plan, scale, window)
         else:
@@ -263,11 +266,22 @@ class Decoder(nn.Module):
 
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
         """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, delta, step)`."""
-        return plan_step(batch, kv, self.cos, self.sin, self.deterministic)
+        shape = decode_shape(self.config, self.dtype, kv.keys[0].dtype)
+        return plan_step(batch, kv, self.cos, self.sin, self.deterministic, shape)
 
 
-def plan_step(batch: StepBatch, kv: PagedKV, cos: Tensor, sin: Tensor, deterministic: bool = False) -> Step:
-    """A batch with what its layers share; `cos` and `sin`: the rotary table, [positions, head_dim]."""
+def plan_step(
+    batch: StepBatch,
+    kv: PagedKV,
+    cos: Tensor,
+    sin: Tensor,
+    deterministic: bool = False,
+    shape: decode_attention.Shape | None = None,
+) -> Step:
+    """A batch with what its layers share; `cos` and `sin`: the rotary table, [positions, head_dim].
+
+    `shape`: of decodes, which one kernel may then serve.
+    """
     if batch.lengths is not None and not batch.context_lengths:
         plan = decode_plan(batch.block_tables, batch.lengths, batch.starts, deterministic=deterministic)
     else:
@@ -280,7 +294,7 @@ def plan_step(batch: StepBatch, kv: PagedKV, cos: Tensor, sin: Tensor, determini
             batch.starts,
             deterministic=deterministic,
         )
-    return Step(batch, kv, cos, sin, plan)
+    return Step(batch, kv, cos, sin, plan, decode_attention.serving(shape, plan) if shape else None)
 
 
 def refuse_variance(precision: str, layers: Mapping[str, QuantLinear | FullHead | Int8Head]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from service.errors import PrecisionError
+from service.kernels import decode_attention
 from service.kernels.add_rms_norm import add_rms_norm_kernel
 from service.kernels.coded_attention import coded_attention_kernel
 from service.kernels.gated_silu import gated_silu_kernel
@@ -18,7 +19,7 @@ from service.kernels.rotary_kv import rotary_kv_kernel
 from service.model.batch import PagedKV, StepBatch
 from service.model.checkpoint import Checkpoint, TensorSource
 from service.model.config import ModelConfig
-from service.model.decoder import Decoder, DecoderLayer, Observe
+from service.model.decoder import Decoder, DecoderLayer, Observe, decode_shape
 from service.model.verify import verify
 from service.precision.base import Backend, QuantLinear, Read
 
@@ -140,16 +141,23 @@ class ModelInstance:
         group = self.config.num_heads // self.config.num_kv_heads
         codes = is_coded(self.kv_dtype)
         attention = coded_attention_kernel if codes else attention_kernel
+        fixed = self.decoder.deterministic
+        attends = "cuda.decode_attention of decodes, " if self.decodes() else ""
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
         makes_rows = first.qkv_proj.makes_rows and first.down_proj.makes_rows
         made = "triton.int8_rows" if makes_rows and self.device.type == "cuda" else ""
         return names | {
             "lm_head": self.decoder.head.kernel,
-            "attention": attention(self.dtype, self.device, head_dim, group, self.decoder.deterministic),
+            "attention": attends + attention(self.dtype, self.device, head_dim, group, fixed),
             "add_rms_norm": made or add_rms_norm_kernel(self.dtype, self.device),
-            "rotary_kv": rotary_kv_kernel(self.dtype, self.device, head_dim, codes),
+            "rotary_kv": attends + rotary_kv_kernel(self.dtype, self.device, head_dim, codes),
             "gated_silu": made or gated_silu_kernel(self.dtype, self.device),
         }
+
+    def decodes(self) -> tuple[decode_attention.Row, ...]:
+        """What does rotary embedding and attention of a decode at once; empty where two kernels do."""
+        shape = decode_shape(self.config, self.dtype, self.kv_dtype)
+        return decode_attention.plan_on(shape, self.device, deterministic=self.decoder.deterministic)
 
     def outlier_counts(self) -> dict[str, Tensor]:
         """`layer class.number` -> int64 [2] on the device, of the layers that count (precision/base)."""

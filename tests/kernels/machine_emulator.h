@@ -2,6 +2,7 @@
 // meet where the hardware would make them meet. Late by intent: cp.async lands when it is waited for, wgmma reads its
 // operands when it is waited for, so that a buffer given back too early shows. Layouts are those of PTX ISA 8.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -112,6 +113,8 @@ inline void copies_wait() {
 }
 
 inline float to_float(uint16_t bits) { _Float16 v; memcpy(&v, &bits, 2); return float(v); }
+inline float power_of_2(float v) { return exp2f(v); }
+inline float inverse_root(float v) { return 1 / sqrtf(v); }
 inline float bits_to_float(uint32_t bits) { float v; memcpy(&v, &bits, 4); return v; }
 #if BF16
 inline float half(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
@@ -183,6 +186,30 @@ inline void load_matrices(uint32_t* r, uint32_t address) {
             for (int j = 0; j < 4; j++)
                 memcpy(&((Slot*)all[l])->r[j], at_shared(((Slot*)all[8 * j + l / 4])->address + 4 * (l & 3)), 4);
     });
+}
+inline void load_matrices_transposed(uint32_t* r, uint32_t address) {
+    struct Slot { uint32_t *r, address; } slot{r, address};
+    meet_warp(&slot, [](void** all) {
+        for (int l = 0; l < 32; l++)
+            for (int j = 0; j < 4; j++)
+                for (int e = 0; e < 2; e++)
+                    memcpy((char*)&((Slot*)all[l])->r[j] + 2 * e, at_shared(((Slot*)all[8 * j + 2 * (l & 3) + e])->address + 2 * (l / 4)), 2);
+    });
+}
+inline uint32_t transposed(uint32_t pair) {
+    uint32_t result = 0;
+    struct Slot { uint32_t in, *out; } slot{pair, &result};
+    meet_warp(&slot, [](void** all) {
+        for (int l = 0; l < 32; l++) {
+            uint32_t both = 0;
+            for (int e = 0; e < 2; e++) {  // element (row 2 (l%4) + e, column l/4)
+                const uint32_t from = ((Slot*)all[4 * (2 * (l & 3) + e) + l / 8])->in;
+                both |= (from >> 16 * (l / 4 & 1) & 0xffff) << 16 * e;
+            }
+            *((Slot*)all[l])->out = both;
+        }
+    });
+    return result;
 }
 inline void store_two_transposed(uint32_t address, uint32_t a, uint32_t b) {
     struct Slot { uint32_t address, r[2]; } slot{address, {a, b}};
@@ -275,6 +302,7 @@ inline void bytes_landed(Block& block, uint32_t barrier, long bytes) {
     b.bytes -= bytes;
     settle(b);
 }
+inline void fence_copies() {}
 constexpr uint64_t READ_ONCE = 0, KEEP = 0;
 // opaque: base, columns, rows, bytes of a row, bytes of an element, box columns, box rows, swizzled (0, 1; 2: and read at any time)
 inline void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks, uint64_t) {

@@ -17,7 +17,8 @@ import torch
 from service.errors import DeviceError
 from service.kernels.cuda.cubins import Program, cubin
 
-MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+MAX_DYNAMIC_SHARED_BYTES, WIDE_CLUSTERS = 8, 14
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
 WITHOUT_ASKING = 48 << 10  # bytes of shared memory that every kernel may have
 # CU_TENSOR_MAP_DATA_TYPE_*, _SWIZZLE_*, _L2_PROMOTION_L2_256B
@@ -101,9 +102,14 @@ def multiprocessors() -> int:
 
 
 class Kernel:
-    """A loaded kernel; its blocks have this many threads and at most these bytes of dynamic shared memory."""
+    """A loaded kernel; its blocks have this many threads and at most these bytes of dynamic shared memory.
 
-    def __init__(self, program: Program, threads: int, most_shared_bytes: int) -> None:
+    `wide_clusters`: more than eight blocks are one.
+    """
+
+    def __init__(
+        self, program: Program, threads: int, most_shared_bytes: int, wide_clusters: bool = False
+    ) -> None:
         self.name, self.threads = program.kernel, threads
         code, here = cubin(program), driver()
         here.use_context()
@@ -112,12 +118,16 @@ class Kernel:
         here.call("cuModuleGetFunction", ctypes.byref(self.handle), module, program.kernel.encode())
         if most_shared_bytes > WITHOUT_ASKING:
             here.call("cuFuncSetAttribute", self.handle, MAX_DYNAMIC_SHARED_BYTES, most_shared_bytes)
+        if wide_clusters:
+            here.call("cuFuncSetAttribute", self.handle, WIDE_CLUSTERS, 1)
 
 
 @cache
-def kernel_of(program: Program, threads: int, most_shared_bytes: int) -> Kernel:
+def kernel_of(
+    program: Program, threads: int, most_shared_bytes: int, *, wide_clusters: bool = False
+) -> Kernel:
     """Compiled and loaded; twice at most where two threads ask at once."""
-    return Kernel(program, threads, most_shared_bytes)
+    return Kernel(program, threads, most_shared_bytes, wide_clusters)
 
 
 class Launch:

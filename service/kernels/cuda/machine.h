@@ -62,6 +62,17 @@ DEVICE void load_matrices(uint32_t* r, uint32_t address) {
                  : "r"(address)
                  : "memory");
 }
+DEVICE void load_matrices_transposed(uint32_t* r, uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+DEVICE uint32_t transposed(uint32_t pair) {  // of an 8 x 8 matrix that a warp holds
+    uint32_t v;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v) : "r"(pair));
+    return v;
+}
 DEVICE void store_two_transposed(uint32_t address, uint32_t a, uint32_t b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
@@ -107,6 +118,14 @@ DEVICE uint32_t to_pair(float low, float high) {
 DEVICE float to_float(uint16_t bits) {  // of float16, whatever the activations are
     float v;
     asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+    return v;
+}
+DEVICE float power_of_2(float v) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(v));
+    return v;
+}
+DEVICE float inverse_root(float v) {
+    asm("rsqrt.approx.f32 %0, %0;" : "+f"(v));
     return v;
 }
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -229,6 +248,8 @@ DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {  // ends the kerne
         "r"(parity)
         : "memory");
 }
+// What threads stored into shared memory comes before what the copy engine is asked to bring there from now on.
+DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 constexpr uint64_t READ_ONCE = 0x12F0000000000000ull, KEEP = 0x14F0000000000000ull;  // L2: evict first, evict last
 DEVICE void copy_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint64_t policy) {
     asm volatile(

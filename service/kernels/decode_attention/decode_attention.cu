@@ -1,0 +1,384 @@
+// A decode's attention in one launch: norms and rotary embedding of q and k, K and V of the new token into their page,
+// attention over the pages of [block][kv head][16 tokens][DIM], and the sum of what several blocks have found.
+//
+// A cluster of SPLITS blocks serves one sequence and KV head, its GROUP query heads are the narrow side of mma.m16n8k16:
+// S^T = K q^T has 16 tokens, a page, on the wide one, O^T = V^T P^T 16 dimensions. Warps are on their own: each takes every
+// (WARPS * SPLITS)-th page, copies it into a ring of STAGES pages of its own and keeps its own softmax, in float32 and powers
+// of two. Only at the end do the warps of a block, then the blocks of a cluster add up, in the order of their numbers: one
+// input has one result. Everything that depends on a length is found here, nothing on the host.
+//
+// Before the wait for the predecessor a block reads lengths, block tables and pages. What writes those:
+//   lengths and tables   the first kernel of this step (row_state), or a copy from the host before it
+//   pages                this kernel in an earlier step, or kernels/rotary_kv with prompts. The page of the new token is read
+//                        too, but of its row, which this launch writes, nothing is used: it is put into the copy
+// All of them are over. This launch can only begin when every block of its predecessor (the linear of q, k and v) has, and
+// that one only when every block of the norm before it has passed its own wait, for embedding or the layer before: of the
+// kernels between two attentions only linears release their successor before they wait, and no two linears follow each
+// other. Whatever the norm has waited for has waited in turn for all before it.
+#include "machine.h"
+
+#ifndef DIM
+#define DIM 128
+#endif
+#ifndef GROUP  // query heads that share a KV head
+#define GROUP 4
+#endif
+#ifndef NORMED  // q and k are normed before they are rotated
+#define NORMED 0
+#endif
+#ifndef CAPPED  // scores become softcap * tanh(score / softcap)
+#define CAPPED 0
+#endif
+#ifndef WARPS
+#define WARPS 4
+#endif
+#ifndef STAGES
+#define STAGES 2
+#endif
+#ifndef SPLITS
+#define SPLITS 1
+#endif
+#ifndef PER_SM
+#define PER_SM 1
+#endif
+#if SPLITS > 1
+#define IN_CLUSTERS __cluster_dims__(SPLITS, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+constexpr int PAGE = 16, THREADS = WARPS * 32, TILES = (GROUP + 7) / 8, HEADS = TILES * 8, STRIDE = WARPS * SPLITS;
+constexpr int STEPS = DIM / 16, BOXES = (DIM + 63) / 64;  // a box: 16 tokens, 64 dimensions, under the 128-byte swizzle
+constexpr int BOX_BYTES = PAGE * 128, PAGE_BYTES = BOXES * BOX_BYTES, STAGE_BYTES = 2 * PAGE_BYTES;
+// A head's row is rotated 16 dimensions at a time: 8 of its left half and the 8 of the right that they mix with.
+constexpr int PIECES = DIM / 16, LANES = PIECES <= 1 ? 1 : PIECES <= 2 ? 2 : PIECES <= 4 ? 4 : PIECES <= 8 ? 8 : 16;
+constexpr int ROWS_AT_ONCE = THREADS / LANES;
+constexpr int Q_BYTES = 2 * DIM + 16;        // of a head: 16 more keep the banks apart
+constexpr int SUM_NUMBERS = DIM + 4;         // of a head's sums, likewise
+constexpr int SHARE = (GROUP * DIM / 4 + SPLITS - 1) / SPLITS;  // of the group's dimensions, four at a time, that a block adds up
+// offsets into shared memory
+constexpr int Q = 8 * WARPS * STAGES, FRESH = Q + HEADS * Q_BYTES, STATES = FRESH + 4 * DIM;
+constexpr int PARTS = (STATES + WARPS * HEADS * 8 + 15) / 16 * 16, PART_STATES = PARTS + (SPLITS > 1 ? SPLITS * SHARE * 16 : 0);
+constexpr int RING = (PART_STATES + (SPLITS > 1 ? SPLITS * HEADS * 16 : 0) + 1023) / 1024 * 1024;
+constexpr int WARP_BYTES = STAGES * STAGE_BYTES, END = RING + WARPS * WARP_BYTES;
+static_assert(DIM % 16 == 0 && DIM <= 256 && GROUP <= 16 && STAGES <= 32 && END <= 232448);
+static_assert(Q % 16 == 0 && HEADS * SUM_NUMBERS * 4 <= WARP_BYTES);  // a warp's sums take the place of its pages
+#ifdef SHARED_BYTES
+static_assert(SHARED_BYTES == END);  // what the host asks for
+#endif
+
+DEVICE float number(uint32_t pair, int i) {  // of the activations' type
+    return BF16 ? bits_to_float(i ? pair & 0xffff0000 : pair << 16) : to_float(uint16_t(pair >> 16 * i));
+}
+DEVICE void unpack(float* to, uint4 v) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i] = number(words[i >> 1], i & 1);
+}
+DEVICE uint4 pack(const float* v) {
+    return make_uint4(to_pair(v[0], v[1]), to_pair(v[2], v[3]), to_pair(v[4], v[5]), to_pair(v[6], v[7]));
+}
+DEVICE void load_floats(float* to, const float* from) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint4 v = load_global16(from + 4 * i);
+        to[4 * i] = bits_to_float(v.x), to[4 * i + 1] = bits_to_float(v.y);
+        to[4 * i + 2] = bits_to_float(v.z), to[4 * i + 3] = bits_to_float(v.w);
+    }
+}
+DEVICE float over_tokens(float v, bool is_sum) {  // of lanes with the same heads
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) {
+        const float other = shuffle_xor(v, mask);
+        v = is_sum ? v + other : fmaxf(v, other);
+    }
+    return v;
+}
+
+// qkv [S][(GROUP + 2) * kv_heads][DIM]; y [S][GROUP * kv_heads][DIM]; cosines and sines float32 [positions][DIM] or null;
+// norms [DIM] or null; tables [S][table_width]; one block for each sequence, KV head and split.
+KERNEL __launch_bounds__(THREADS, PER_SM) IN_CLUSTERS
+decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_map, const char* qkv, char* __restrict__ y,
+                 const float* __restrict__ cosines, const float* __restrict__ sines, const char* __restrict__ q_norm,
+                 const char* __restrict__ k_norm, char* key_pages, char* value_pages, const int* __restrict__ tables,
+                 const int* __restrict__ lengths, int table_width, int kv_heads, int window, float scale, float softcap,
+                 float eps) {
+    SHARED_MEMORY
+    constexpr float LEAST = -3.4e38f, LOG2_E = 1.4426950408889634f;
+    const float nothing = bits_to_float(0xff800000);  // minus infinity
+    const uint32_t here = shared_address(shared);
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, block = blockIdx.x;
+    const int split = block % SPLITS, sequence = block / SPLITS / kv_heads, kv_head = block / SPLITS % kv_heads;
+    const int mine = warp * SPLITS + split;  // this warp's first page; a short sequence's lie on several multiprocessors
+    const int* table = tables + size_t(sequence) * table_width;
+
+    // lane i knows the block of the warp's page `known` + i; asked for before the length is there
+    auto look_up = [&](int first) {
+        const int page = mine + (first + lane) * STRIDE;
+        return page < table_width ? table[page] : 0;
+    };
+    int known = 0, known_block = look_up(0);
+    const int length = lengths[sequence];
+    if (thread == 0) {
+        if ((here & 1023) != 0) stop();
+        prefetch_map(&key_map), prefetch_map(&value_map);
+    }
+    const uint32_t full = here + warp * STAGES * 8, ring = here + RING + warp * WARP_BYTES;
+    if (lane == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
+        barriers_visible();
+    }
+    sync_warp();
+
+    const int oldest = window > 0 && length > window ? length - window : 0;  // token
+    const int first_page = oldest / PAGE, num_pages = (length + PAGE - 1) / PAGE, last_page = num_pages - 1;
+    const int begin = first_page > mine ? (first_page - mine + STRIDE - 1) / STRIDE : 0;
+    const int end = num_pages > mine ? (num_pages - mine + STRIDE - 1) / STRIDE : 0;
+    if (begin > 0) known = begin, known_block = look_up(begin);
+    auto fetch = [&](int stage) {  // the page of the lane that does it
+        const uint32_t barrier = full + 8 * stage, to = ring + stage * STAGE_BYTES;
+        const int row = (known_block * kv_heads + kv_head) * PAGE;
+        barrier_expect(barrier, STAGE_BYTES);
+#pragma unroll
+        for (int i = 0; i < BOXES; i++) copy_box(to + i * BOX_BYTES, &key_map, i * 64, row, barrier, READ_ONCE);
+#pragma unroll
+        for (int i = 0; i < BOXES; i++)
+            copy_box(to + PAGE_BYTES + i * BOX_BYTES, &value_map, i * 64, row, barrier, READ_ONCE);
+    };
+    if (lane < STAGES && begin + lane < end) fetch(lane);
+    int later_block = begin + 32 < end ? look_up(begin + 32) : 0;
+    release_successor();  // it reads nothing of ours before it has waited
+    if (SPLITS > 1) cluster_arrive();
+
+    // whoever rotates a piece of some head does so of all its heads
+    const int piece = thread % LANES, position = length > 0 ? length - 1 : 0;
+    const bool is_piece = piece < PIECES, rotates = cosines != nullptr;
+    float left_cos[8], right_cos[8], left_sin[8], right_sin[8];
+    if (rotates && is_piece) {
+        const size_t at = size_t(position) * DIM + piece * 8;
+        load_floats(left_cos, cosines + at), load_floats(right_cos, cosines + at + DIM / 2);
+        load_floats(left_sin, sines + at), load_floats(right_sin, sines + at + DIM / 2);
+    }
+    const bool is_owner = length > 0 && last_page % SPLITS == split;  // of the page of the new token
+    const int fresh_row = position % PAGE, fresh_block = is_owner ? table[last_page] : 0;
+    for (int i = thread; i < (HEADS - GROUP) * (Q_BYTES / 16); i += THREADS)
+        *reinterpret_cast<uint4*>(shared + Q + GROUP * Q_BYTES + i * 16) = make_uint4(0, 0, 0, 0);
+
+    await_predecessor();
+    const int num_rows = is_owner ? GROUP + 2 : GROUP;  // q's heads, k, v
+    for (int first = 0; first < num_rows; first += ROWS_AT_ONCE) {
+        const int row = first + thread / LANES;
+        const bool is_wanted = is_piece && row < num_rows;
+        const int head = row < GROUP ? kv_head * GROUP + row : row * kv_heads + kv_head;
+        uint4 left = make_uint4(0, 0, 0, 0), right = left;
+        if (is_wanted) {
+            const char* from = qkv + (size_t(sequence) * (GROUP + 2) * kv_heads + head) * (2 * DIM) + piece * 16;
+            left = load_fresh16(from), right = load_fresh16(from + DIM);
+        }
+        if (NORMED) {
+            float a[8], b[8], sum = 0;
+            unpack(a, left), unpack(b, right);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum += a[i] * a[i] + b[i] * b[i];
+#pragma unroll
+            for (int mask = 1; mask < LANES; mask *= 2) sum += shuffle_xor(sum, mask);
+            if (is_wanted && row <= GROUP) {  // rounded before it is scaled, and behind
+                const char* norm = (row < GROUP ? q_norm : k_norm) + piece * 16;
+                const float factor = inverse_root(sum * (1.0f / DIM) + eps);
+                float weights[8];
+#pragma unroll
+                for (int i = 0; i < 8; i++) a[i] *= factor, b[i] *= factor;
+                unpack(a, pack(a)), unpack(b, pack(b));
+                unpack(weights, load_global16(norm));
+#pragma unroll
+                for (int i = 0; i < 8; i++) a[i] *= weights[i];
+                unpack(weights, load_global16(norm + DIM));
+#pragma unroll
+                for (int i = 0; i < 8; i++) b[i] *= weights[i];
+                left = pack(a), right = pack(b);
+            }
+        }
+        if (rotates && row <= GROUP && is_piece) {
+            float a[8], b[8], c[8], d[8];
+            unpack(a, left), unpack(b, right);
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                c[i] = a[i] * left_cos[i] + b[i] * left_sin[i], d[i] = b[i] * right_cos[i] + a[i] * right_sin[i];
+            left = pack(c), right = pack(d);
+        }
+        if (is_wanted) {
+            char* to = shared + (row < GROUP ? Q + row * Q_BYTES : FRESH + (row - GROUP) * 2 * DIM) + piece * 16;
+            *reinterpret_cast<uint4*>(to) = left, *reinterpret_cast<uint4*>(to + DIM) = right;
+            if (row >= GROUP) {
+                char* kept = (row == GROUP ? key_pages : value_pages) + piece * 16 +
+                             ((size_t(fresh_block) * kv_heads + kv_head) * PAGE + fresh_row) * (2 * DIM);
+                *reinterpret_cast<uint4*>(kept) = left, *reinterpret_cast<uint4*>(kept + DIM) = right;
+            }
+        }
+    }
+    sync_block();
+
+    const int g = lane >> 2, t = lane & 3;
+    uint32_t q[TILES][2 * STEPS];  // operand B: 8 heads, 16 dimensions a step
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 2 * STEPS; i++)
+            q[n][i] = *reinterpret_cast<const uint32_t*>(shared + Q + (n * 8 + g) * Q_BYTES + i * 16 + t * 4);
+    // where a lane's row of eight numbers lies within a box, for each 16 of its 64 dimensions: of K tokens are rows of the
+    // operand, of V its columns
+    uint32_t key_at[4], value_at[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = lane & 7, low = lane >> 3 & 1, high = lane >> 4;
+        key_at[i] = (row + 8 * low) * 128 + (((2 * i + high) ^ row) << 4);
+        value_at[i] = (row + 8 * high) * 128 + (((2 * i + low) ^ row) << 4);
+    }
+    float sum[TILES][STEPS][4] = {}, total[TILES][2] = {}, highest[TILES][2];
+#pragma unroll
+    for (int n = 0; n < TILES; n++) highest[n][0] = highest[n][1] = nothing;
+    const float factor = CAPPED ? scale * 2 * LOG2_E / softcap : scale * LOG2_E;
+
+    uint32_t stage = 0, phase = 0;
+    for (int k = begin; k < end; k++) {
+        const int page = mine + k * STRIDE, token = page * PAGE;
+        const uint32_t keys = ring + stage * STAGE_BYTES, values = keys + PAGE_BYTES;
+        barrier_wait(full + 8 * stage, phase);
+        if (page == last_page || token < oldest) {
+            // what lies behind the new token may be anything, weights of zero would not make it nothing
+            char* box = shared + RING + warp * WARP_BYTES + stage * STAGE_BYTES;
+            for (int i = lane; i < PAGE * (DIM / 8); i += 32) {
+                const int row = i / (DIM / 8), column = i % (DIM / 8);
+                char* to = box + (column >> 3) * BOX_BYTES + row * 128 + ((column ^ row) & 7) * 16;
+                if (page == last_page && row == fresh_row) {
+                    const char* from = shared + FRESH + column * 16;
+                    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+                    *reinterpret_cast<uint4*>(to + PAGE_BYTES) = *reinterpret_cast<const uint4*>(from + 2 * DIM);
+                } else if (token + row < oldest || token + row >= length)
+                    *reinterpret_cast<uint4*>(to + PAGE_BYTES) = make_uint4(0, 0, 0, 0);
+            }
+            fence_copies();
+            sync_warp();
+        }
+
+        float scores[TILES][2][4] = {};  // even and odd steps, so that no product waits for the one before it
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            uint32_t a[4];
+            load_matrices(a, keys + (i >> 2) * BOX_BYTES + key_at[i & 3]);
+#pragma unroll
+            for (int n = 0; n < TILES; n++) mma(scores[n][i & 1], a, q[n][2 * i], q[n][2 * i + 1]);
+        }
+        uint32_t weights[TILES][2];
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+            float s[4], shrink[2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int at = token + g + (i >> 1) * 8;
+                s[i] = (scores[n][0][i] + scores[n][1][i]) * factor;
+                if (CAPPED) s[i] = softcap * LOG2_E - 2 * softcap * LOG2_E / (power_of_2(s[i]) + 1);
+                s[i] = at >= oldest && at < length ? s[i] : nothing;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {  // the lane's two heads
+                const float now = fmaxf(highest[n][i], over_tokens(fmaxf(s[i], s[i + 2]), false));
+                shrink[i] = power_of_2(highest[n][i] - now), highest[n][i] = now;
+                s[i] = power_of_2(s[i] - now), s[i + 2] = power_of_2(s[i + 2] - now);
+                total[n][i] = total[n][i] * shrink[i] + s[i] + s[i + 2];
+            }
+#pragma unroll
+            for (int i = 0; i < STEPS; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) sum[n][i][j] *= shrink[j & 1];
+            weights[n][0] = transposed(to_pair(s[0], s[1])), weights[n][1] = transposed(to_pair(s[2], s[3]));
+        }
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            uint32_t a[4];
+            load_matrices_transposed(a, values + (i >> 2) * BOX_BYTES + value_at[i & 3]);
+#pragma unroll
+            for (int n = 0; n < TILES; n++) mma(sum[n][i], a, weights[n][0], weights[n][1]);
+        }
+
+        sync_warp();  // all have read the stage
+        if (k + STAGES < end) {
+            if (k + STAGES - known == 32) {
+                known += 32, known_block = later_block;
+                later_block = known + 32 < end ? look_up(known + 32) : 0;
+            }
+            if (lane == k + STAGES - known) fetch(stage);
+        }
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+
+    // what the warp has found: per head the highest score, sum of weights, sums of values
+    float2* states = reinterpret_cast<float2*>(shared + STATES);
+    float* found = reinterpret_cast<float*>(shared + RING + warp * WARP_BYTES);
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int head = n * 8 + 2 * t + i;
+            const float all = over_tokens(total[n][i], true);
+            if (g == 0) states[warp * HEADS + head] = make_float2(highest[n][i], all);
+            if (begin < end && head < GROUP)
+#pragma unroll
+                for (int j = 0; j < STEPS; j++)
+                    found[head * SUM_NUMBERS + j * 16 + g] = sum[n][j][i],
+                    found[head * SUM_NUMBERS + j * 16 + g + 8] = sum[n][j][i + 2];
+        }
+    sync_block();
+
+    // numbers of four dimensions of a head, of those of `count` that have seen a key
+    auto add = [&](int count, auto state, auto numbers, float& top, float& weight) {
+        float4 v = make_float4(0, 0, 0, 0);
+        top = LEAST, weight = 0;
+#pragma unroll
+        for (int i = 0; i < count; i++) top = fmaxf(top, state(i).x);
+#pragma unroll
+        for (int i = 0; i < count; i++) {
+            const float2 of = state(i);
+            if (of.x == nothing && of.y == 0) continue;  // but not what is broken: it has to show
+            const float4 u = numbers(i);
+            const float by = power_of_2(of.x - top);
+            weight += by * of.y;
+            v.x += by * u.x, v.y += by * u.y, v.z += by * u.z, v.w += by * u.w;
+        }
+        return v;
+    };
+    auto write = [&](int item, float4 v, float weight) {
+        const float by = weight > 0 ? 1 / weight : 1;  // a padded row without a token gets zeros
+        char* to = y + (size_t(sequence) * kv_heads + kv_head) * (GROUP * DIM * 2) + item * 8;
+        *reinterpret_cast<uint2*>(to) = {to_pair(v.x * by, v.y * by), to_pair(v.z * by, v.w * by)};
+    };
+    if (SPLITS > 1) cluster_wait();  // the others have begun: their memory may be written
+    for (int item = thread; item < GROUP * DIM / 4; item += THREADS) {
+        const int head = item / (DIM / 4), column = item % (DIM / 4) * 4;
+        float top, weight;
+        const float4 v = add(
+            WARPS, [&](int i) { return states[i * HEADS + head]; },
+            [&](int i) {
+                return *reinterpret_cast<const float4*>(shared + RING + i * WARP_BYTES + (head * SUM_NUMBERS + column) * 4);
+            },
+            top, weight);
+        if (SPLITS == 1) write(item, v, weight);
+        else {
+            const int to = item / SHARE;  // who adds it up
+            store_remote(here + PARTS + (split * SHARE + item % SHARE) * 16, to, v);
+            if (item % SHARE == 0 || column == 0)
+                store_remote(here + PART_STATES + (split * HEADS + head) * 16, to,
+                             make_float4(weight == 0 ? nothing : top, weight, 0, 0));
+        }
+    }
+    if (SPLITS == 1) return;
+    cluster_arrive();
+    cluster_wait();
+    for (int i = thread; i < SHARE && split * SHARE + i < GROUP * DIM / 4; i += THREADS) {
+        const int item = split * SHARE + i, head = item / (DIM / 4);
+        float top, weight;
+        const float4 v = add(
+            SPLITS, [&](int j) { return *reinterpret_cast<const float2*>(shared + PART_STATES + (j * HEADS + head) * 16); },
+            [&](int j) { return *reinterpret_cast<const float4*>(shared + PARTS + (j * SHARE + i) * 16); }, top, weight);
+        write(item, v, weight);
+    }
+}

@@ -1,0 +1,277 @@
+"""A decode's attention in one launch: the very CUDA kernel on a machine of fibers, and who is served how."""
+
+import ctypes
+import shutil
+from collections.abc import Iterator
+from ctypes import c_float, c_int
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from service.kernels import launch as launching
+from service.kernels.cuda import driver, maps
+from service.kernels.decode_attention import Settings, Shape, Variant, cuda, plan, refusal, serving
+from service.kernels.decode_attention.table import HEAD_DIMS, TABLE, row_for, rows_of, variant_of
+from service.kernels.paged_attention import plan_attention
+from tests.kernels.decodes import EPS, PAGE, decodes
+from tests.kernels.emulated import box, build, pointer
+
+STREAM = 77
+HALF, BRAIN = torch.float16, torch.bfloat16
+TOLERANCE = {HALF: 1e-3, BRAIN: 6e-3}  # relative RMS, as Triton's kernels have it
+PARAMETERS = (
+    "TensorMap* keys, TensorMap* values, const char* qkv, char* y, const float* cosines, const float* sines,"
+    " const char* q_norm, const char* k_norm, char* key_pages, char* value_pages, const int* tables,"
+    " const int* lengths, int width, int kv_heads, int window, float scale, float softcap, float eps"
+)
+ARGUMENTS = (
+    "*keys, *values, qkv, y, cosines, sines, q_norm, k_norm, key_pages, value_pages, tables, lengths, width,"
+    " kv_heads, window, scale, softcap, eps"
+)
+LAUNCH = f"emulate(grid, SPLITS, THREADS, [=] {{ decode_attention({ARGUMENTS}); }});"
+RUN = f"void run(int order, int grid, {PARAMETERS}) {{ emulated_order = order; {LAUNCH} }}"
+
+
+def shape(dim: int, group: int, kv_heads: int, dtype: torch.dtype, *, normed: bool = False) -> Shape:
+    return Shape(dim, group * kv_heads, kv_heads, dtype, dtype, normed)
+
+
+# (shape, settings, lengths, window, softcap, rotates)
+CASES = [
+    (shape(128, 4, 2, HALF), Settings(4, 2, 1), [640, 1, 16, 17, 0], 0, 0.0, True),
+    (shape(128, 4, 1, HALF), Settings(2, 3, 4), [257, 15, 1], 0, 0.0, True),
+    (shape(64, 3, 3, BRAIN), Settings(4, 2, 2), [100, 33], 40, 0.0, True),
+    (shape(64, 7, 1, HALF, normed=True), Settings(1, 2, 1), [1100, 32], 0, 0.0, True),  # tables read twice
+    (shape(80, 1, 2, HALF), Settings(2, 2, 2), [70, 16], 0, 5.0, True),
+    (shape(96, 8, 1, BRAIN, normed=True), Settings(2, 2, 8), [200, 0, 31], 16, 0.0, True),
+    (shape(256, 2, 1, BRAIN), Settings(2, 2, 2), [90], 33, 50.0, False),
+    (shape(128, 16, 1, HALF), Settings(2, 2, 4), [129, 48], 0, 0.0, True),
+    (shape(64, 1, 2, BRAIN), Settings(1, 2, 16), [1000], 700, 0.0, True),
+]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which compiles the kernel for the emulator")
+@pytest.mark.parametrize(("of", "settings", "lengths", "window", "softcap", "rotates"), CASES, ids=str)
+def test_it_computes_the_same_bits_in_whatever_order_blocks_come(
+    tmp_path: Path,
+    of: Shape,
+    settings: Settings,
+    lengths: list[int],
+    window: int,
+    softcap: float,
+    rotates: bool,
+) -> None:
+    torch.manual_seed(0)
+    of = replace(of, is_capped=softcap > 0)
+    variant = variant_of(of, settings)
+    library = build(variant.program, tmp_path, RUN)
+    found = []
+    for order in (0, 5):
+        torch.manual_seed(1)
+        given = decodes(of, lengths, window=window, softcap=softcap, rotates=rotates)
+        want, k, v = given.wanted()
+        before = given.keys.clone(), given.values.clone()
+        maps = [box(cache, (cache[..., 0].numel(), of.head_dim), PAGE, 64, swizzled=2) for cache in before]
+        for of_cache, cache in zip(maps, (given.keys, given.values), strict=True):
+            of_cache[0] = cache.data_ptr()
+        y = torch.full((len(lengths) + 1, of.num_heads, of.head_dim), float("nan"), dtype=of.dtype)
+        tensors = (
+            *maps, given.qkv, y, given.cos, given.sin, given.q_norm, given.k_norm, given.keys, given.values,
+            given.step.block_tables, given.step.lengths,
+        )  # fmt: skip
+        numbers = (given.step.block_tables.shape[1], of.num_kv_heads, window)
+        fractions = (given.scale, softcap, EPS)
+        library.run(
+            order,
+            len(lengths) * of.num_kv_heads * variant.splits,
+            *map(pointer, tensors),
+            *map(c_int, numbers),
+            *map(c_float, fractions),
+        )
+        assert torch.isnan(y[-1]).all()
+        got = y[:-1].double()
+        assert float((got - want).norm() / want.norm()) < TOLERANCE[of.dtype]
+        for row, length in enumerate(lengths):
+            assert length or not got[row].any(), "a padded row gets zeros"
+        blocks, offsets = given.places()
+        for cache, new, old in zip((given.keys, given.values), (k, v), before, strict=True):
+            for row, length in enumerate(lengths):
+                place = (blocks[row], slice(None), offsets[row])
+                if length:
+                    error = (cache[place].double() - new[row].double()).norm() / new[row].double().norm()
+                    assert error < TOLERANCE[of.dtype]
+                cache[place] = old[place]
+            assert torch.equal(cache.view(torch.int16), old.view(torch.int16)), "nothing else is written"
+        found.append(y[:-1])
+    assert torch.equal(*found)
+
+
+LLAMA = shape(128, 4, 8, HALF)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.kernels.decode_attention.table.IS_MEASURED", True)
+
+
+def test_until_it_is_measured_it_serves_nobody() -> None:
+    assert plan(LLAMA) == ()
+
+
+def test_whom_it_serves(measured: None) -> None:
+    assert plan(LLAMA)
+    assert "float32" in refusal(replace(LLAMA, dtype=torch.float32))
+    assert "int8" in refusal(replace(LLAMA, kv_dtype=torch.int8))
+    assert "48 dimensions" in refusal(replace(LLAMA, head_dim=48))
+    assert "32 query heads" in refusal(replace(LLAMA, num_heads=256))
+    assert plan(replace(LLAMA, kv_dtype=torch.int8)) == ()
+
+
+def test_few_sequences_are_shared_by_many_blocks(measured: None) -> None:
+    """And of models with few KV heads more of them."""
+    for kv_heads in (1, 2, 8, 32):
+        rows = plan(shape(128, 4, kv_heads, BRAIN))
+        ends = [row.max_sequences for row in rows]
+        assert ends[-1] is None
+        assert ends[:-1] == sorted({end for end in ends if end})
+        assert {row.variant.bf16 for row in rows} == {1}
+        splits = [row_for(rows, sequences).variant.splits for sequences in range(1, 300)]
+        assert splits == sorted(splits, reverse=True)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+def test_variants_fit_the_device(dim: int, group: int) -> None:
+    for row in rows_of(shape(dim, group, 1, HALF), TABLE):
+        assert row.variant.per_sm * (row.variant.shared_bytes + 1024) <= 228 << 10
+        assert row.variant.splits <= 16
+
+
+class Driver:
+    """Copies arguments when it is called, as the real one does."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[driver.Config, list[int], list[float]]] = []
+        self.maps: list[tuple[Any, ...]] = []
+
+    def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
+        addresses = (ctypes.c_void_p * 18).from_address(arguments)
+        pointers = [ctypes.c_void_p.from_address(at or 0).value or 0 for at in addresses[2:12]]
+        numbers: list[float] = [c_int.from_address(at or 0).value for at in addresses[12:15]]
+        numbers += [c_float.from_address(at or 0).value for at in addresses[15:]]
+        told = driver.Config.from_buffer_copy(driver.Config.from_address(config))
+        self.launches.append((told, pointers, numbers))
+        return 0
+
+    def encode(self, made: Any, dtype: int, dimensions: int, address: Any, *told: Any) -> int:
+        shape, strides, box_shape, *_ = told
+        self.maps.append((address.value, list(shape), list(strides), list(box_shape)))
+        return 0
+
+    def check(self, what: str, code: int) -> None:
+        assert code == 0
+
+
+class Kernel:
+    handle = ctypes.c_void_p(1)
+
+    def __init__(self, variant: Variant) -> None:
+        self.name, self.threads = variant.name, variant.threads
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, measured: None) -> Iterator[Driver]:
+    found = Driver()
+    monkeypatch.setattr(driver, "driver", lambda: found)
+    monkeypatch.setattr(cuda, "load", Kernel)
+    monkeypatch.setattr(maps, "_maps", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    cuda.call_of.cache_clear()
+    yield found
+    cuda.call_of.cache_clear()
+
+
+@pytest.mark.parametrize("dependent", [True, False])
+def test_what_a_call_tells(library: Driver, monkeypatch: pytest.MonkeyPatch, dependent: bool) -> None:
+    """One call serves all layers: maps and addresses are each layer's own."""
+    monkeypatch.setattr(launching, "DEPENDENT", dependent)
+    variant = row_for(plan(LLAMA), 2).variant
+    for given in (decodes(LLAMA, [40, 7]), decodes(LLAMA, [3, 90], rotates=False)):
+        maps_before = len(library.maps)
+        y = cuda.decode_attention(
+            variant, given.qkv, given.cos, given.sin, None, None, EPS, given.keys, given.values, given.step,
+            0.25, 33, 0.0,
+        )  # fmt: skip
+        told, pointers, numbers = library.launches[-1]
+        assert y.shape == (2, 32, 128)
+        assert told.grid_x == 2 * 8 * variant.splits
+        assert (told.block_x, told.shared_bytes) == (variant.threads, variant.shared_bytes)
+        assert (told.stream, told.num_attributes) == (STREAM, int(dependent))
+        tensors = (
+            given.qkv, y, given.cos, given.sin, None, None, given.keys, given.values,
+            given.step.block_tables, given.step.lengths,
+        )  # fmt: skip
+        assert pointers == [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        assert numbers == pytest.approx([given.step.block_tables.shape[1], 8, 33, 0.25, 0.0, EPS])
+        of_keys, of_values = library.maps[maps_before:]
+        rows = given.keys.shape[0] * 8 * PAGE
+        assert of_keys == (given.keys.data_ptr(), [128, rows], [256], [64, PAGE])
+        assert of_values == (given.values.data_ptr(), [128, rows], [256], [64, PAGE])
+
+
+@pytest.mark.parametrize(("splits", "is_wide"), [(8, False), (16, True)])
+def test_clusters_of_more_than_eight_blocks_are_allowed(
+    monkeypatch: pytest.MonkeyPatch, splits: int, is_wide: bool
+) -> None:
+    class Library:
+        def __init__(self) -> None:
+            self.asked: list[tuple[Any, ...]] = []
+
+        def use_context(self) -> None: ...
+
+        def call(self, name: str, *told: Any) -> None:
+            if name == "cuFuncSetAttribute":
+                self.asked.append(told[1:])
+
+    found = Library()
+    monkeypatch.setattr(driver, "driver", lambda: found)
+    monkeypatch.setattr(driver, "cubin", lambda program: b"")
+    variant = variant_of(LLAMA, Settings(4, 2, splits))
+    driver.kernel_of.cache_clear()
+    cuda.load(variant)
+    driver.kernel_of.cache_clear()
+    allowed = [(driver.WIDE_CLUSTERS, 1)] if is_wide else []
+    assert found.asked == [(driver.MAX_DYNAMIC_SHARED_BYTES, variant.shared_bytes), *allowed]
+
+
+def test_what_is_not_the_variant_s_is_not_launched(library: Driver) -> None:
+    """The kernel would read what is not there."""
+    given = decodes(LLAMA, [40, 7])
+    other = replace(LLAMA, num_heads=16)
+    variant = row_for(plan(other), 2).variant
+    with pytest.raises(AssertionError):
+        cuda.decode_attention(
+            variant, given.qkv, given.cos, given.sin, None, None, EPS, given.keys, given.values, given.step,
+            0.25, 0, 0.0,
+        )  # fmt: skip
+    assert not library.launches
+
+
+def test_steps_that_others_serve(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with prompts, deterministic ones, and all where there is no such GPU."""
+    tables = torch.zeros(2, 4, dtype=torch.int32)
+    steps = {
+        "decode": plan_attention(tables, [0, 1, 2], [5, 9], 2),
+        "prompt": plan_attention(tables, [0, 1, 9], [5, 9], 1),
+    }
+    assert serving(LLAMA, steps["decode"]) is None
+    monkeypatch.setattr("service.kernels.decode_attention.absence", lambda: "")
+    lengths: Any = SimpleNamespace(device=torch.device("cuda"))
+    there = {name: replace(step, lengths=lengths) for name, step in steps.items()}
+    assert serving(LLAMA, there["decode"]) == row_for(plan(LLAMA), 2).variant
+    assert serving(LLAMA, there["prompt"]) is None
+    assert serving(LLAMA, replace(there["decode"], deterministic=True)) is None
