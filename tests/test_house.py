@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "engine": BELOW | {"device", "kernels", "model", "precision", "quality", "quantize", "logs"},
     "kernel_bench": BELOW | {"device", "kernels", "model", "precision", "quantize"},
     "front": BELOW | {"energy", "metrics", "precision"},
+    "harness": BELOW | {"api", "front", "metrics"},
     "api": BELOW | {"front", "metrics"},
     "compare": BELOW | {"energy", "front", "metrics", "precision", "quality"},
     "__main__": {"cli", "errors"},

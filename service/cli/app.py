@@ -11,6 +11,7 @@ import typer
 from service import __version__
 from service.cli.flags import with_settings
 from service.config import load_settings
+from service.errors import SettingError
 
 app = typer.Typer(
     name="halftone",
@@ -148,17 +149,53 @@ def evaluate(
     greedy_tokens: Annotated[
         int, typer.Option(min=0, help="Most tokens of each greedy answer; 0: none are made.")
     ] = 64,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness, comma-separated, instead of texts: "
+            "`pip install 'halftone[tasks]'`."
+        ),
+    ] = "",
+    task_path: Annotated[str, typer.Option(help="With --tasks: folder with task YAMLs of your own.")] = "",
+    limit: Annotated[
+        int, typer.Option(min=0, help="With --tasks: documents of each task; 0: all.", show_default=False)
+    ] = 0,
+    fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --tasks: examples before each question. (default: the task's own)"),
+    ] = None,
+    through: Annotated[
+        Literal["engine", "http", "both"],
+        typer.Option(help="With --tasks: in process, by /v1/completions, or both, which have to agree."),
+    ] = "both",
     out: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
     **settings: Any,
 ) -> None:
-    """Perplexity of one precision, and its divergence from a reference."""
+    """Perplexity of one precision and its divergence from a reference, or its scores in tasks."""
     checked = load_settings(model=model, **settings)
     from service.cli.evaluate import Asked, evaluate
 
     asked = Asked(
         reference, text, protocol, windows or 0, window_tokens, decode_tokens, prompts, greedy_tokens
     )
-    evaluate(checked, asked, out)
+    of_tasks = (task_path, limit, fewshot, through) != ("", 0, None, "both")
+    if (tasks and asked != Asked()) or (of_tasks and not tasks):
+        raise SettingError(
+            "`--tasks` with --task-path, --limit, --fewshot, --through asks for tasks, the other options for "
+            "texts; both were given"
+            if tasks
+            else "--task-path, --limit, --fewshot, --through need `--tasks`",
+            hint="run the command once for each",
+        )
+    if not tasks:
+        evaluate(checked, asked, out)
+        return
+    from service.cli.tasks import evaluate_tasks
+    from service.harness.run import TaskRun
+
+    names = [name.strip() for name in tasks.split(",")]
+    run = TaskRun(tasks=names, include=task_path, limit=limit, num_fewshot=-1 if fewshot is None else fewshot)
+    evaluate_tasks(checked, run, through, out)
 
 
 @app.command()

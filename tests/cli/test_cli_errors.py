@@ -175,6 +175,21 @@ def test_out_that_exists(fails: Fails, tmp_path: Path) -> None:
     assert (code, "--out" in hint) == (4, True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--limit", "3"), "need `--tasks`"),
+        (("--through", "http"), "need `--tasks`"),
+        (("--tasks", "say", "--reference", "bf16"), "both were given"),
+        (("--tasks", "say", "--protocol", "gptq-2048"), "both were given"),
+    ],
+)
+def test_tasks_and_texts_are_asked_for_apart(fails: Fails, arguments: tuple[str, ...], words: str) -> None:
+    code, message, hint = fails("eval", "/nowhere", *arguments)
+    assert (code, words in message) == (2, True)
+    assert hint
+
+
 def test_a_mode_that_failed_is_a_failed_command(
     fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
