@@ -178,7 +178,7 @@ def levels(made: Made, repeats: int, *, is_reference: bool) -> list[Level]:
                 runs=runs,
                 figures=own,
                 ratios=ratios,
-                itl_curve_s=[0.008 + 0.0004 * n for n in range(51)],
+                itl_curve_s=[(0.008 + 0.0004 * n) / speed_at(made, 8) for n in range(51)],
             )
         )
     return found

@@ -82,7 +82,7 @@ def columns(report: Report, latencies: Sequence[tuple[str, str]] = MAIN_LATENCIE
         speed_column("energy", "J per output token", "joules_per_output_token", wide, PLAIN),
         Column("KL", "nats/token", "quality", lambda row: divergence_cell(report, row)),
         Column("perplexity", "", "quality", lambda row: perplexity_cell(report, row)),
-        Column("same top-1", "% of tokens", "quality", lambda row: top1_cell(report, row)),
+        Column("same top‑1", "% of tokens", "quality", lambda row: top1_cell(report, row)),
         Column("load", "s", "start", load_cell),
     ]
     return [column for column in found if any(column.cell(row).is_known for row in report.rows)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
+from service.compare.figures import Interval
 from service.compare.forms.svg import (
     CHARACTER,
     FONT,
@@ -27,10 +28,12 @@ from service.compare.forms.svg import (
     ticks,
     width_of,
 )
+from service.compare.forms.words import Unit
 
 HEIGHT = 270
 LEFT, TOP, BOTTOM = 46, 26, 40
 LABEL_HEIGHT = 14
+WIDEST = 2.5  # times the estimate: as far as an interval may widen an axis
 MARGIN = 1.06  # of an axis beyond its highest value
 
 
@@ -40,6 +43,16 @@ class Point:
     y: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, x: float, interval: Interval, unit: Unit) -> "Point":
+        """One repeat has no ends: they are the estimate."""
+        low, high = interval.low, interval.high
+        y, lowest, highest = (
+            (interval.estimate if end is None else end) / unit.divisor
+            for end in (interval.estimate, low, high)
+        )
+        return cls(x, y, lowest, highest)
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,28 @@ def apart(wanted: Sequence[float], low: float, high: float, gap: float = LABEL_H
     return placed
 
 
+def stroke(mark: Mark, path: str) -> str:
+    return tag("polyline", points=path, class_=f"curve {mark.colour}", stroke_dasharray=mark.dash)
+
+
+def upward(every: Sequence[Point], others: Sequence[float], *, log_y: bool) -> tuple[Scale, list[float]]:
+    """The vertical scale and its ticks.
+
+    An interval of two repeats may be as wide as it likes: ends that would press the curves flat are cut off.
+    """
+    values = [point.y for point in every] + list(others)
+    bottom, positive = HEIGHT - BOTTOM, [value for value in values if value > 0]
+    highest = max([min(point.high, WIDEST * point.y) for point in every] + values)
+    if log_y and positive:
+        lows = [max(point.low, point.y / WIDEST) for point in every if point.y > 0]
+        lowest = min(positive + lows)
+        scale, marks = logarithmic(lowest / MARGIN, highest * MARGIN, bottom, TOP), log_ticks(lowest, highest)
+    else:
+        lowest = 0.0
+        scale, marks = linear(0, (highest or 1.0) * MARGIN, bottom, TOP), ticks(0, highest)
+    return lambda value: max(scale(max(value, lowest)), TOP), marks
+
+
 def curves(
     series: Sequence[Curve],
     x_words: str,
@@ -132,17 +167,7 @@ def curves(
     right = WIDTH - 12 - width_of([one.mark.name for one in series])
     bottom, xs = HEIGHT - BOTTOM, sorted({point.x for point in every})
     across = (logarithmic if log_x else linear)(xs[0], xs[-1], LEFT + 8, right - 8)
-    highest = max([point.high for point in every] + [level.y for level in levels])
-    if log_y:
-        lowest = min([point.low for point in every if point.low > 0] + [level.y for level in levels])
-        scale_up = logarithmic(lowest / MARGIN, highest * MARGIN, bottom, TOP)
-        marks = log_ticks(lowest, highest)
-    else:
-        scale_up, marks = linear(0, highest * MARGIN, bottom, TOP), ticks(0, highest)
-
-    def up(value: float) -> float:
-        return scale_up(max(value, lowest)) if log_y else scale_up(value)
-
+    up, marks = upward(every, [level.y for level in levels], log_y=log_y)
     body = y_axis(up, marks, right, y_words)
     body += x_axis(across, xs if len(xs) <= 8 else ticks(xs[0], xs[-1]), (LEFT + right) / 2, x_words)
     for n, level in enumerate(levels):
@@ -158,9 +183,7 @@ def curves(
         body.append(tag("polygon", points=points(band), class_=f"band {one.mark.colour}"))
     for one in series:
         path = points([(across(p.x), up(p.y)) for p in one.points])
-        body.append(
-            tag("polyline", points=path, class_=f"curve {one.mark.colour}", stroke_dasharray=one.mark.dash)
-        )
+        body.append(stroke(one.mark, path))
         for p in one.points:
             x = across(p.x)
             told = f"{one.mark.name}: {number(p.y)} [{number(p.low)}, {number(p.high)}] at {number(p.x)}"
@@ -207,6 +230,21 @@ def height_at(drawn: Sequence[tuple[float, float]], x: float) -> float:
         if x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return drawn[-1][1]
+
+
+def shares(series: Sequence[Curve], x_words: str, label: str) -> str:
+    """Of each mode the share (y, percent) of values up to x > 0; without marks, for there are many points."""
+    xs = sorted(point.x for one in series for point in one.points)
+    right, bottom = WIDTH - 12 - width_of([one.mark.name for one in series]), HEIGHT - BOTTOM
+    across, up = logarithmic(xs[0], xs[-1], LEFT + 8, right - 8), linear(0, 100, bottom, TOP)
+    body = y_axis(up, [0, 25, 50, 75, 95], right, "% of all, up to")
+    body += x_axis(across, log_ticks(xs[0], xs[-1]), (LEFT + right) / 2, x_words)
+    ends = apart([up(50 + 5 * n) for n in range(len(series))], TOP, bottom)
+    for one, y in zip(series, ends, strict=True):
+        path = points([(across(point.x), up(point.y)) for point in one.points])
+        body.append(stroke(one.mark, path))
+        body += [one.mark.drawn(right + 2, y), one.mark.beside(right + 10, y + 4)]
+    return figure(label, body, HEIGHT)
 
 
 def front(dots: Sequence[Dot], x_words: str, y_words: str, label: str) -> str:

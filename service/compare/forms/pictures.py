@@ -4,35 +4,26 @@ page --Report--> pictures() --figures--> curves, rows
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from service import ledger
 from service.compare.figures import Interval, effect
-from service.compare.forms.curves import Curve, Dot, Event, Level, Point, curves, front
+from service.compare.forms.curves import Dot, Point, front
+from service.compare.forms.load_pictures import load_pictures
 from service.compare.forms.notes import level_words
-from service.compare.forms.rows import Bar, Difference, Ladder, Stack, bars, intervals, ladders, stacks
-from service.compare.forms.svg import Mark
+from service.compare.forms.rows import Bar, Difference, Stack, bars, intervals, stacks
+from service.compare.forms.svg import Mark, Picture
 from service.compare.forms.words import (
-    MILLISECONDS,
     PLAIN,
-    Unit,
     amount,
     estimated,
     percent_of,
     signed,
     size_unit,
 )
-from service.compare.report import Memory, Report, Row, Slo
+from service.compare.report import Memory, Report, Row
 
 KV_CACHE, BEYOND, SMALL = "KV cache", "else, at the peak", "smaller parts"
 SMALLEST_PART = 0.012  # of the longest stack
-
-
-@dataclass(frozen=True)
-class Picture:
-    title: str
-    svg: str
-    caption: str
 
 
 def marks(report: Report) -> dict[str, Mark]:
@@ -42,17 +33,10 @@ def marks(report: Report) -> dict[str, Mark]:
 
 def pictures(report: Report) -> dict[str, list[Picture]]:
     """Section of the page -> its drawings."""
-    drawn, slo = marks(report), report.workload.slo or Slo()
+    drawn = marks(report)
     sections: dict[str, list[Picture | None]] = {
         "differences": [difference(report, drawn, *what) for what in differences(report)],
-        "load": [
-            throughput(report, drawn),
-            latency_by_rate(report, drawn, "ttft", slo.ttft_s),
-            latency_by_rate(report, drawn, "itl", slo.itl_s),
-            goodput(report, drawn),
-            percentiles(report, drawn, "ttft"),
-            percentiles(report, drawn, "itl"),
-        ],
+        "load": [*load_pictures(report, drawn)],
         "quality": [quality_front(report, drawn), perplexities(report, drawn)],
         "memory": [memory(report, drawn), bought(report, drawn)],
         "costs": [energy(report, drawn), start(report, drawn)],
@@ -99,127 +83,6 @@ def of_ratio(mark: Mark, figure: str, ratio: Interval) -> Difference:
     low = middle if ratio.low is None else percent_of(ratio.low)
     high = middle if ratio.high is None else percent_of(ratio.high)
     return Difference(mark, middle, low, high, f"{signed(middle)} %", effect(figure, ratio))
-
-
-def point(x: float, interval: Interval, unit: Unit) -> Point:
-    middle = interval.estimate / unit.divisor
-    low = middle if interval.low is None else interval.low / unit.divisor
-    high = middle if interval.high is None else interval.high / unit.divisor
-    return Point(x, middle, low, high)
-
-
-def by_load(
-    report: Report, drawn: dict[str, Mark], figure: str, unit: Unit, *, is_closed: bool
-) -> list[Curve]:
-    """A figure of every mode over its closed levels by streams, or its open ones by rate."""
-    found = []
-    for row in report.rows:
-        points = [
-            point(level.concurrency or level.rate_per_s, interval, unit)
-            for level in row.levels
-            if level.is_closed is is_closed and (interval := getattr(level.figures, figure)) is not None
-        ]
-        if points:
-            found.append(Curve(drawn[row.name], sorted(points, key=lambda point: point.x)))
-    return found
-
-
-def throughput(report: Report, drawn: dict[str, Mark]) -> Picture | None:
-    series = by_load(report, drawn, "output_tokens_per_s", PLAIN, is_closed=True)
-    if not series:
-        return None
-    events = []
-    for row in report.rows:
-        found = row.crossover
-        if found and found.streams is not None:
-            low, high = found.low_streams or found.streams, found.high_streams or found.streams
-            events.append(
-                Event(
-                    drawn[row.name],
-                    found.streams,
-                    low,
-                    high,
-                    f"{row.name} {found.kind} at about {found.streams:.0f} streams",
-                )
-            )
-    svg = curves(
-        series,
-        "streams at once (each waits for its answer)",
-        "output tokens/s",
-        "Tokens per second by streams",
-        log_x=True,
-        events=events,
-    )
-    caption = "Higher is better. Bands are intervals."
-    if events:
-        caption += (
-            f" A ring is where a mode and {report.reference} change places; its bar, between which levels."
-        )
-    return Picture("Tokens/s as streams are added", svg, caption)
-
-
-def latency_by_rate(
-    report: Report, drawn: dict[str, Mark], name: str, limit_s: float | None
-) -> Picture | None:
-    series = by_load(report, drawn, f"{name}_p95_s", MILLISECONDS, is_closed=False)
-    if not series:
-        return None
-    limits = [Level(1e3 * limit_s, f"SLO: {1e3 * limit_s:g} ms")] if limit_s else []
-    events = [
-        Event(
-            drawn[row.name],
-            row.knee.rate_per_s,
-            row.knee.low_rate_per_s,
-            row.knee.high_rate_per_s,
-            knee_words(row),
-        )
-        for row in report.rows
-        if name == "ttft" and row.knee and row.knee.rate_per_s and not row.knee.is_beyond
-    ]
-    title = {"ttft": "Time to first token", "itl": "Time between tokens"}[name]
-    svg = curves(
-        series,
-        "requests/s (Poisson arrivals)",
-        "p95, ms (logarithmic)",
-        f"{title} by rate",
-        log_y=True,
-        levels=limits,
-        events=events,
-    )
-    caption = "Lower is better; timed from when a request was due, not from when it was sent."
-    if events:
-        caption += " The knee is the highest rate at which p95 stays within twice the unloaded one."
-    return Picture(f"{title}, p95, as requests come faster", svg, caption)
-
-
-def knee_words(row: Row) -> str:
-    assert row.knee is not None
-    return f"knee of {row.name}: {row.knee.rate_per_s:g} requests/s"
-
-
-def goodput(report: Report, drawn: dict[str, Mark]) -> Picture | None:
-    series = by_load(report, drawn, "goodput_per_s", PLAIN, is_closed=False)
-    if not series or report.workload.slo is None:
-        return None
-    svg = curves(series, "requests/s that came", "requests/s that met the SLO", "Goodput by rate")
-    return Picture("Goodput", svg, f"Higher is better. SLO: {report.workload.slo.said}.")
-
-
-def percentiles(report: Report, drawn: dict[str, Mark], name: str) -> Picture | None:
-    level = report.workload.latency_level
-    found = []
-    for row in report.rows:
-        values = [row.figure(f"{name}_{percent}_s", level) for percent in ("p50", "p95", "p99")]
-        known = [1e3 * value.estimate for value in values if value is not None]
-        if len(known) == len(values):
-            found.append(Ladder(drawn[row.name], *known))
-    if not found:
-        return None
-    title = {"ttft": "Time to first token", "itl": "Time between tokens"}[name]
-    svg = ladders(found, "ms (logarithmic)", f"{title}: percentiles")
-    return Picture(
-        f"{title}: p50, p95, p99", svg, f"{level_words(report, level)}. Bar: p50; filled: p95; hollow: p99."
-    )
 
 
 def quality_front(report: Report, drawn: dict[str, Mark]) -> Picture | None:
@@ -341,7 +204,7 @@ def barred(
     for row in report.rows:
         interval = find(row)
         if interval is not None:
-            at = point(0, interval, PLAIN)
+            at = Point.of(0, interval, PLAIN)
             found.append(Bar(drawn[row.name], at.y, at.low, at.high, f"{estimated(interval)} {unit}"))
     return found
 

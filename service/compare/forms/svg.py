@@ -97,13 +97,22 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """1, 2, 5 times powers of ten within [low, high]; powers alone where those are more than `count`."""
+    """Round multiples of powers of ten within [low, high], the densest set of at most `count`."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 2, 5), (1, 3), (1,)):
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
         found = [m * 10.0**p for p in powers for m in steps if low * 0.999 <= m * 10.0**p <= high * 1.001]
         if len(found) <= count:
             return found
     return found[:: math.ceil(len(found) / count)]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing with what is said above and below it."""
+
+    title: str
+    svg: str
+    caption: str
 
 
 @dataclass(frozen=True)

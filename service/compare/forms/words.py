@@ -89,6 +89,8 @@ def ends(ratio: Interval | None) -> str:
 
 def exact_change(value: float, base: float) -> str:
     """Of counted bytes, which have no noise."""
+    if value == base:
+        return "same"
     return f"{signed(percent_of(value / base))} %" if base else ""
 
 

@@ -137,3 +137,21 @@ def test_a_bar_is_as_long_as_its_value() -> None:
         2 * attribute(svg, "width", "fill s1")[0], abs=0.2
     )
     assert svg.count('class="error"') == 1
+
+
+def test_an_interval_as_wide_as_chance_leaves_the_curves_readable() -> None:
+    """Two repeats multiply their error by 12.7: one such interval pressed every curve flat."""
+    wide = Curve(BF16, [Point(1, 100, 0, 1400), Point(2, 200, 100, 300)])
+    for log_y in (False, True):
+        svg = curves([wide], "x", "y", "label", log_y=log_y)
+        (path,) = re.findall(r'points="([^"]*)" class="curve s0"', svg)
+        first, last = (float(pair.split(",")[1]) for pair in path.split())
+        assert first - last > 20
+        assert min(attribute(svg, "y1", "whisker s0") + attribute(svg, "y2", "whisker s0")) >= 26
+
+
+def test_curves_of_nothing_but_zero_are_drawn() -> None:
+    """A log axis has no place for it, and goodput beyond the knee is 0."""
+    nothing = Curve(BF16, [Point(1, 0, 0, 0), Point(2, 0, 0, 0)])
+    for log_y in (False, True):
+        assert "nan" not in curves([nothing], "x", "y", "label", log_y=log_y)
