@@ -86,8 +86,7 @@ class Call:
     def __init__(self, weight: Weight, parts: Parts, variant: Variant, workspace: Workspace) -> None:
         out_features, in_features = weight.out_features, weight.in_features
         self.box_rows = variant.tile if isinstance(variant, Tile) else 0
-        self.shared_bytes = variant.shared_bytes_for(0, in_features)
-        self.row_bytes = variant.shared_bytes_for(1, in_features) - self.shared_bytes
+        self.variant, self.in_features = variant, in_features
         nested = weight.nested
         absent = c_void_p(0)
         scales = _pointer(weight.scales)
@@ -114,7 +113,8 @@ class Call:
         if self.box_rows:
             self.launch.replace(0, rows_map(x, self.box_rows))
         stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-        self.launch(self.num_blocks, self.shared_bytes + num_rows * self.row_bytes, stream)
+        shared_bytes = self.variant.shared_bytes_for(num_rows, self.in_features)
+        self.launch(self.num_blocks, shared_bytes, stream)
 
 
 class Bound:

@@ -13,6 +13,7 @@ from service.kernels.w4_linear.layout import Kind
 
 FOLDER = Path(__file__).parent
 SHARED_BYTES = 228 << 10  # of a multiprocessor
+SHARED_STEP = 128
 SYSTEM_BYTES = 1 << 10  # of each block's, which are not its own
 NOT_DEFINED = ("kind", "each")  # fields that no kernel is compiled for
 
@@ -89,7 +90,9 @@ class Few(Variant):
         return rounded_up(table + self.warps * self.stages * chunk, 128) - 1024
 
     def shared_bytes_for(self, num_rows: int, in_features: int) -> int:
-        return self.shared_bytes + num_rows * self.row_bytes(in_features)
+        """More than it uses, where one more block would fit: multiprocessors left without one wait for it."""
+        used = self.shared_bytes + num_rows * self.row_bytes(in_features)
+        return max(used, most_shared_bytes(self.each + 1) + SHARED_STEP)
 
     def row_bytes(self, in_features: int) -> int:
         """A row of activations, and twice its sums of each warp."""
