@@ -203,7 +203,7 @@ def test_the_command_prints_what_is_worse_and_fails(tmp_path: Path) -> None:
         diff(*paths, 0.02, console)
     assert error.value.exit_code == 1
     text = console.export_text()
-    assert "Worse beyond noise: nf4, tokens/s, 64 streams: 1,344 → 1,210, −10 % (−11 to −8.8)" in text
+    assert "Worse beyond noise: nf4, tokens/s, 64 streams: 1,344 → 1,210, −10 % ✗ (−11 to −8.8)" in text
     assert "~ +0.0 %" in text
     console = Console(file=io.StringIO(), width=120)
     diff(paths[0], paths[0], 0.02, console)

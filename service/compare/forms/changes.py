@@ -14,6 +14,7 @@ from service.compare.forms.tables import MODES_A_TABLE, STYLES
 from service.compare.forms.words import (
     MILLISECONDS,
     PLAIN,
+    SIGNS,
     UNTOLD,
     Unit,
     measured,
@@ -85,7 +86,7 @@ def values(change: Change) -> str:
 
 def percent(change: Change) -> str:
     said = f"{signed(percent_of(change.ratio))} %"
-    return f"{UNTOLD} {said}" if change.effect == "undecided" else said
+    return f"{UNTOLD} {said}" if change.effect == "undecided" else said + SIGNS[change.effect]
 
 
 def ends(change: Change) -> str:

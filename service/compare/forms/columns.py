@@ -14,6 +14,7 @@ from service.compare.forms.words import (
     NO_VERDICT,
     NOTHING,
     PLAIN,
+    SIGNS,
     Unit,
     amount,
     change,
@@ -39,13 +40,18 @@ class Cell:
     effect: Effect = ""
 
     @property
+    def judged(self) -> str:
+        """`+31 % ✓`."""
+        return self.change + SIGNS.get(self.effect, "")
+
+    @property
     def is_known(self) -> bool:
         return self.value != NOTHING
 
     @property
     def against(self) -> str:
-        """`+31 % (+28 to +34)`."""
-        return f"{self.change} ({self.ends})" if self.ends else self.change
+        """`+31 % ✓ (+28 to +34)`."""
+        return f"{self.judged} ({self.ends})" if self.ends else self.judged
 
 
 @dataclass(frozen=True)

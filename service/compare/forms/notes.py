@@ -45,7 +45,7 @@ def explanations(report: Report) -> list[str]:
     work = report.workload
     said = [
         f"Changes are against {report.reference}, with their interval at {100 * report.confidence:g} %; "
-        "~ cannot be told from none.",
+        "✓ better and ✗ worse are established, ~ cannot be told from none.",
         f"tokens/s and energy: {level_words(report, work.throughput_level)}. Latencies"
         f"{' and goodput' if work.slo else ''}: {level_words(report, work.latency_level)}, Poisson arrivals, "
         f"timed from when each request was due ({work.rate_rule}).",

@@ -14,6 +14,7 @@ from service.compare.forms.rows import Bar, Difference, Stack, bars, intervals, 
 from service.compare.forms.svg import Mark, Picture
 from service.compare.forms.words import (
     PLAIN,
+    SIGNS,
     amount,
     estimated,
     percent_of,
@@ -82,7 +83,8 @@ def of_ratio(mark: Mark, figure: str, ratio: Interval) -> Difference:
     middle = percent_of(ratio.estimate)
     low = middle if ratio.low is None else percent_of(ratio.low)
     high = middle if ratio.high is None else percent_of(ratio.high)
-    return Difference(mark, middle, low, high, f"{signed(middle)} %", effect(figure, ratio))
+    found = effect(figure, ratio)
+    return Difference(mark, middle, low, high, f"{signed(middle)} %{SIGNS.get(found, '')}", found)
 
 
 def quality_front(report: Report, drawn: dict[str, Mark]) -> Picture | None:

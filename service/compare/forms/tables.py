@@ -64,7 +64,7 @@ def in_colour(cell: Cell) -> str:
     if not cell.change:
         return cell.value
     style = STYLES[cell.effect]
-    said = f"[{style}]{cell.change}[/{style}]" if style else cell.change
+    said = f"[{style}]{cell.judged}[/{style}]" if style else cell.judged
     return f"{cell.value}\n{said}" + (f"\n[dim]{cell.ends}[/dim]" if cell.ends else "")
 
 

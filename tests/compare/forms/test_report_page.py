@@ -159,15 +159,15 @@ def test_a_stranger_reads_the_answer_first() -> None:
         *VERDICT.sureness,
     ):
         assert said in top
-    assert "tokens/s 1,973 bf16: 1,430 +38 % +34 to +42" in top
-    assert "weights GB 9.08 bf16: 16.1 −43 %" in top
+    assert "tokens/s 1,973 bf16: 1,430 +38 % ✓ +34 to +42" in top
+    assert "weights GB 9.08 bf16: 16.1 −43 % ✓" in top
     assert "KL nats/token 0.0042" in top
 
 
 def test_a_change_within_its_interval_is_told_apart_from_an_established_one() -> None:
     page = render_page(made_up())
-    assert '<small class="better">+38 %</small><small class="ends">+34 to +42</small>' in page
-    assert '<small class="worse">−6.0 %</small>' in page
+    assert '<small class="better">+38 % ✓</small><small class="ends">+34 to +42</small>' in page
+    assert '<small class="worse">−6.0 % ✗</small>' in page
     assert '<small class="undecided">~ +0.2 %</small><small class="ends">−0.2 to +0.6</small>' in page
 
 

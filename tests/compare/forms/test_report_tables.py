@@ -38,7 +38,7 @@ def test_markdown_has_a_cell_for_every_column(three: Report) -> None:
     lines = [line.replace("\\|", "") for line in markdown(three).splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {14, 13}
     assert len(lines) == 2 * (2 + 5)
-    assert "| nf4 | 5.69 −65 % | 10.2 −50 % | 1,344 −6.0 % (−8.8 to −3.2) |" in markdown(three)
+    assert "| nf4 | 5.69 −65 % ✓ | 10.2 −50 % ✓ | 1,344 −6.0 % ✗ (−8.8 to −3.2) |" in markdown(three)
     assert "| fp32 | does not fit | does not fit |" in markdown(three)
 
 
