@@ -163,6 +163,13 @@ class DeviceReader:
             self._pieces.extend(pieces)
         self._changed.notify_all()
 
+    def _bring_ahead(self, name: str) -> None:
+        """Under the lock: admit it if the device has room; whoever asks for it will else be told."""
+        try:
+            self._admit(name)
+        except torch.OutOfMemoryError:
+            self._coming.appendleft(name)
+
     def _next_piece(self) -> Piece | None:
         """Waits for work; None when there will be none."""
         with self._changed:
@@ -170,7 +177,7 @@ class DeviceReader:
                 if not self._pieces and self._coming:
                     size = self._tensors[self._coming[0]].num_bytes
                     if not self._held_bytes or self._held_bytes + size <= self._ahead_bytes:
-                        self._admit(self._coming.popleft())
+                        self._bring_ahead(self._coming.popleft())
                 if self._pieces:
                     return self._pieces.popleft()
                 self._changed.wait()

@@ -96,3 +96,25 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"`model.layers.0.w` in `c.safetensors` cannot be read: ends"):
         reader.read("model.layers.0.w")
     reader.close()
+
+
+def test_a_full_device_gets_what_is_asked_for_and_nothing_ahead(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    found: dict[str, device_reader.Place],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The threads ended without a word when they found no room ahead, and the model waited for ever."""
+    admit = DeviceReader._admit
+
+    def without_room(self: DeviceReader, name: str, *, urgent: bool = False) -> None:
+        if not urgent:
+            raise torch.OutOfMemoryError
+        admit(self, name, urgent=True)
+
+    monkeypatch.setattr(DeviceReader, "_admit", without_room)
+    reader = DeviceReader(folder, found, CPU, num_threads=2)
+    for name in building_order(tensors):
+        assert torch.equal(reader.read(name), tensors[name])
+    assert all(thread.is_alive() for thread in reader._threads)
+    reader.close()
