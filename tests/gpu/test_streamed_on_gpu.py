@@ -1,4 +1,4 @@
-"""A reference for which the device has no room, streamed through a layer at a time. `pytest -m gpu`, by hand."""
+"""A reference for which the device has no room, streamed through it by layers. `pytest -m gpu`, by hand."""
 
 import gc
 from collections.abc import Iterator
