@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from service.compare.forms.page import render_page
-from service.compare.report import Apart, Report, Verdict
+from service.compare.report import Apart, Mode, Report, Verdict
 from tests.compare.made_up import GRID, MODES, TEN, VERDICT, Made, failed, made_up, row, too_large
 
 HOSTILE = "<script>alert(1)</script>\"'&<b>"
@@ -56,6 +56,26 @@ def hostile(report: Report) -> Report:
     )
 
 
+def large_reference(report: Report) -> Report:
+    """What a user who needs 4 bits most has: quality against 16 bits, and no speed of them."""
+    rows = [
+        replace(
+            one, levels=[replace(level, ratios=None) for level in one.levels], crossover=None, purchase=None
+        )
+        for one in report.rows[1:]
+    ]
+    return replace(report, rows=[too_large("bf16"), *rows], null=None)
+
+
+def another_server(report: Report) -> Report:
+    """Its speed is known, and nothing of its bytes and quality."""
+    mode = Mode(name="vllm", precision="", server="http://127.0.0.1:8001")
+    other = replace(
+        report.rows[1], mode=mode, memory=None, quality=None, loading=None, purchase=None, kernels={}
+    )
+    return replace(report, rows=[*report.rows, other])
+
+
 def replace_name(made: Made) -> Made:
     return Made(f"{made.name}{HOSTILE}", made.gigabytes, made.speed_alone, made.speed_crowded, made.kl)
 
@@ -72,6 +92,8 @@ KINDS: dict[str, Callable[[], Report]] = {
     "nothing measured": lambda: made_up(
         rows=[failed("bf16", "no memory")], null=None, verdict=None, complete=False
     ),
+    "a reference that does not fit": lambda: large_reference(made_up()),
+    "another server": lambda: another_server(made_up()),
     "hostile names": lambda: hostile(made_up()),
 }
 
@@ -204,6 +226,12 @@ def test_a_mode_that_does_not_fit_keeps_its_quality() -> None:
     words = Reader(f"<table><tr><th><span>{cells[0]}</table>").words
     assert "does not fit: needs 16.1 GB, has 12.0 GB" in words
     assert "7.420" in words
+
+
+def test_what_another_server_does_not_tell_is_left_open() -> None:
+    words = read(another_server(made_up())).words
+    row = words[words.index(" vllm – – 1,158 −19 % ✗") :]
+    assert row.index("– – –") < row.index("noise")
 
 
 def test_random_weights_get_no_verdict_on_quality() -> None:
