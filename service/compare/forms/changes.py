@@ -28,6 +28,8 @@ NAMES = {
     "goodput_per_s": "goodput, requests/s",
     "joules_per_output_token": "J per output token",
     "load_s": "load, s",
+    "weight_bytes": "weights",
+    "peak_bytes": "peak",
     "kl": "KL, nats/token",
 }
 
@@ -81,10 +83,13 @@ def cell(change: Change) -> str:
 
 def values(change: Change) -> str:
     unit = unit_of(change)
-    return f"{measured(change.before, unit)} → {measured(change.after, unit)}"
+    name = f" {unit.name}" if change.figure.endswith("_bytes") else ""
+    return f"{measured(change.before, unit)} → {measured(change.after, unit)}{name}"
 
 
 def percent(change: Change) -> str:
+    if change.before == change.after and change.interval is None:
+        return "same"
     said = f"{signed(percent_of(change.ratio))} %"
     return f"{UNTOLD} {said}" if change.effect == "undecided" else said + SIGNS[change.effect]
 
@@ -110,7 +115,7 @@ def title(figure: str, where: str) -> str:
     if name is None and figure.endswith("_s"):
         latency, percentile, _ = figure.split("_")
         name = f"{latency.upper()} {percentile}, ms"
-    name = name or figure.replace("_bytes", "").replace("_", " ")
+    name = name or figure
     return f"{name}, {where}" if where else name
 
 

@@ -56,12 +56,13 @@ def side_by_side(rows: Sequence[Row], shown: Sequence[Column]) -> Table:
     for column in shown:
         cells = [column.cell(row) for row in rows]
         if any(cell.is_known for cell in cells):
-            table.add_row(titled(column), *(in_colour(cell) for cell in cells))
+            table.add_row(titled(column), *(in_colour(cell, column) for cell in cells))
     return table
 
 
-def in_colour(cell: Cell) -> str:
-    if not cell.change:
+def in_colour(cell: Cell, column: Column) -> str:
+    """Of a latency's three percentiles the p95 has its change: twelve of them would fill two screens."""
+    if not cell.change or column.title.endswith(("p50", "p99")):
         return cell.value
     style = STYLES[cell.effect]
     said = f"[{style}]{cell.judged}[/{style}]" if style else cell.judged
@@ -89,7 +90,8 @@ def markdown(report: Report) -> str:
         blocks.append([plain(verdict.headline)])
         for title, said in (("Why", verdict.because), ("Costs", verdict.costs), ("Sure", verdict.sureness)):
             blocks.append([f"{title}:", "", *(f"- {plain(one)}" for one in said)] if said else [])
-        blocks.append([f"- Not {plain(name)}: {plain(why)}" for name, why in verdict.rejected.items()])
+        rejected = [f"- {plain(name)}: {plain(why)}" for name, why in verdict.rejected.items()]
+        blocks.append(["Not the others:", "", *rejected] if rejected else [])
     blocks.append(piped(report, shown))
     blocks.append(piped(report, latencies) if latencies else [])
     told = [*(f"(!) {said}" for said in warnings(report)), *explanations(report)]

@@ -53,7 +53,7 @@ def test_markdown_begins_with_the_verdict() -> None:
     lines = markdown(made_up()).splitlines()
     assert lines[0] == "# Deploy fp8"
     assert "- Perplexity +0.7 % \\[+0.3, +1.1], KL 0.0042 nats per token." in lines
-    assert "- Not int8: surely slower than bf16" in lines
+    assert "- int8: surely slower than bf16" in lines
 
 
 def test_random_weights_get_no_verdict_on_quality() -> None:
