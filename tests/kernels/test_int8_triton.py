@@ -213,3 +213,22 @@ def test_the_measured_shapes_take_the_measured_tiles() -> None:
     assert [tile_for(1, *shape).outputs for shape in shapes] == [64, 64, 128, 128]
     assert [block_for(1024, *shape).rows for shape in shapes] == [128] * 4
     assert splits_of(64, 4096, tile_for(1, 64, 4096)) == 1, "no split without inputs"
+
+
+def test_a_row_that_no_program_holds_is_read_in_parts(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = rule()
+    x = rows_with_outliers(3, 1400, torch.float16)
+    gate_up = rows_with_outliers(3, 2800, torch.float16)
+    gain = torch.rand(1400).half() + 0.5
+
+    def coded() -> list[Tensor]:
+        total, normed = kernels.quantize_normed(x, x.flip(1), gain, 1e-5, told, Live())
+        rows = [kernels.quantize_rows(x, told, Live()), kernels.quantize_gated(gate_up, told, Live()), normed]
+        return [total, *(part for each in rows for part in (each.codes, each.scales))]
+
+    whole = coded()
+    monkeypatch.setitem(kernels.quantize_rows.__globals__, "MOST_NUMBERS", 512)
+    for part, wanted in zip(coded(), whole, strict=True):
+        assert torch.equal(part, wanted)

@@ -15,7 +15,7 @@ from service.kernels.dense_linear.triton import LINE, arrivals
 from service.kernels.fp8_linear.plan import FEW_ROWS, PLACES, tile_for
 from service.kernels.fp8_linear.reference import LARGEST
 from service.kernels.int8_linear.plan import Tile, splits_of
-from service.kernels.int8_rows.triton import SHARED_ROWS, TILE, WARPS, magnitude_bits
+from service.kernels.int8_rows.triton import held, magnitude_bits
 from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
 
 LINE_BYTES = 2 * LINE
@@ -29,13 +29,12 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     num_rows,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,  # that a program encodes
     LARGEST: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
     await_predecessor(IS_DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    x = tl.zeros([TILE], tl.float32)
     most_bits = tl.zeros([TILE], tl.int32)
     for start in tl.static_range(0, WIDTH, TILE):
         columns = start + tl.arange(0, TILE)
@@ -44,14 +43,13 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     most = tl.max(most_bits, 0).to(tl.float32, bitcast=True)
     scale = tl.math.div_rn(most, LARGEST)
     scale = tl.where(scale == 0, 1.0, scale)
-    if part == 0:
-        tl.store(scales_ptr + row, scale)
-    for number in tl.static_range(TILES):
-        columns = (part * TILES + number) * TILE + tl.arange(0, TILE)
-        inside = columns < WIDTH
-        x = tl.load(x_ptr + row * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(scales_ptr + row, scale)
+    for start in tl.static_range(0, WIDTH, TILE):
+        columns = start + tl.arange(0, TILE)
+        if WIDTH > TILE:
+            x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
         codes = tl.math.div_rn(x, tl.broadcast_to(scale, [TILE])).to(codes_ptr.dtype.element_ty)
-        tl.store(codes_ptr + row * WIDTH + columns, codes, mask=inside)
+        tl.store(codes_ptr + row * WIDTH + columns, codes, mask=columns < WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
@@ -140,15 +138,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, width = x.shape
     codes = x.new_empty(num_rows, width, dtype=torch.float8_e4m3fn)
     scales = x.new_empty(num_rows, dtype=torch.float32)
-    tiles = cdiv(width, TILE)
-    tiles_each = 1 if num_rows <= SHARED_ROWS else tiles
+    numbers, warps = held(width)
     launch(
         quantize_kernel,
-        (num_rows, cdiv(tiles, tiles_each)),
+        (num_rows,),
         (x, codes, scales),
         (num_rows,),
-        (width, TILE, tiles_each, int(LARGEST)),
-        num_warps=WARPS,
+        (width, numbers, int(LARGEST)),
+        num_warps=warps,
     )
     return codes, scales
 

@@ -1,8 +1,7 @@
 """bitsandbytes' codes of the rows of x on CUDA, and a row's outliers as 16-bit numbers in two rows of codes.
 
-A row's largest magnitude has to be known before its first code. One program could do both, but encoding a
-long row keeps it busy for longer than the product of a small layer takes: few rows are shared by several
-programs, each of which looks at a whole row and encodes its part. Nothing asks the host.
+A row's largest magnitude has to be known before its first code. A program holds a whole row in registers
+while it finds both, so the row is read, or made of what precedes the linear, once. Nothing asks the host.
 """
 
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ from service.kernels.int8_columns.triton import (
     zeroed_flags,
 )  # fmt: skip
 from service.kernels.int8_rows import ALL_LIVE, Live, Marks, OutlierRule
-from service.kernels.launch import await_predecessor, cdiv, launch
+from service.kernels.launch import await_predecessor, launch, next_power_of_2
 
-TILE = 2048  # of a row, eight numbers a thread
-WARPS = 8
-SHARED_ROWS = 64  # up to so many are shared
+MOST_NUMBERS = 16384  # of a row that a program holds: longer rows are read twice, in parts
+NUMBERS_OF_WARP = 512  # sixteen a thread
 NUM_SCALES = 4
 STEP, COARSE_STEP, FINE_STEP, LARGEST_OUTLIER = range(NUM_SCALES)
 
@@ -85,18 +83,13 @@ def summed(x_ptr, delta_ptr, at, inside, ADDS: tl.constexpr):  # type: ignore[no
 
 @triton.jit  # type: ignore[untyped-decorator]
 def numbers_of(  # type: ignore[no-untyped-def]
-    x_ptr,
-    delta_ptr,
-    gain_ptr,
-    row,
-    columns,
-    live,
-    scale,  # of the norm
-    SOURCE: tl.constexpr,
-    ADDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """x in these columns, in its 16 bits: read, or made as kernels/gated_silu and add_rms_norm make it."""
+    x_ptr, delta_ptr, gain_ptr, row, columns, live, scale, total,
+    SOURCE: tl.constexpr, ADDS: tl.constexpr, WIDTH: tl.constexpr, IS_HELD: tl.constexpr,
+):  # fmt: skip
+    """x in these columns, in its 16 bits: read, or made as kernels/gated_silu and add_rms_norm make it.
+
+    `scale` is that of the norm, `total` its numbers where they are held.
+    """
     inside = columns < WIDTH
     if SOURCE == "gate_up":
         at = x_ptr + row * (2 * WIDTH) + columns
@@ -105,7 +98,8 @@ def numbers_of(  # type: ignore[no-untyped-def]
         wide = gate.to(tl.float32)
         x = (wide / (1 + tl.exp(-wide)) * up).to(gate.dtype)
     elif SOURCE == "hidden":
-        total = summed(x_ptr, delta_ptr, row * WIDTH + columns, inside, ADDS)
+        if not IS_HELD:
+            total = summed(x_ptr, delta_ptr, row * WIDTH + columns, inside, ADDS)
         gain = tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         x = ((total.to(tl.float32) * scale).to(total.dtype).to(tl.float32) * gain).to(total.dtype)
     else:
@@ -147,13 +141,13 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     LEVELS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,  # that a program encodes
     IS_DEPENDENT: tl.constexpr,
 ):
     await_predecessor(IS_DEPENDENT)
+    IS_HELD: tl.constexpr = WIDTH <= TILE  # noqa: N806
     row = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
     live = tl.load(slots_ptr + row * slot_stride) >= first_slot
+    total = tl.zeros([TILE], total_ptr.dtype.element_ty)
     scale = 1.0
     if SOURCE == "hidden":
         squares = tl.zeros([TILE], tl.float32)
@@ -162,39 +156,43 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
             at = row * WIDTH + columns
             total = summed(x_ptr, delta_ptr, at, columns < WIDTH, ADDS)
             squares += total.to(tl.float32) * total.to(tl.float32)
-            tl.store(total_ptr + at, total, mask=(columns < WIDTH) & (part == 0))
+            tl.store(total_ptr + at, total, mask=columns < WIDTH)
         scale = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
+    x = tl.zeros([TILE], x_ptr.dtype.element_ty)
     most_bits = tl.zeros([TILE], tl.int32)
     outlier_bits = tl.zeros([TILE], tl.int32)
     for start in tl.static_range(0, WIDTH, TILE):
         columns = start + tl.arange(0, TILE)
-        inside = columns < WIDTH
-        x = numbers_of(x_ptr, delta_ptr, gain_ptr, row, columns, live, scale, SOURCE, ADDS, WIDTH)
+        x = numbers_of(
+            x_ptr, delta_ptr, gain_ptr, row, columns, live, scale, total, SOURCE, ADDS, WIDTH, IS_HELD
+        )
         bits = magnitude_bits(in_float16(x))
         if HAS_OUTLIERS:
             is_outlier = tl.abs(in_float16(x)) >= threshold
             bits = tl.where(is_outlier, 0, bits)
             if not BY_ROW:
-                is_outlier = tl.load(flags_ptr + columns, mask=inside, other=0) != 0
+                is_outlier = tl.load(flags_ptr + columns, mask=columns < WIDTH, other=0) != 0
             kept = tl.where(is_outlier, magnitude_bits(x.to(tl.float32)), 0)
             outlier_bits = tl.maximum(outlier_bits, kept)
         most_bits = tl.maximum(most_bits, bits)
     most = tl.max(most_bits, 0).to(tl.float32, bitcast=True)
     outlier_most = tl.max(outlier_bits, 0).to(tl.float32, bitcast=True)
-    if part == 0:
-        coarse_step = tl.math.div_rn(outlier_most, 127.0)
-        tl.store(scales_ptr + row, tl.math.div_rn(most, 127.0))
-        tl.store(scales_ptr + num_rows + row, coarse_step)
-        tl.store(scales_ptr + 2 * num_rows + row, tl.math.div_rn(coarse_step, 254.0))
-        tl.store(scales_ptr + 3 * num_rows + row, outlier_most)
-        if CLEARED > 0 and row == 0:
-            tl.store(cleared_ptr + tl.arange(0, CLEARED), tl.zeros([CLEARED], tl.int32))
+    coarse_step = tl.math.div_rn(outlier_most, 127.0)
+    tl.store(scales_ptr + row, tl.math.div_rn(most, 127.0))
+    tl.store(scales_ptr + num_rows + row, coarse_step)
+    tl.store(scales_ptr + 2 * num_rows + row, tl.math.div_rn(coarse_step, 254.0))
+    tl.store(scales_ptr + 3 * num_rows + row, outlier_most)
+    if CLEARED > 0 and row == 0:
+        tl.store(cleared_ptr + tl.arange(0, CLEARED), tl.zeros([CLEARED], tl.int32))
     factor = per_127(most)
     num_kept = tl.zeros([TILE], tl.int32)
-    for number in tl.static_range(TILES):
-        columns = (part * TILES + number) * TILE + tl.arange(0, TILE)
+    for start in tl.static_range(0, WIDTH, TILE):
+        columns = start + tl.arange(0, TILE)
         inside = columns < WIDTH
-        x = numbers_of(x_ptr, delta_ptr, gain_ptr, row, columns, live, scale, SOURCE, ADDS, WIDTH)
+        if not IS_HELD:
+            x = numbers_of(
+                x_ptr, delta_ptr, gain_ptr, row, columns, live, scale, total, SOURCE, ADDS, WIDTH, IS_HELD
+            )
         if KEEPS and SOURCE != "x":
             tl.store(made_ptr + row * WIDTH + columns, x, mask=inside)
         regular = in_float16(x)
@@ -215,7 +213,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
             if LISTS and BY_ROW:  # whoever finds one tells the same
                 tl.store(flags_ptr + columns, tl.full([TILE], 1, tl.int8), mask=inside & is_outlier)
             if MARKS and BY_ROW:  # a row without outliers leaves memory alone
-                words = (part * TILES + number) * (TILE // 32) + tl.arange(0, TILE // 32)
+                words = start // 32 + tl.arange(0, TILE // 32)
                 bits = bits_of(is_outlier, TILE // 32)
                 tl.atomic_or(flags_ptr + words, bits, mask=bits != 0, sem="relaxed")
         tl.store(codes_at, nearest(regular * factor).to(tl.int8), mask=inside)
@@ -223,8 +221,14 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
         kept_here = tl.sum(num_kept, 0)
         if kept_here > 0:
             tl.atomic_add(counts_ptr, kept_here.to(tl.int64), sem="relaxed")
-    if live and part == 0:
+    if live:
         tl.atomic_add(counts_ptr + 1, tl.full([], WIDTH, tl.int64), sem="relaxed")
+
+
+def held(width: int) -> tuple[int, int]:
+    """-> how many numbers of a row a program holds at once, and in how many warps."""
+    numbers = min(max(next_power_of_2(width), NUMBERS_OF_WARP), MOST_NUMBERS)
+    return numbers, numbers // NUMBERS_OF_WARP
 
 
 def quantize_rows(
@@ -313,11 +317,10 @@ def _quantize(
     cleared = scales if num_columns is None else num_columns
     if marks is not None and has_outliers and rule.by_row:
         cleared = marks.spent
-    tiles = cdiv(width, TILE)
-    tiles_each = 1 if num_rows <= SHARED_ROWS else tiles
+    numbers, warps = held(width)
     launch(
         quantize_kernel,
-        (num_rows, cdiv(tiles, tiles_each)),
+        (num_rows,),
         (x, delta, gain, total, made, slots, flags, codes, scales, rule.counts, cleared),
         (num_rows, stride, first_slot, rule.threshold, eps),
         (
@@ -331,10 +334,9 @@ def _quantize(
             0 if cleared is scales else len(cleared),
             levels,
             width,
-            TILE,
-            tiles_each,
+            numbers,
         ),
-        num_warps=WARPS,
+        num_warps=warps,
         contracts=False,
     )
     if columns is not None and num_columns is not None:
