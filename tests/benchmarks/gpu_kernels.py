@@ -1,15 +1,15 @@
 """Microseconds of every own kernel of a step on this GPU, against the time in which its bytes can be read.
 
-    python -m tests.benchmarks.gpu_kernels [--rows 1,16,64,256] [--sweep] [--only kv8]
+    python -m tests.benchmarks.gpu_kernels [--rows 1,16,64,256] [--sweep] [--only kv8|decode]
 
 Shapes are Llama-3.1-8B's at 640 tokens of context, in float16. Each figure is the median of captured replays
 over 32 copies of weights and pages, so that nothing stays in the L2 cache. `--sweep` also tries other shapes
 of tiles than those that the kernels choose, which is where their constants come from. `--only kv8`: attention
-over 8-bit codes of K and V beside that over 16 bits.
+over 8-bit codes of K and V beside that over 16 bits. `--only decode`: a decode's attention in one launch, its
+variants and Triton's kernels (decode_sweep.py).
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -31,11 +31,24 @@ from service.kernels.paged_attention import triton as attention
 from service.kernels.rotary_kv import rotary_kv
 from service.kernels.sample import sample
 from service.kernels.sample_likely import sample_likely
+from tests.benchmarks import decode_sweep
+from tests.benchmarks.gpu_timing import (
+    CONTEXT,
+    CUDA,
+    HALF,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    LAYERS,
+    PAGE,
+    QKV,
+    VOCAB,
+    microseconds,
+    show,
+)
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 32, 4096, 32, 8, 128, 14336, 128256
-QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-CONTEXT, PAGE = 640, 16
-READ_BYTES_PER_SECOND = 3.04e12  # sum over 1 GiB on an H100 80GB HBM3: docs/performance.md
 LINEARS = {
     "qkv": (HIDDEN, QKV),
     "o": (HIDDEN, HIDDEN),
@@ -55,31 +68,6 @@ CODED_SHAPES = (
 CODED_PREFILL_SHAPES = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3))
 PREFILL_SHAPES = ((128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2))
 STREAM_SHAPES = ((64, 128, 4), (64, 256, 3), (64, 128, 6), (128, 128, 4))  # outputs, inputs, stages
-HALF, CUDA = torch.float16, torch.device("cuda")
-
-
-def microseconds(launch: Callable[[int], object], copies: int = LAYERS, repeats: int = 15) -> float:
-    """Of one launch, captured once for each copy."""
-    launch(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for copy in range(copies):
-            launch(copy)
-    times = []
-    for _ in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / copies)
-    return statistics.median(times[3:])
-
-
-def show(rows: int, name: str, got: float, num_bytes: float = 0) -> None:
-    floor = num_bytes / READ_BYTES_PER_SECOND * 1e6
-    print(f"{rows:5d}  {name:52s} {got:8.2f} us   floor {floor:8.2f}", flush=True)
 
 
 def few_rows(rows: int, name: str, sweep: bool) -> None:
@@ -336,10 +324,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="1,16,64,256")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--only", choices=["kv8"])
+    parser.add_argument("--only", choices=["kv8", "decode"])
     arguments = parser.parse_args()
     all_rows = [int(rows) for rows in arguments.rows.split(",")]
     print(torch.cuda.get_device_name())
+    if arguments.only == "decode":
+        decode_sweep.run(all_rows)
+        return
     for rows in all_rows:
         for context in (CONTEXT, 2 * CONTEXT):
             kv8(rows, context, arguments.sweep)
