@@ -61,8 +61,17 @@ def serve(model: Model = None, **settings: Any) -> None:
 @app.command()
 @with_settings(without=["model", "precision", "save", *HTTP_SETTINGS])
 def compare(
+    context: typer.Context,
     model: Model = None,
     *,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Measure nothing: what changed from one report.json to another; 1 if it is worse."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of --diff: share by which a figure may be worse. (default 0.02)"),
+    ] = None,
     precisions: Annotated[
         str, typer.Option(help="Modes to compare, the reference among them, each as for `serve --precision`.")
     ] = "bf16,int8,nf4,awq",
@@ -80,6 +89,11 @@ def compare(
 ) -> None:
     """Run the precisions in turn under the same load and write one report."""
     checked = load_settings(model=model, **settings)
+    if diff is not None or tolerance is not None:
+        from service.cli.diff import compare_reports
+
+        compare_reports(context, diff, tolerance)
+        return
     from service.cli.compare import compare
 
     compare(checked, precisions, out, text=text, prompts=prompts, seed=seed)

@@ -2,11 +2,34 @@
 
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
-from service.compare.diff import diff_reports, read_report
+from service.compare.diff import TOLERANCE, diff_reports, read_report
 from service.compare.forms.changes import print_differences
-from service.errors import HalftoneError
+from service.errors import HalftoneError, SettingError
+
+
+def compare_reports(context: typer.Context, paths: tuple[Path, Path] | None, tolerance: float | None) -> None:
+    """Raises SettingError for whatever else was asked on the same line: it would be accepted and ignored."""
+    given = [name for name in context.params if name not in ("diff", "tolerance") and is_given(context, name)]
+    if paths is None:
+        raise SettingError(
+            "`--tolerance` was given without `--diff`", hint="write `--diff A.json B.json --tolerance 0.05`"
+        )
+    if given:
+        names = ", ".join("MODEL" if name == "model" else f"--{name.replace('_', '-')}" for name in given)
+        raise SettingError(
+            f"`--diff` compares two reports and measures nothing, but `{names}` was given too",
+            hint="write `halftone compare --diff A.json B.json`, or measure first",
+        )
+    diff(*paths, TOLERANCE if tolerance is None else tolerance)
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """On the command line, and not by default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def diff(before: Path, after: Path, tolerance: float, console: Console | None = None) -> None:
