@@ -23,7 +23,8 @@ from torch import Tensor
 from service import device as devices
 from service.engine.greedy_answers import agreed_tokens, answer_greedily
 from service.engine.link import Throttle
-from service.engine.startup import Serving, open_model
+from service.engine.sources import open_model
+from service.engine.startup import Serving
 from service.engine.streamed import StreamedModel, in_groups, row_slices
 from service.engine.window_scores import Scored, paired, tell
 from service.errors import HalftoneError, RequestError

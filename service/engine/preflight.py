@@ -8,7 +8,7 @@ not come in, shall cost nobody a second. What only loading can tell (memory, ker
 
 import torch
 
-from service.engine.startup import choose_backend, open_source
+from service.engine.sources import choose_backend, open_source
 from service.messages import EngineConfig
 from service.model.instance import require_accepted
 

@@ -14,33 +14,32 @@ import torch
 from service import device as devices
 from service.engine.attention_check import check_decode_attention
 from service.engine.cache_check import check_coded_cache
+from service.engine.canary import check_canary
+from service.engine.dtypes import DTYPE_NAMES, DTYPES, KV_DTYPES
 from service.engine.engine import Engine, Limits
 from service.engine.graphs import batch_sizes
 from service.engine.independence import check_independence
 from service.engine.kernel_shapes import shapes_of
 from service.engine.kernels_ahead import KernelsAhead
+from service.engine.kv_room import context_tokens, make_kv
 from service.engine.ledger import Ledger
 from service.engine.likelihood import LikelihoodCheck
 from service.engine.link import Throttle
 from service.engine.self_check import check_linears, check_weights
-from service.engine.shortage import MIB, told_shortage, weight_bytes
+from service.engine.shortage import told_shortage, weight_bytes
+from service.engine.sources import open_model
 from service.engine.warm_up import warm_up
-from service.errors import DeviceError, PrecisionError, SettingError
+from service.errors import SettingError
 from service.kernels import cuda, native
 from service.messages import EngineConfig, EngineInfo, Loading
 from service.model.batch import BLOCK_TOKENS, PagedKV
-from service.model.checkpoint import Checkpoint, TensorSource
+from service.model.checkpoint import TensorSource
 from service.model.instance import ModelInstance, Progress
-from service.model.random_weights import Draw, RandomWeights, save_random
-from service.precision import TABLE, backend_of, load_backend
+from service.model.random_weights import RandomWeights, save_random
 from service.precision.base import Backend
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # beside that of activations
-DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | KV_DTYPES).items()}
-CPU_KV_TOKENS = 16384  # where the user did not say; memory is the users' own there
 PROGRESS_INTERVAL_S = 0.1
 
 
@@ -120,6 +119,7 @@ def start(
         check_decode_attention(model)
         if likelihood:
             likelihood(model)
+        canary = check_canary(model, config, stages) if config.canary else {}
     for layer, kernel in model.kernels().items():
         logger.info("`%s` is served by %s", layer, kernel)
     is_captured = is_gpu and config.cuda_graphs == "on" and model.is_capturable
@@ -163,6 +163,7 @@ def start(
     stages.close()
     ledger = Ledger(model, kv, engine, step_bytes, used_before)
     info = engine_info(config, model, kv, engine, stages.seconds, ledger.parts(), peak_load_bytes)
+    info.canary = canary
     return Serving(engine, model, kv, ledger, info)
 
 
@@ -181,46 +182,6 @@ def check_kv_dtype(config: EngineConfig, device: torch.device) -> None:
             "compute capability 8.9 or newer can",
             hint="`--kv-dtype int8` takes as many bytes and runs here",
         )
-
-
-def load_model(
-    config: EngineConfig,
-    precision: str,
-    device: torch.device,
-    progress: Progress,
-    dtype: torch.dtype | None = None,
-) -> ModelInstance:
-    """The configured checkpoint in this precision."""
-    return load(config, *open_model(config, precision, device, progress), device, progress, dtype)
-
-
-def open_source(config: EngineConfig, device: torch.device) -> TensorSource:
-    """Where the tensors of the configured model come from; none is read."""
-    if config.load_format == "random":
-        draw = Draw(config.load_seed, config.random_outliers, config.random_std)
-        return RandomWeights(Path(config.model_path), device, draw)
-    return Checkpoint(config.model_path)
-
-
-def open_model(
-    config: EngineConfig, precision: str, device: torch.device, progress: Progress
-) -> tuple[TensorSource, Backend]:
-    """-> where the tensors come from, and what builds layers of them.
-
-    A calibrated mode is quantized into the cache first; random weights are drawn as that mode packs them.
-    """
-    source = open_source(config, device)
-    backend = choose_backend(precision, source, device)
-    if backend.quantizer and source.quantization is None:
-        from service.quantize import packing, prepare  # calibration is heavy and most starts do without
-
-        if isinstance(source, RandomWeights):
-            return source.quantized(packing(source.config, backend)), backend
-        told = f"the 16-bit weights that `{backend.canonical}` is made from"
-        with told_shortage(device, told, lambda: source.num_parameters * source.dtype.itemsize):
-            path = prepare(source.path, backend, config, progress)
-        source = Checkpoint(path)
-    return source, backend
 
 
 def load(
@@ -248,23 +209,6 @@ def load(
         )
 
 
-def choose_backend(precision: str, checkpoint: TensorSource, device: torch.device) -> Backend:
-    """`auto` is what the checkpoint is: its quantization, else its 16-bit type, which a CPU has as bf16."""
-    if precision != "auto":
-        return load_backend(precision)
-    if checkpoint.quantization is not None:
-        if backend := backend_of(checkpoint.quantization):
-            return backend
-        method = checkpoint.quantization.get("quant_method", "unknown")
-        raise PrecisionError(
-            f"checkpoint `{checkpoint.path}` is quantized by `{method}`, which no precision reads; "
-            f"there are {', '.join(TABLE)}",
-            hint="serve the 16-bit checkpoint it was made from",
-        )
-    is_half = device.type == "cuda" and checkpoint.dtype == torch.float16
-    return load_backend("fp16" if is_half else "bf16")
-
-
 def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int, int, int]:
     """-> tokens and requests of one step, and its tokens while few decode and while a crowd waits.
 
@@ -281,56 +225,6 @@ def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int, 
     if config.max_batch_tokens:
         return tokens, requests, tokens, tokens
     return tokens, requests, int(tokens * defaults.few_share), tokens * defaults.crowd_factor
-
-
-def num_kv_blocks(config: EngineConfig, model: ModelInstance, graph_bytes: int) -> int:
-    """Blocks that requests can hold, by `kv_tokens` or by the memory that is free now, less the graphs'."""
-    free = devices.memory_free_bytes(model.device) - graph_bytes
-    block_bytes = model.kv_block_bytes
-    if config.kv_tokens:
-        wanted = -(-config.kv_tokens // BLOCK_TOKENS)
-        if wanted * block_bytes > free:
-            raise DeviceError(
-                f"setting `kv_tokens` = `{config.kv_tokens}` needs {wanted * block_bytes // MIB} MiB on "
-                f"`{model.device}`, {free // MIB} MiB are free",
-                hint=f"at most {free // block_bytes * BLOCK_TOKENS} tokens fit now",
-            )
-        return wanted
-    blocks = int(free * config.kv_memory_fraction) // block_bytes
-    if model.device.type != "cuda":
-        blocks = min(blocks, CPU_KV_TOKENS // BLOCK_TOKENS)
-    if blocks < 2:
-        raise DeviceError(
-            f"no memory is left for the KV cache on `{model.device}`: {free // MIB} MiB are free, "
-            f"{BLOCK_TOKENS} tokens need {block_bytes / MIB:.1f} MiB",
-            hint="free memory, or choose a smaller model or precision",
-        )
-    return blocks
-
-
-def make_kv(config: EngineConfig, model: ModelInstance, graph_bytes: int) -> PagedKV:
-    """The cache that requests share, and block 0 beside it."""
-    num_blocks = num_kv_blocks(config, model, graph_bytes)
-    told = f"a KV cache of {num_blocks * BLOCK_TOKENS} tokens in {DTYPE_NAMES[model.kv_dtype]}"
-    with told_shortage(model.device, told, lambda: (num_blocks + 1) * model.kv_block_bytes):
-        kv = model.new_kv(num_blocks + 1)
-        for tensor in kv.tensors:
-            tensor.zero_()  # makes a CPU's pages resident now, so that memory is what the ledger says
-    return kv
-
-
-def context_tokens(config: EngineConfig, model: ModelInstance, kv: PagedKV) -> int:
-    """Longest prompt and answer: what was asked, what the model allows, what the cache can hold."""
-    room = (kv.num_blocks - 1) * BLOCK_TOKENS
-    if not config.max_context_tokens:
-        return min(model.config.max_context_tokens, room)
-    limit, reason = min((model.config.max_context_tokens, "the model allows"), (room, "the KV cache holds"))
-    if config.max_context_tokens > limit:
-        raise SettingError(
-            f"setting `max_context_tokens` = `{config.max_context_tokens}`: {reason} {limit}",
-            hint=f"at most {limit}" + (", or raise `kv_tokens`" if limit == room else ""),
-        )
-    return config.max_context_tokens
 
 
 def engine_info(

@@ -121,7 +121,7 @@ def test_the_limits_of_a_cache_are_told_as_settings(folder: Path) -> None:
 
 
 def test_auto_is_what_the_checkpoint_is(folder: Path, tmp_path: Path) -> None:
-    from service.engine.startup import choose_backend
+    from service.engine.sources import choose_backend
     from service.model.checkpoint import Checkpoint
 
     half = tmp_path / "half"
@@ -143,7 +143,7 @@ def test_auto_is_what_the_checkpoint_is(folder: Path, tmp_path: Path) -> None:
 def test_auto_of_a_quantized_checkpoint(
     folder: Path, tmp_path: Path, quantization: dict[str, object], precision: str
 ) -> None:
-    from service.engine.startup import choose_backend
+    from service.engine.sources import choose_backend
     from service.model.checkpoint import Checkpoint
 
     quantized = shutil.copytree(folder, tmp_path / "quantized")

@@ -69,7 +69,8 @@ import json, resource, sys, time, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from service.engine.evaluate import Evaluation
-from service.engine.startup import load, open_model, start
+from service.engine.sources import open_model
+from service.engine.startup import load, start
 from service.messages import EngineConfig, Evaluate
 from service import device as devices
 folder, budget = sys.argv[1], int(sys.argv[2])
