@@ -18,6 +18,7 @@ from service.messages import EngineConfig, Evaluate, Evaluated
 from service.quality.protocols import PROTOCOLS, Limits, WordPieces, cut, parse_protocols, rolling
 from service.quality.texts import Text
 from service.quality.wikitext import articles, num_words, prose, rows
+from tests.quality.transformers_protocols import gptq, llama_perplexity, lm_eval_word
 
 CONTEXT = 2304  # of the tiny model: less than its longest article
 ARTICLE = """
@@ -60,62 +61,10 @@ def peer(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     return model, PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def nll(model: PreTrainedModel, ids: list[int], first: int) -> float:
-    """Nats of the tokens from `first` on, by transformers."""
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].double()
-    targets = torch.tensor(ids[first:])
-    return float(torch.nn.functional.cross_entropy(logits[first - 1 : -1], targets, reduction="sum"))
-
-
-def gptq(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> float:
-    lines = [line + "\n" if line.strip() else "" for line in TEXT.split("\n")[:-1]]
-    ids = tokenizer("\n\n".join(lines)).input_ids
-    losses = []
-    for number in range(len(ids) // 2048):
-        batch = torch.tensor([ids[number * 2048 : (number + 1) * 2048]])
-        with torch.no_grad():
-            losses.append(float(model(batch, labels=batch).loss) * 2048)
-    return math.exp(sum(losses) / (len(losses) * 2048))
-
-
-def llama_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> float:
-    ids = tokenizer(TEXT).input_ids
-    total, count = 0.0, 0
-    for place in range(0, len(ids) // 512 * 512, 512):
-        chunk = ids[place : place + 512]
-        if tokenizer("").input_ids:
-            chunk[0] = tokenizer.bos_token_id
-        total += nll(model, chunk, 257)
-        count += 255
-    return math.exp(total / count)
-
-
-def lm_eval_word(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Each token once, behind all that fits: chunks of the context, the last one filled up from before."""
-    total, words = 0.0, 0
-    for article in articles(TEXT):
-        words += len(article.split()) + (article[0].isspace()) + (article[-1].isspace())
-        ids = tokenizer(prose(article), add_special_tokens=False).input_ids
-        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        done = 0
-        while done < len(ids):
-            new = min(CONTEXT, len(ids) - done)
-            end = done + new
-            before = [prefix] if end <= CONTEXT else ids[end - CONTEXT - 1 : done]
-            sequence = (before if done else [prefix]) + ids[done:end]
-            with torch.no_grad():
-                logits = model(torch.tensor([sequence[:-1]])).logits[0].double().log_softmax(-1)
-            picked = logits[-new:].gather(1, torch.tensor(ids[done:end])[:, None])
-            total -= float(picked.sum())
-            done = end
-    return math.exp(total / words)
-
-
-INDEPENDENT: dict[str, Callable[..., float]] = {
-    "gptq-2048": gptq,
-    "llama.cpp-512": llama_perplexity,
-    "lm-eval-word": lm_eval_word,
+INDEPENDENT: dict[str, tuple[Callable[..., float], int]] = {
+    "gptq-2048": (gptq, 2048),
+    "llama.cpp-512": (llama_perplexity, 512),
+    "lm-eval-word": (lm_eval_word, CONTEXT),
 }
 
 
@@ -132,7 +81,8 @@ def test_perplexity_is_that_of_an_independent_computation(
     Evaluation(asked, *serving, sent.append).run()
     assert sent[-1].error == ""
     got = math.exp(sent[-1].nll["prefill"] / made.num_units)
-    assert got == pytest.approx(INDEPENDENT[name](*peer), rel=1e-3)
+    compute, size = INDEPENDENT[name]
+    assert got == pytest.approx(compute(*peer, TEXT, size, 0), rel=1e-3)
     if made.unit == "token":
         assert sent[-1].tokens["prefill"] == made.num_units
     else:
