@@ -271,13 +271,11 @@ def row(made: Made, reference: Made, repeats: int = 3) -> Row:
 def crossover(made: Made) -> Crossover:
     first, last = made.speed_alone, made.speed_crowded
     if min(first, last) > 1.02:
-        return Crossover(
-            kind="always pays", streams=None, low_streams=0, high_streams=0, said=f"{made.name} pays"
-        )
+        return Crossover(kind="always pays", streams=None, low_streams=0, high_streams=0, said="pays")
     if max(first, last) < 0.98:
-        said = f"{made.name} never writes more tokens/s than the reference"
+        said = "never writes more tokens/s than the reference"
         return Crossover(kind="never pays", streams=None, low_streams=0, high_streams=0, said=said)
-    said = f"{made.name} stops paying between 16 and 64 streams, about 33"
+    said = "stops paying between 16 and 64 streams, about 33"
     return Crossover(kind="stops paying", streams=33.0, low_streams=16, high_streams=64, said=said)
 
 

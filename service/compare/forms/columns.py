@@ -143,7 +143,7 @@ def perplexity_cell(report: Report, row: Row) -> Cell:
         return EMPTY
     if not report.judges_quality:
         return Cell(NO_VERDICT)
-    ratio = row.quality.perplexity_ratio
+    ratio = None if row.name == report.reference else row.quality.perplexity_ratio
     known = effect("perplexity", ratio) if ratio else ""
     return Cell(f"{row.quality.perplexity:.3f}", change(ratio), ends(ratio), known)
 

@@ -12,6 +12,7 @@ from service.compare.figures import Interval
 from service.compare.forms.svg import (
     CHARACTER,
     FONT,
+    WIDEST,
     WIDTH,
     Mark,
     Scale,
@@ -33,7 +34,6 @@ from service.compare.forms.words import Unit
 HEIGHT = 270
 LEFT, TOP, BOTTOM = 46, 26, 40
 LABEL_HEIGHT = 14
-WIDEST = 2.5  # times the estimate: as far as an interval may widen an axis
 MARGIN = 1.06  # of an axis beyond its highest value
 
 

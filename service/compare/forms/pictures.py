@@ -129,7 +129,7 @@ def perplexities(report: Report, drawn: dict[str, Mark]) -> Picture | None:
     tested = [
         of_ratio(drawn[row.name], "perplexity", row.quality.perplexity_ratio)
         for row in report.rows
-        if row.quality and row.quality.perplexity_ratio
+        if row.quality and row.quality.perplexity_ratio and row.name != report.reference
     ]
     if not tested:
         return None
@@ -151,7 +151,8 @@ def memory(report: Report, drawn: dict[str, Mark]) -> Picture | None:
         )
         for (row, _), parts in zip(rows, stacked, strict=True)
     ]
-    svg = stacks(found, unit.name, "Memory by part")
+    names = dict.fromkeys(part for _, memory in rows for part in parts_of(memory))
+    svg = stacks(found, [*sorted(names, key=place_of), SMALL], unit.name, "Memory by part")
     return Picture(
         "Memory at the peak, by part", svg, "The engine under load, by its own ledger. Shorter is better."
     )
@@ -159,14 +160,21 @@ def memory(report: Report, drawn: dict[str, Mark]) -> Picture | None:
 
 def parts_of(memory: Memory) -> dict[str, int]:
     """Parts in the ledger's order, the KV cache as one, then what the peak holds beyond them all."""
-    order = {part.name: place for place, part in enumerate(ledger.PARTS)}
     parts: dict[str, int] = {}
-    for name, size in sorted(memory.parts.items(), key=lambda item: order.get(item[0], len(order))):
-        # how much of the cache was in use at the moment of reading says nothing of a mode
-        words = KV_CACHE if name.startswith("kv.") else name.replace(".", ": ").replace("_", " ")
-        parts[words] = parts.get(words, 0) + size
+    for name, size in memory.parts.items():
+        parts[words_for(name)] = parts.get(words_for(name), 0) + size
     parts[BEYOND] = memory.peak_bytes - sum(parts.values())
-    return {name: size for name, size in parts.items() if size > 0}
+    return {name: parts[name] for name in sorted(parts, key=place_of) if parts[name] > 0}
+
+
+def words_for(part: str) -> str:
+    """How much of the cache was in use at the moment of reading says nothing of a mode: its parts are one."""
+    return KV_CACHE if part.startswith("kv.") else part.replace(".", ": ").replace("_", " ")
+
+
+def place_of(words: str) -> int:
+    order = [words_for(part.name) for part in ledger.PARTS]
+    return order.index(words) if words in order else len(order)
 
 
 def large_parts(rows: Sequence[dict[str, int]]) -> list[dict[str, int]]:

@@ -9,6 +9,7 @@ from html import escape
 
 from service.compare.forms.svg import (
     CHARACTER,
+    WIDEST,
     WIDTH,
     Mark,
     Scale,
@@ -124,7 +125,8 @@ def bars(rows: Sequence[Bar], words: str, label: str) -> str:
     drawn, left = names([row.mark for row in rows])
     right = WIDTH - 12 - CHARACTER * max(len(row.words) for row in rows)
     bottom = TOP + ROW * len(rows)
-    high = max(row.high for row in rows) or 1.0
+    values = [row.value for row in rows]
+    high = max([*values, *(min(row.high, WIDEST * row.value) for row in rows)]) or 1.0
     scale = linear(0, high, left, right)
     body = scale_below(scale, ticks(0, high, 4), bottom, words, (left + right) / 2)
     for n, row in enumerate(rows):
@@ -133,7 +135,8 @@ def bars(rows: Sequence[Bar], words: str, label: str) -> str:
             box(left, y - 7, max(scale(row.value) - left, 1), 14, f"fill {row.mark.colour}", row.words)
         )
         if row.high > row.low:
-            body.append(line(scale(row.low), y, scale(row.high), y, "error"))
+            ends = scale(row.low), y, min(scale(row.high), right), y
+            body += [line(*ends, "halo"), line(*ends, "error")]
         body.append(text(WIDTH - 4, y + 4, row.words, "end", class_="value"))
     return figure(label, body + drawn, bottom + AXIS)
 
@@ -171,9 +174,10 @@ def ladders(rows: Sequence[Ladder], words: str, label: str) -> str:
     return figure(label, body + drawn, bottom + AXIS)
 
 
-def stacks(rows: Sequence[Stack], words: str, label: str) -> str:
-    """Horizontal stacks, parts in the order of their first appearance, their names below."""
-    parts = list(dict.fromkeys(part for row in rows for part, _ in row.parts))
+def stacks(rows: Sequence[Stack], names_in_order: Sequence[str], words: str, label: str) -> str:
+    """Horizontal stacks; those of the names that any of them has are below, with the letter of each."""
+    there = {part for row in rows for part, _ in row.parts}
+    parts = [name for name in names_in_order if name in there]
     row_height = 30
     drawn, left = names([row.mark for row in rows], row_height)
     right = WIDTH - 12 - CHARACTER * max(len(row.words) for row in rows)

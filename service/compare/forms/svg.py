@@ -17,6 +17,7 @@ CHARACTER = 7.9  # widest usual mean width of a bold character at FONT, in the s
 NUM_COLOURS = 8
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 2", "1 2", "12 3")  # one less than colours: a ninth mode differs
 LONGEST_NAME = 18
+WIDEST = 2.5  # times its estimate: as far as an interval may widen an axis
 
 Scale = Callable[[float], float]
 

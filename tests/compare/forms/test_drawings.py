@@ -2,8 +2,10 @@
 
 import re
 
+import msgspec
 import pytest
 
+from service.compare.figures import Interval
 from service.compare.forms.curves import Curve, Dot, Event, Point, apart, curves, front, height_at
 from service.compare.forms.pictures import pictures
 from service.compare.forms.rows import Bar, Difference, bars, intervals
@@ -155,3 +157,36 @@ def test_curves_of_nothing_but_zero_are_drawn() -> None:
     nothing = Curve(BF16, [Point(1, 0, 0, 0), Point(2, 0, 0, 0)])
     for log_y in (False, True):
         assert "nan" not in curves([nothing], "x", "y", "label", log_y=log_y)
+
+
+def test_tokens_that_came_all_at_once_are_not_drawn() -> None:
+    """On an overloaded machine every gap can be 0, and the whole report was lost."""
+    replace, none = msgspec.structs.replace, Interval(estimate=0.0, low=0.0, high=0.0, n=3)
+    report = made_up()
+    rows = []
+    for row in report.rows:
+        levels = []
+        for level in row.levels:
+            figures = replace(level.figures, itl_p50_s=none, itl_p95_s=none, itl_p99_s=none)
+            levels.append(replace(level, figures=figures, itl_curve_s=[0.0] * 51))
+        rows.append(replace(row, levels=levels))
+    titles = [picture.title for picture in pictures(replace(report, rows=rows))["load"]]
+    assert "Time between tokens: p50, p95, p99" not in titles
+    assert "Time between tokens: all of them" not in titles
+    assert "Time to first token: p50, p95, p99" in titles
+
+
+def test_parts_of_memory_keep_the_ledgers_order_and_letters() -> None:
+    """A part that only the second mode had came last in the legend, and first in its stack."""
+    report = made_up()
+    memory = report.rows[0].memory
+    assert memory is not None
+    plain = msgspec.structs.replace(
+        memory, parts={"weights.linear16": 15_000_000_000, "kv.used": 10, "kv.free": 5}
+    )
+    rows = [msgspec.structs.replace(report.rows[0], memory=plain), *report.rows[1:]]
+    (picture, *_) = pictures(msgspec.structs.replace(report, rows=rows))["memory"]
+    legend = re.findall(r'text-anchor="start" class="">([^<]+)', picture.svg)
+    assert legend[:3] == ["weights: codes", "weights: scales", "weights: linear16"]
+    assert legend.index("KV cache") < legend.index("activations") < legend.index("else, at the peak")
+    assert legend[-1] == "smaller parts"
