@@ -71,12 +71,13 @@ async def measure_level(
         else:
             job = dataclasses.replace(job, due_s=level.due_s(len(job.indices), seed))
         measured, server_check = await checked(plan.scraper, fleet, job, crew)
-        records = records_of([*warmed, *measured])
+        records, zero_s = records_of([*warmed, *measured])
         runs.append(records)
         summary = summarize(records)
         summary["goodput"] = goodput_of(records, plan.slo, summary["window_s"])
         result: dict[str, Any] = {
             "seed": seed,
+            "monotonic_s": zero_s,  # of this machine's clock: where the times of requests count from
             "summary": summary,
             "client": own_load(measured),
             "server_check": server_check,
@@ -153,13 +154,14 @@ def pooled_goodput(runs: Sequence[dict[str, Any] | None]) -> dict[str, Any] | No
     }
 
 
-def records_of(outcomes: Sequence[Outcome]) -> list[Record]:
-    """All processes' records in the order of their requests, counted from the first that was due."""
+def records_of(outcomes: Sequence[Outcome]) -> tuple[list[Record], float]:
+    """All processes' records in the order of their requests, counted from the first that was due; and when
+    that was on the clock that all processes of this machine share."""
     records = sorted((record for outcome in outcomes for record in outcome.records), key=lambda r: r.index)
     zero_s = min(record.scheduled_s for record in records)
     for record in records:
         record.rebase(zero_s)
-    return records
+    return records, zero_s
 
 
 def own_load(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -73,21 +73,56 @@ def compare(
         typer.Option(min=0, help="Of --diff: share by which a figure may be worse. (default 0.02)"),
     ] = None,
     precisions: Annotated[
-        str, typer.Option(help="Modes to compare, the reference among them, each as for `serve --precision`.")
-    ] = "bf16,int8,nf4,awq",
+        str,
+        typer.Option(
+            help="Modes, as for `serve --precision`, or `awq=CHECKPOINT`, which has its own; empty: 16 bits, "
+            "int8, nf4, awq."
+        ),
+    ] = "",
+    kv_dtypes: Annotated[
+        str, typer.Option(help="Types of the KV cache, each with every precision: auto, int8, fp8.")
+    ] = "",
+    reference: Annotated[
+        str, typer.Option(help="Mode that others are told against; empty: the first of 16 bits.")
+    ] = "",
     out: Annotated[
         Path, typer.Option(help="Folder for report.json and report.html: new, or of a stopped run.")
     ] = Path("report"),
+    levels: Annotated[
+        str,
+        typer.Option(
+            help="Load: `4` streams, `2.5/s` requests, `60%` of what the reference can; empty: by device."
+        ),
+    ] = "",
+    slo: Annotated[
+        str, typer.Option(help="Limits on a request, such as ttft=500ms,itl=30ms: goodput, and the verdict.")
+    ] = "",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Engines for each mode. (default 3)")] = None,
+    max_repeats: Annotated[
+        int | None, typer.Option(min=1, help="As many where those cannot resolve 5 %. (default 6)")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="No repeat more that would end later. (default 10, on a GPU 15)"),
+    ] = None,
+    max_perplexity_rise: Annotated[
+        float | None,
+        typer.Option(min=0, help="Share by which it may rise in a mode to deploy. (default 0.05)"),
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Of each answer. (default 32, on a GPU 64)")
+    ] = None,
     text: Annotated[
         str, typer.Option(help="Text for perplexity; empty: the half of Python's documentation kept for it.")
     ] = "",
     prompts: Annotated[
-        str, typer.Option(help="Prompts, one JSON object a line; empty: those of loadtest.")
+        str,
+        typer.Option(help="Your traffic, for load and divergence: one JSON object a line; empty: our own."),
     ] = "",
-    seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts, arrivals and the order of modes.")] = 0,
     **settings: Any,
 ) -> None:
-    """Run the precisions in turn under the same load and write one report."""
+    """Measure the precisions in turn under the same load, and write one report with a verdict."""
     checked = load_settings(model=model, **settings)
     if diff is not None or tolerance is not None:
         from service.cli.diff import compare_reports
@@ -96,7 +131,26 @@ def compare(
         return
     from service.cli.compare import compare
 
-    compare(checked, precisions, out, text=text, prompts=prompts, seed=seed)
+    given = {
+        "repeats": repeats,
+        "max_repeats": max_repeats,
+        "minutes": minutes,
+        "max_perplexity_rise": max_perplexity_rise,
+        "output_tokens": output_tokens,
+        "text": text,
+        "prompts": prompts,
+        "seed": seed,
+    }
+    compare(
+        checked,
+        precisions,
+        out,
+        kv_dtypes=kv_dtypes,
+        reference=reference,
+        levels=levels,
+        slo=slo,
+        given=given,
+    )
 
 
 @app.command()

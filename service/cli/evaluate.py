@@ -18,7 +18,7 @@ from service import __version__, logs
 from service.cli.display import Display, show_loading
 from service.cli.model import find_model
 from service.cli.serve import check_calibration, check_precision, create_app
-from service.compare.assemble import NO_VERDICT
+from service.compare.words import NO_VERDICT
 from service.config import Settings
 from service.disk import megabytes, told_disk_errors
 from service.errors import SettingError, SystemProblem

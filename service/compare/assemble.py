@@ -1,126 +1,274 @@
-"""Finished rows and the words around them -> Report.
+"""Finished turns -> rows with intervals, the words around them, and the Report.
 
-job --Finished rows, failures--> build_report() --Report--> export, page
+job --Turns--> build_report() --Report--> export, page
 """
 
-import platform
-import subprocess
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
 from loadtest.prompts import Prompts
-from service import __version__
-from service.compare.plan import Plan
-from service.compare.report import FORMAT, Device, Model, Report, Row, Text, Turn, Workload, purchase
-from service.compare.windows import EvaluationText
-from service.cores import physical_cores
-
-NO_VERDICT = (
-    "The weights are random: there is no verdict on quality. Perplexity, divergence and agreement show that "
-    "the instrument runs, and nothing about a precision."
+from service.compare.environment import environment
+from service.compare.figures import Interval
+from service.compare.findings import SPEED, Ratio, crossover, front, knee, null_comparison
+from service.compare.levels import Observed, measured_level, one_ratio
+from service.compare.mode import Finished
+from service.compare.plan import Phase, Plan, Rates
+from service.compare.report import (
+    FORMAT,
+    Device,
+    Loading,
+    Memory,
+    Mode,
+    Model,
+    Report,
+    Row,
+    Slo,
+    Text,
+    Verdict,
+    Workload,
+    purchase,
 )
-RATE_RULE = "half of the request rate that the first mode reached with the most streams"
+from service.compare.statistics import over_runs, resolves
+from service.compare.verdict import Case, judge
+from service.compare.windows import EvaluationText
+from service.compare.words import first_line, place_of, supports
 
 
-class Finished(msgspec.Struct, frozen=True, kw_only=True):
-    """What a mode's file holds: its row and what later rows and the report take from it."""
+@dataclass
+class Turns:
+    """What a run has so far: turns by mode and repeat, modes that failed, and the rates."""
 
-    row: Row
-    model: Model | None
-    device: str
-    device_name: str
-    torch_version: str
-    rate_per_s: float
+    plan: Plan
+    out: Path
+    done: dict[tuple[str, int], Finished] = field(default_factory=dict)
+    failures: dict[str, Row] = field(default_factory=dict)
+    rates: Rates | None = None
+    _observed: dict[tuple[str, int], dict[str, Observed]] = field(default_factory=dict)
+
+    def add(self, finished: Finished) -> None:
+        self.done[finished.turn.mode, finished.turn.repeat] = finished
+
+    def of(self, mode: Mode) -> dict[int, Finished]:
+        """By repeat."""
+        return {repeat: one for (name, repeat), one in sorted(self.done.items()) if name == mode.name}
+
+    def has_quality(self, mode: Mode) -> bool:
+        return any(finished.quality for finished in self.of(mode).values())
+
+    @property
+    def seconds(self) -> float:
+        return sum(finished.seconds for finished in self.done.values())
+
+    def observed(self, mode: Mode, phase_id: str) -> dict[int, Observed]:
+        """One level of one mode, by repeat; each file of requests is read once."""
+        found = {}
+        for repeat, finished in self.of(mode).items():
+            key = (mode.name, repeat)
+            if key not in self._observed:
+                self._observed[key] = {
+                    id: Observed.read(self.out, run, self.plan.options.slo)
+                    for id, run in finished.runs.items()
+                }
+            if phase_id in self._observed[key]:
+                found[repeat] = self._observed[key][phase_id]
+        return found
+
+    def ratio(self, one: Mode, other: Mode, figure: str, phase_id: str) -> Interval | None:
+        """Of any two modes, over the repeats that both have."""
+        phase = next((phase for phase in self.phases if phase.id == phase_id), None)
+        if phase is None:
+            return None
+        return one_ratio(phase, figure, self.observed(one, phase_id), self.observed(other, phase_id))
+
+    @property
+    def phases(self) -> list[Phase]:
+        return self.plan.phases(0, self.rates) if self.rates else []
+
+    def unresolved(self) -> list[str]:
+        """Modes whose tokens/s are not known against the reference's to within half of 5 %."""
+        plan = self.plan
+        return [
+            mode.name
+            for mode in plan.everyone
+            if mode != plan.reference
+            and mode.name not in self.failures
+            and not resolves(self.ratio(mode, plan.reference, SPEED, plan.throughput_level))
+        ]
 
 
-def build_report(
-    plan: Plan,
-    text: EvaluationText,
-    prompts: Prompts,
-    done: dict[int, Finished],
-    failures: dict[int, Row],
-) -> Report:
-    """Rows in the order asked, with what each one's saving buys and the words around them."""
-    options = plan.options
-    place = plan.precisions.index(plan.reference)
-    reference = done[place].row if place in done else None
-    tokens = request_tokens(reference)
-    rows = [
-        msgspec.structs.replace(done[n].row, purchase=purchase(done[n].row, reference, tokens))
-        if n in done
-        else failures[n]
-        for n in range(len(plan.precisions))
-        if n in done or n in failures
-    ]
-    first = next(iter(done.values()), None)
-    model = (first and first.model) or Model(
+def build_report(plan: Plan, text: EvaluationText, prompts: Prompts, turns: Turns) -> Report:
+    """Rows in the order asked, and what follows from all of them."""
+    rows = [row for mode in plan.modes if (row := row_of(turns, mode))]
+    base = next((row for row in rows if row.ok and row.name == plan.reference.name), None)
+    tokens = request_tokens(base)
+    by_name = {mode.name: mode for mode in plan.everyone}
+    served = next((finished.served for finished in turns.done.values() if finished.served), None)
+    model = (served and served.model) or Model(
         name=plan.settings.name, path=str(plan.model_path), architecture="", num_parameters=0
     )
+
+    def ratio(one: Row, other: Row, figure: str, level_id: str) -> Interval | None:
+        return turns.ratio(by_name[one.name], by_name[other.name], figure, level_id)
+
+    on_front = front(rows, ratio, plan.throughput_level, judges_quality=not model.random_weights)
+    rows = [
+        msgspec.structs.replace(row, purchase=purchase(row, base, tokens), is_on_front=on_front.get(row.name))
+        for row in rows
+    ]
+    null_row = row_of(turns, plan.null)
+    null = null_comparison(null_row, plan.reference.name) if null_row and null_row.ok else None
     device = Device(
-        kind=first.device if first else plan.settings.device,
-        name=first.device_name if first else platform.machine(),
+        kind=served.device if served else plan.settings.device,
+        name=served.device_name if served else "",
         threads=plan.settings.threads,
     )
-    workload = Workload(
-        prompts=f"{len(prompts.items)} texts of {prompts.source}",
-        prompts_sha256=prompts.sha256,
-        seed=options.seed,
-        rate_rule="as asked" if options.rate_per_s else RATE_RULE,
-        output_tokens=options.output_tokens,
-        kv_tokens=plan.settings.kv_tokens,
-        num_repeats=1,
-        max_repeats=1,
-        throughput_level=f"closed-{max(options.concurrencies)}",
-        latency_level="open",
-        deterministic=plan.settings.deterministic,
-    )
-    return Report(
+    workload = workload_of(plan, turns, prompts)
+    lacking = [mode.name for mode in plan.everyone if is_lacking(turns, mode)]
+    report = Report(
         format=FORMAT,
-        first_line=first_line(
-            plan, model, device, workload, first.rate_per_s if first else options.rate_per_s
-        ),
-        supports=supports(plan, model),
-        complete=len(done) == len(plan.precisions),
-        not_measured=[
-            precision for n, precision in enumerate(plan.precisions) if n not in done and n not in failures
-        ],
-        reference=plan.reference,
+        first_line=first_line(model, device, workload, rows),
+        supports=supports(plan, model, num_repeats(rows)),
+        complete=not lacking and not turns.failures,
+        not_measured=lacking,
+        reference=plan.reference.name,
         model=model,
         device=device,
         workload=workload,
-        text=Text(
-            name=text.text.name,
-            sha256=text.text.sha256,
-            python=text.text.python,
-            calibration_name=text.calibration.name,
-            calibration_sha256=text.calibration.sha256,
-            num_windows=len(text.windows),
-            window_tokens=len(text.windows[0]),
-            protocol=text.protocol,
-        ),
+        text=text_of(text),
         rows=rows,
-        schedule=[Turn(order=n, repeat=0, mode=precision) for n, precision in enumerate(plan.precisions)],
-        environment=environment(first),
+        null=null,
+        schedule=[turn for repeat in range(num_repeats(rows)) for turn, _ in plan.turns(repeat)],
+        environment=environment(served.torch_version if served else ""),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=sum(row.seconds for row in rows),
+        seconds=turns.seconds,
+    )
+    if lacking or base is None:
+        return report
+    return msgspec.structs.replace(report, verdict=verdict_of(plan, report, turns, ratio))
+
+
+def row_of(turns: Turns, mode: Mode) -> Row | None:
+    """One mode over its repeats; None where nothing is measured yet."""
+    if mode.name in turns.failures:
+        return turns.failures[mode.name]
+    finished = turns.of(mode)
+    if not finished:
+        return None
+    plan = turns.plan
+    is_reference = mode == plan.reference
+    levels = [
+        measured_level(phase, mine, None if is_reference else turns.observed(plan.reference, phase.id))
+        for phase in turns.phases
+        if (mine := turns.observed(mode, phase.id))
+    ]
+    first = next(iter(finished.values()))
+    return Row(
+        mode=mode,
+        status="ok",
+        num_repeats=len(finished),
+        levels=levels,
+        knee=knee(levels),
+        crossover=None if is_reference else crossover(levels, plan.reference.name),
+        memory=highest_memory([one.memory for one in finished.values() if one.memory]),
+        loading=loading_of(list(finished.values())) if first.served else None,
+        quality=next((one.quality for one in finished.values() if one.quality), None),
+        dtype=first.served.dtype if first.served else "",
+        kv_dtype=first.served.kv_dtype if first.served else "",
+        kernels=first.served.kernels if first.served else {},
+        calibration=first.served.calibration if first.served else {},
+        seconds=sum(one.seconds for one in finished.values()),
     )
 
 
-def first_line(plan: Plan, model: Model, device: Device, workload: Workload, rate_per_s: float) -> str:
-    """Model, device, workload."""
-    size = (
-        f" ({model.architecture}, {model.num_parameters / 1e6:.1f} M {parameters(model)})"
-        if model.architecture
-        else ""
+def is_lacking(turns: Turns, mode: Mode) -> bool:
+    """Was the run stopped before this mode had all its repeats?"""
+    if mode.name in turns.failures:
+        return False
+    if mode == turns.plan.null and turns.plan.reference.name in turns.failures:
+        return False
+    return len(turns.of(mode)) < turns.plan.options.repeats
+
+
+def highest_memory(found: Sequence[Memory]) -> Memory | None:
+    """Of the repeat that held most under load, with the highest peak of loading."""
+    if not found:
+        return None
+    most = max(found, key=lambda memory: memory.peak_bytes)
+    return msgspec.structs.replace(most, peak_load_bytes=max(memory.peak_load_bytes for memory in found))
+
+
+def loading_of(finished: Sequence[Finished]) -> Loading:
+    stages = {stage for one in finished for stage in one.stages}
+    return Loading(
+        seconds=over_runs([sum(one.stages.values()) for one in finished]),
+        stages={
+            stage: sum(one.stages.get(stage, 0.0) for one in finished) / len(finished)
+            for stage in sorted(stages)
+        },
+        quantize_seconds=sum(one.quantize_seconds for one in finished),
     )
-    streams = " and ".join(str(width) for width in sorted(plan.options.concurrencies))
-    return (
-        f"{model.name}{size} on {device.name} ({device.kind}); {streams} streams and Poisson arrivals at "
-        f"{rate_per_s:g} requests/s, {workload.prompts}, {workload.output_tokens} output tokens each"
+
+
+def workload_of(plan: Plan, turns: Turns, prompts: Prompts) -> Workload:
+    options = plan.options
+    limits = options.slo.limits_s if options.slo else {}
+    shares = [level for level in options.levels if level.share]
+    return Workload(
+        prompts=f"{len(prompts.items)} texts of {prompts.source}",
+        prompts_sha256=prompts.sha256,
+        seed=options.seed,
+        rate_rule=f"{', '.join(map(str, shares))} of the {turns.rates.capacity_per_s:.3g} requests/s that "
+        f"{plan.reference.name} answered with the most streams, in an engine before"
+        if shares and turns.rates
+        else "as asked",
+        output_tokens=options.output_tokens,
+        kv_tokens=plan.settings.kv_tokens,
+        num_repeats=options.repeats,
+        max_repeats=options.max_repeats,
+        slo=Slo(**{f"{name}_s": limit_s for name, limit_s in limits.items()}) if limits else None,
+        throughput_level=plan.throughput_level,
+        latency_level=plan.latency_level(turns.rates) if turns.rates else "",
+        deterministic=plan.settings.deterministic,
     )
+
+
+def text_of(text: EvaluationText) -> Text:
+    return Text(
+        name=text.text.name,
+        sha256=text.text.sha256,
+        python=text.text.python,
+        calibration_name=text.calibration.name,
+        calibration_sha256=text.calibration.sha256,
+        num_windows=len(text.windows),
+        window_tokens=len(text.windows[0]),
+        protocol=text.protocol,
+    )
+
+
+def verdict_of(plan: Plan, report: Report, turns: Turns, ratio: Ratio) -> Verdict:
+    return judge(
+        Case(
+            rows=report.rows,
+            reference=report.reference,
+            ratio=ratio,
+            place=place_of(report),
+            throughput_level=report.workload.throughput_level,
+            latency_level=report.workload.latency_level,
+            rate_levels=[phase.id for phase in turns.phases if not phase.concurrency],
+            slo=report.workload.slo.said if report.workload.slo else "",
+            max_perplexity_rise=plan.options.max_perplexity_rise,
+            judges_quality=report.judges_quality,
+            null=report.null,
+        )
+    )
+
+
+def num_repeats(rows: Sequence[Row]) -> int:
+    return max((row.num_repeats for row in rows), default=0)
 
 
 def request_tokens(row: Row | None) -> float:
@@ -129,55 +277,3 @@ def request_tokens(row: Row | None) -> float:
     num_requests = sum(run.num_ok for run in runs)
     tokens = sum(run.prompt_tokens + run.output_tokens for run in runs)
     return tokens / num_requests if num_requests else 0.0
-
-
-def parameters(model: Model) -> str:
-    return "random parameters" if model.random_weights else "parameters"
-
-
-def supports(plan: Plan, model: Model) -> str:
-    """What the figures can carry. Speed is one run; the demo model is an instrument check."""
-    if model.random_weights:
-        return (
-            f"{NO_VERDICT} Speed and bytes hold for the shape of {model.name} on this device and load. "
-            "Each speed is one run without repeats, so a difference of a few percent is not evidence."
-        )
-    if plan.settings.model == "demo":
-        return (
-            "This is the demo model: the report shows the instrument, not the answer. What a precision costs "
-            "and gains here says nothing about a larger model or another device. Each speed is one run."
-        )
-    return (
-        f"These figures hold for {model.name} on this device under this load. Each speed is one run without "
-        "repeats, so a difference of a few percent between two modes is not evidence."
-    )
-
-
-def environment(first: Finished | None) -> dict[str, str]:
-    return {
-        "halftone": __version__,
-        "commit": commit(),
-        "torch": first.torch_version if first else "",
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "machine": f"{platform.machine()}, {physical_cores()} cores usable",
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def commit() -> str:
-    """Commit of the source tree that runs, `+` where it was changed since; empty outside one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return found.stdout.strip()

@@ -1,187 +1,202 @@
-"""`halftone compare`: each mode in turn in a fresh engine, the same prompts and arrivals, one report.
+"""`halftone compare`: turn after turn, each mode in fresh engines, the same prompts and arrivals, one report.
 
-cli --settings, precisions, out--> run_compare() --Jobs--> mode.measure, and Rows --> report, page, exports
+cli --settings, modes, out--> run_compare() --Jobs--> mode.measure, and Finished --> assemble, exports
 
-A finished mode is a file in `--out`, so a run that was stopped goes on where it was.
+A finished turn is a file in `--out`, so a run that was stopped goes on where it was.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from loadtest.prompts import DEFAULT_PROMPTS, Prompts
-from service.compare.assemble import Finished, build_report
+from service.compare.assemble import Turns, build_report
 from service.compare.export import write_report
 from service.compare.files import read_back, write_whole
 from service.compare.forms.tables import print_report
-from service.compare.mode import STAGES, Advance, Job, Measured, measure
-from service.compare.plan import CompareOptions, Plan, claim
-from service.compare.report import Mode, Report, Row
+from service.compare.mode import Advance, Finished, Job, look, measure
+from service.compare.options import CompareOptions, check
+from service.compare.plan import RATES_FILE, Plan, Rates, claim
+from service.compare.progress import Pace
+from service.compare.report import Mode, Report, Row, Turn
 from service.compare.windows import EvaluationText
 from service.config import Settings
 from service.errors import HalftoneError, SettingError
 from service.front.host import AppFactory, run_to_end
 from service.front.supervisor import ENGINE_COMMAND
+from service.front.text import TextCodec
 
-Measure = Callable[[Job, Advance], Awaitable[Measured]]
+Measure = Callable[[Job, Advance], Awaitable[Finished]]
+Look = Callable[[Job, Advance], Awaitable[Rates]]
+GREEDY_PROMPTS = 16
 
 
 def run_compare(
     settings: Settings,
     model_path: Path,
-    precisions: list[str],
+    modes: Sequence[Mode],
     out: Path,
-    options: CompareOptions | None = None,
+    options: CompareOptions,
     *,
+    reference: str = "",
+    checkpoints: Mapping[str, Path] | None = None,
     app_factory: AppFactory | None = None,
     console: Console | None = None,
     command: Sequence[str] = ENGINE_COMMAND,
-    measure_mode: Measure = measure,
+    measure_turn: Measure = measure,
+    first_look: Look = look,
 ) -> Report:
-    """Measures every mode that `out` does not hold yet, writes the report there and prints its table.
+    """Measures every turn that `out` does not hold yet, writes the report there and prints its table.
 
-    A mode that fails becomes a row that says why. Ctrl-C and SIGTERM write a report of what is measured and
-    are raised again, as KeyboardInterrupt and SystemExit. Raises PrecisionError, SettingError and
-    SystemProblem before anything is measured.
+    `reference` names a mode, empty: the first of 16 bits; `checkpoints` has the folder of each mode with one
+    of its own. A mode that fails becomes a row that says why. Ctrl-C and SIGTERM write a report of what is
+    measured and are raised again, as KeyboardInterrupt and SystemExit. Raises PrecisionError, SettingError
+    and SystemProblem before anything is measured.
     """
-    options = options or CompareOptions()
     console = console or Console()
     check(options)
-    plan = Plan.make(settings, model_path, precisions, options)
+    plan = Plan.make(settings, model_path, modes, options, reference=reference, checkpoints=checkpoints)
+    tokenizer = settings.tokenizer_folder(model_path)
     text = EvaluationText.prepare(
-        options.text,
-        settings.calibration,
-        settings.tokenizer_folder(model_path),
-        options.num_windows,
-        options.window_tokens,
+        options.text, settings.calibration, tokenizer, options.num_windows, options.window_tokens
     )
     prompts = load_prompts(options)
     claim(out, plan)
-    done: dict[int, Finished] = {}
-    for place in range(len(plan.precisions)):
-        path = out / plan.row_file(place)
-        if path.is_file():
-            done[place] = read_back(path, Finished)
-            console.print(f"{plan.precisions[place]}: measured before, kept")
     if app_factory is None:
         app_factory = import_module("service.api.app").create_app
-    failures: dict[int, Row] = {}
-    run = Run(plan, text, out, app_factory, command, measure_mode, console, done, failures)
+    run = Comparison(plan, text, prompts, out, app_factory, command, measure_turn, first_look, console)
     try:
-        run_to_end(run.all_modes())
+        run_to_end(run.all_turns())
     except (KeyboardInterrupt, SystemExit):
         console.print("stopped; the same command goes on from here")
         raise
     finally:
-        report = build_report(plan, text, prompts, done, failures)
+        report = build_report(plan, text, prompts, run.turns)
         if report.rows:
             write_report(report, out)
             print_report(report, out, console)
     return report
 
 
-class Run:
-    """The modes one after another, with one bar for all of them."""
+class Comparison:
+    """The turns of one run, with one bar for all of them."""
 
     def __init__(
         self,
         plan: Plan,
         text: EvaluationText,
+        prompts: Prompts,
         out: Path,
         app_factory: AppFactory,
         command: Sequence[str],
-        measure_mode: Measure,
+        measure_turn: Measure,
+        first_look: Look,
         console: Console,
-        done: dict[int, Finished],
-        failures: dict[int, Row],
     ) -> None:
         self.plan, self.text, self.out = plan, text, out
-        self.app_factory, self.command, self.measure_mode = app_factory, command, measure_mode
-        self.console, self.done, self.failures = console, done, failures
+        self.app_factory, self.command = app_factory, command
+        self.measure_turn, self.first_look = measure_turn, first_look
+        self.console = console
+        codec = TextCodec.load(plan.settings.tokenizer_folder(plan.model_path))
+        self.prompts = [codec.encode(one) for one in prompts.texts[:GREEDY_PROMPTS]]
+        self.turns = Turns(plan, out)
+        for repeat in range(plan.options.max_repeats):
+            for turn, _ in plan.turns(repeat):
+                path = out / plan.turn_file(turn)
+                if path.is_file():
+                    self.turns.add(read_back(path, Finished))
+        if self.turns.done:
+            console.print(f"{len(self.turns.done)} engines' figures were measured before, and are kept")
+        if (out / RATES_FILE).is_file():
+            self.turns.rates = read_back(out / RATES_FILE, Rates)
 
-    async def all_modes(self) -> None:
-        rest = [place for place in range(len(self.plan.precisions)) if place not in self.done]
-        whole = sum(STAGES.values())
-        with Progress(
-            TextColumn("{task.description:<26}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            speed_estimate_period=3600,  # stages differ in speed: the mean since the start is the best guess
-            transient=True,
-        ) as bar:
-            task = bar.add_task("", total=whole * len(rest))
-            for number, place in enumerate(rest):
-                await self.one_mode(place, stage_bar(bar, task, self.plan.precisions[place], whole * number))
-                bar.update(task, completed=whole * (number + 1))
+    async def all_turns(self) -> None:
+        options, turns = self.plan.options, self.turns
+        rounds = [self.left(repeat) for repeat in range(options.repeats)]
+        num_turns = sum(len(left) for left in rounds) + (turns.rates is None)
+        lacking = [mode for mode in self.plan.modes if not turns.has_quality(mode) and not mode.server]
+        with Pace(self.console, num_turns, len(lacking)) as pace:
+            await self.settle_rates(pace)
+            for repeat in range(options.max_repeats):
+                if repeat >= options.repeats:
+                    round_s = len(self.plan.everyone) * pace.turn_s
+                    if not turns.unresolved() or turns.seconds + round_s > 60 * options.minutes:
+                        break
+                    pace.more(len(self.left(repeat)))
+                for turn, mode in self.left(repeat):
+                    await self.one_turn(turn, mode, pace)
 
-    async def one_mode(self, place: int, advance: Advance) -> None:
-        job = Job(self.plan, place, self.text, self.settled_rate, self.out, self.app_factory, self.command)
-        try:
-            measured = await self.measure_mode(job, advance)
-        except HalftoneError as error:
-            self.failures[place] = Row(
-                mode=Mode(name=job.precision, precision=job.precision), status="failed", error=str(error)
-            )
-            self.console.print(f"[red]{job.precision}: failed:[/red] {error.message}", highlight=False)
+    def left(self, repeat: int) -> list[tuple[Turn, Mode]]:
+        """Turns of a repeat that are not measured yet, of modes that have not failed."""
+        failed = self.turns.failures
+        is_reference_gone = self.plan.reference.name in failed
+        return [
+            (turn, mode)
+            for turn, mode in self.plan.turns(repeat)
+            if (turn.mode, repeat) not in self.turns.done
+            and turn.mode not in failed
+            and not (is_reference_gone and mode == self.plan.null)
+        ]
+
+    async def settle_rates(self, pace: Pace) -> None:
+        """By what the reference can answer, or, where it cannot start, the first mode that can."""
+        first = [self.plan.reference, *(mode for mode in self.plan.modes if mode != self.plan.reference)]
+        for mode in first:
+            if self.turns.rates is not None:
+                return
+            if mode.server:
+                continue
+            job = self.job(Turn(order=-1, repeat=-1, mode=mode.name), mode, wants_quality=False)
+            try:
+                rates = await self.first_look(
+                    job, pace.advancing(f"{mode.name}, a first look", wants_quality=False)
+                )
+            except HalftoneError as error:
+                self.failed(mode, error, pace)
+                continue
+            write_whole(self.out / RATES_FILE, msgspec.json.encode(rates))
+            self.turns.rates = rates
+            pace.ended(pace.turn_s, 0.0)
+
+    async def one_turn(self, turn: Turn, mode: Mode, pace: Pace) -> None:
+        wants_quality = not (mode.server or mode == self.plan.null or self.turns.has_quality(mode))
+        if self.turns.rates is None or mode.name in self.turns.failures:
             return
-        finished = Finished(
-            row=measured.row,
-            model=measured.model,
-            device=measured.device,
-            device_name=measured.device_name,
-            torch_version=measured.torch_version,
-            rate_per_s=measured.rate_per_s,
+        said = f"{mode.name}, repeat {turn.repeat + 1}"
+        try:
+            finished = await self.measure_turn(
+                self.job(turn, mode, wants_quality=wants_quality), pace.advancing(said, wants_quality)
+            )
+        except HalftoneError as error:
+            self.failed(mode, error, pace)
+            return
+        write_whole(self.out / self.plan.turn_file(turn), msgspec.json.encode(finished))
+        self.turns.add(finished)
+        pace.ended(
+            finished.seconds - finished.quality_seconds - finished.quantize_seconds, finished.quality_seconds
         )
-        write_whole(self.out / self.plan.row_file(place), msgspec.json.encode(finished))
-        self.done[place] = finished
 
-    @property
-    def settled_rate(self) -> float:
-        """The open loop's rate, once the first mode has found it."""
-        return next((finished.rate_per_s for finished in self.done.values()), 0.0)
-
-
-def stage_bar(bar: Progress, task: TaskID, precision: str, start: float) -> Advance:
-    """-> what a mode calls to move the bar: stages in order, each with its rough share."""
-    names = list(STAGES)
-    furthest = start
-
-    def advance(stage: str, share: float) -> None:
-        nonlocal furthest
-        before = sum(STAGES[name] for name in names[: names.index(stage)])
-        # stages of the engine each count from nothing: the bar waits, it does not go back
-        furthest = max(furthest, start + before + STAGES[stage] * min(share, 1.0))
-        bar.update(task, completed=furthest, description=f"{precision}: {stage}")
-
-    return advance
-
-
-def check(options: CompareOptions) -> None:
-    """Raises SettingError for amounts that measure nothing."""
-    positive = {
-        "concurrencies": min(options.concurrencies, default=0),
-        "requests_per_stream": options.requests_per_stream,
-        "num_open_requests": options.num_open_requests,
-        "output_tokens": options.output_tokens - 1,
-        "num_windows": options.num_windows,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise SettingError(f"compare option `{name}` = `{getattr(options, name)}` is too small")
-    each = options.agreement_tokens // min(8, options.num_windows)
-    if each + 1 > options.window_tokens:
-        raise SettingError(
-            f"compare option `agreement_tokens` = `{options.agreement_tokens}` needs windows of {each + 1} "
-            f"tokens, and they have {options.window_tokens}"
+    def job(self, turn: Turn, mode: Mode, *, wants_quality: bool) -> Job:
+        return Job(
+            plan=self.plan,
+            turn=turn,
+            mode=mode,
+            phases=self.plan.phases(turn.repeat, self.turns.rates),
+            text=self.text,
+            prompts=self.prompts,
+            wants_quality=wants_quality,
+            out=self.out,
+            app_factory=self.app_factory,
+            command=self.command,
         )
+
+    def failed(self, mode: Mode, error: HalftoneError, pace: Pace) -> None:
+        self.turns.failures[mode.name] = Row(mode=mode, status="failed", error=str(error))
+        pace.more(-sum(len(self.left(repeat)) for repeat in range(self.plan.options.repeats)))
+        self.console.print(f"[red]{mode.name}: failed:[/red] {error.message}", highlight=False)
 
 
 def load_prompts(options: CompareOptions) -> Prompts:

@@ -1,6 +1,6 @@
-"""One precision from load to quality, in one engine process: a Row, or why there is none.
+"""One turn of the schedule: one mode from load to figures, in one engine process of its own.
 
-job --plan, place--> Host (fresh engine) --loads, Evaluate--> Row
+job --plan, turn--> measure(): Host (fresh engine) --loads, Evaluate--> Finished
 
 An engine that had to quantize first is ended when that is done, and another measured: seconds and peak of
 loading are those of a start, and the making of a checkpoint is a figure of its own.
@@ -11,127 +11,157 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import exp, expm1
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from service import ledger
-from service.compare.figures import Interval, Level
-from service.compare.loads import run_load
-from service.compare.plan import Plan
-from service.compare.report import (
-    Agreement,
-    Apart,
-    Memory,
-    Mode,
-    Model,
-    Quality,
-    Row,
-)
-from service.compare.report import (
-    Loading as LoadTime,
-)
+from service.compare.figures import Run
+from service.compare.loads import read_run, run_load
+from service.compare.plan import Phase, Plan, Rates
+from service.compare.power import PowerLog, metered
+from service.compare.quality import quality_of
+from service.compare.report import Memory, Mode, Model, Quality, Turn
 from service.compare.windows import EvaluationText
 from service.errors import HalftoneError
 from service.front.host import AppFactory, Host
 from service.front.supervisor import ENGINE_COMMAND
-from service.messages import EngineInfo, Evaluated, Loading
+from service.messages import EngineInfo, Loading
 
 Advance = Callable[[str, float], None]  # stage, share of it that is done
 POLL_S = 0.2
 CALIBRATE, QUANTIZE = "calibrate", "quantize"  # stages of loading; the first also looks into the cache
-STAGES = {
-    "prepare": 20.0,
-    "load": 8.0,
-    "traffic": 20.0,
-    "quality": 50.0,
-}  # rough seconds each, for the bar only
+GREEDY_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything one row needs; `rate_per_s` is 0 until a mode has settled it."""
+    """Everything one turn needs."""
 
     plan: Plan
-    place: int
+    turn: Turn
+    mode: Mode
+    phases: Sequence[Phase]
     text: EvaluationText
-    rate_per_s: float
+    prompts: list[list[int]]  # token ids: answered greedily by this mode and by the reference
+    wants_quality: bool  # once in a mode: weights are the same in every repeat
     out: Path
     app_factory: AppFactory
     command: Sequence[str] = ENGINE_COMMAND
 
-    @property
-    def precision(self) -> str:
-        return self.plan.precisions[self.place]
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine told of itself."""
+
+    model: Model
+    precision: str  # canonical
+    device: str
+    device_name: str
+    torch_version: str
+    dtype: str
+    kv_dtype: str
+    kernels: dict[str, str]
+    calibration: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A row with what it settles for the report and for the rows after it."""
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """What a turn's file holds. Another server has runs alone."""
 
-    row: Row
-    model: Model | None = None
-    device: str = ""
-    device_name: str = ""
-    torch_version: str = ""
-    rate_per_s: float = 0.0
+    turn: Turn
+    runs: dict[str, Run]  # id of the phase -> its figures
+    served: Served | None = None
+    memory: Memory | None = None
+    stages: dict[str, float] = msgspec.field(default_factory=dict)  # of loading -> seconds
+    quantize_seconds: float = 0.0
+    quality: Quality | None = None
+    quality_seconds: float = 0.0
+    seconds: float = 0.0
 
 
-async def measure(job: Job, advance: Advance) -> Measured:
-    """One mode in a fresh engine. Raises HalftoneError; the engine is gone when this returns or raises."""
+async def measure(job: Job, advance: Advance) -> Finished:
+    """One turn. Raises HalftoneError; the engine is gone when this returns or raises."""
     started_s = time.monotonic()
-    settings = job.plan.settings.model_copy(update={"precision": job.precision})
-
-    def fresh_host() -> Host:
-        return Host(
-            settings,
-            job.plan.model_path,
-            job.app_factory,
-            command=job.command,
-            metrics_host=job.plan.metrics_host,
-        )
-
+    if job.mode.server:
+        runs = await drive(job, job.mode.server, "", advance, None)
+        return Finished(turn=job.turn, runs=runs, seconds=time.monotonic() - started_s)
     async with contextlib.AsyncExitStack() as engines:
-        host = await engines.enter_async_context(fresh_host())
+        host = await engines.enter_async_context(fresh_host(job))
         info = await wait_ready(host, advance)
         quantize_seconds = seconds_quantizing(info)
         if quantize_seconds:
             await engines.aclose()
-            host = await engines.enter_async_context(fresh_host())
+            host = await engines.enter_async_context(fresh_host(job))
             info = await wait_ready(host, advance)
         process = host.supervisor.process
-        levels, rate_per_s = await drive(job, host, settings.name, advance)
+        power = engines.enter_context(metered(info.device_uuid))
+        runs = await drive(job, host.url, host.settings.name, advance, power)
         memory = memory_of(host, info)
-        quality = await evaluate(job, host, advance)
+        quality_started_s = time.monotonic()
+        quality = await evaluate(job, host, advance) if job.wants_quality else None
+        ended_s = time.monotonic()
         if host.supervisor.process is not process:  # another engine has answered since
             raise HalftoneError("the engine died while it was measured, and was started again")
-    seconds_to_load = sum(info.load_seconds.values())
-    row = Row(
-        mode=Mode(name=job.precision, precision=info.precision, kv_dtype=settings.kv_dtype),
-        status="ok",
-        num_repeats=1,
+    return Finished(
+        turn=job.turn,
+        runs=runs,
+        served=served_of(job, info),
         memory=memory,
+        stages=info.load_seconds,
+        quantize_seconds=quantize_seconds,
         quality=quality,
-        loading=LoadTime(
-            seconds=Interval(estimate=seconds_to_load, low=None, high=None, n=1),
-            stages=info.load_seconds,
-            quantize_seconds=quantize_seconds,
-        ),
-        levels=levels,
-        dtype=info.dtype,
-        kv_dtype=info.kv_dtype,
-        kernels=info.kernels,
-        calibration=info.calibration,
+        quality_seconds=ended_s - quality_started_s if quality else 0.0,
         seconds=time.monotonic() - started_s,
     )
+
+
+def fresh_host(job: Job) -> Host:
+    plan = job.plan
+    return Host(
+        plan.settings_of(job.mode),
+        plan.path_of(job.mode),
+        job.app_factory,
+        command=job.command,
+        metrics_host=plan.metrics_host,
+    )
+
+
+def served_of(job: Job, info: EngineInfo) -> Served:
     model = Model(
-        name=settings.name,
+        name=job.plan.settings.name,
         path=str(job.plan.model_path),
         architecture=info.architecture,
         num_parameters=info.num_parameters,
         random_weights=info.random_weights,
     )
-    return Measured(row, model, info.device, info.device_name, info.torch_version, rate_per_s)
+    return Served(
+        model=model,
+        precision=info.precision,
+        device=info.device,
+        device_name=info.device_name,
+        torch_version=info.torch_version,
+        dtype=info.dtype,
+        kv_dtype=info.kv_dtype,
+        kernels=info.kernels,
+        calibration=info.calibration,
+    )
+
+
+async def look(job: Job, advance: Advance) -> Rates:
+    """What the reference can answer with the most streams, from an engine that is not measured -> the rates.
+
+    It also makes what first starts make (compiled kernels, files in the system's cache), so that no measured
+    engine is the first.
+    """
+    host = fresh_host(job)
+    phase = job.plan.closed_phases[-1]
+    raw = job.out / job.plan.turn_file(job.turn, phase)
+    async with host:
+        await wait_ready(host, advance)
+        advance("look", 0.5)
+        options = job.plan.options
+        await run_load(host.url, host.settings.name, phase, options.output_tokens, options.prompts, raw)
+    return job.plan.settle(read_run(raw, job.turn, phase, None, None).requests_per_s)
 
 
 async def wait_ready(host: Host, advance: Advance) -> EngineInfo:
@@ -157,24 +187,23 @@ def seconds_quantizing(info: EngineInfo) -> float:
     return sum(info.load_seconds.get(stage, 0.0) for stage in (CALIBRATE, QUANTIZE))
 
 
-async def drive(job: Job, host: Host, model: str, advance: Advance) -> tuple[list[Level], float]:
-    """Every phase of load in turn -> their figures, and the open loop's rate."""
-    options, phases = job.plan.options, job.plan.phases
-    rate_per_s = options.rate_per_s or job.rate_per_s
-    levels: list[Level] = []
-    for place, phase in enumerate(phases):
-        advance("traffic", place / len(phases))
-        if not phase.concurrency and not rate_per_s:
-            rate_per_s = round(levels[-1].runs[0].requests_per_s / 2, 3)
-        raw = job.out / job.plan.load_file(job.place, phase)
-        level = await run_load(
-            host.url, model, phase, rate_per_s, options.output_tokens, options.prompts, raw
-        )
-        if not level.runs[0].num_ok:
-            reasons = "; ".join(level.runs[0].errors) or "no request was answered"
-            raise HalftoneError(f"load phase `{phase.id}` got no answer: {reasons}")
-        levels.append(level)
-    return levels, rate_per_s
+async def drive(job: Job, url: str, model: str, advance: Advance, power: PowerLog | None) -> dict[str, Run]:
+    """Every phase of load in turn -> their figures, by the phase's id."""
+    options = job.plan.options
+    runs = {}
+    async with contextlib.AsyncExitStack() as watch:
+        if power is not None:
+            await power.watch_idle()
+            await watch.enter_async_context(power.running())
+        for place, phase in enumerate(job.phases):
+            advance("traffic", place / len(job.phases))
+            raw = job.out / job.plan.turn_file(job.turn, phase)
+            await run_load(
+                *(url, model, phase, options.output_tokens, options.prompts, raw),
+                is_ours=not job.mode.server,
+            )
+            runs[phase.id] = read_run(raw, job.turn, phase, options.slo, power)
+    return runs
 
 
 def memory_of(host: Host, info: EngineInfo) -> Memory:
@@ -201,53 +230,19 @@ def memory_of(host: Host, info: EngineInfo) -> Memory:
 
 
 async def evaluate(job: Job, host: Host, advance: Advance) -> Quality:
-    """Perplexity and divergence over the whole text by prefill, and its windows' beginnings by decode too."""
+    """Perplexity, divergence and greedy answers against the reference; the beginnings of windows by decode
+    too."""
     modes: list[Literal["prefill", "decode1", "decode8"]] = ["prefill", "decode1", "decode8"]
+    reference = job.plan.reference
     evaluated = await host.client.evaluate(
         job.text.windows,
         modes,
         decode_tokens=job.plan.options.agreement_tokens,
-        reference=job.plan.reference,
+        reference=reference.precision,
+        # the weights that divergence is from are the model's, whatever this mode serves
+        reference_path=str(job.plan.model_path) if job.mode.checkpoint else "",
+        prompts=job.prompts if job.mode != reference else (),
+        greedy_tokens=GREEDY_TOKENS,
         progress=lambda message: advance("quality", message.done / max(message.total, 1)),
     )
-    return Quality(
-        perplexity=perplexity(evaluated, "prefill"),
-        tokens=evaluated.tokens["prefill"],
-        kl_mean=evaluated.kl_mean,
-        kl_tokens=evaluated.kl_tokens,
-        top1_agreement=evaluated.top1_agreement,
-        agreement=agreement_of(evaluated),
-    )
-
-
-def perplexity(evaluated: Evaluated, mode: str) -> float:
-    """exp(mean negative log-likelihood)."""
-    return exp(evaluated.nll[mode] / evaluated.tokens[mode])
-
-
-def agreement_of(evaluated: Evaluated) -> Agreement:
-    """Three perplexities of the same tokens -> how far decode is from prefill, and how sure that is.
-
-    Prefill scored more tokens than decode did; of those that both did, the pairs tell its share. Raises
-    HalftoneError where the modes scored different numbers of tokens: that compares nothing.
-    """
-    pairs = [evaluated.paired[mode] for mode in ("decode1", "decode8")]
-    counts = {evaluated.tokens["decode1"], evaluated.tokens["decode8"], *(pair.tokens for pair in pairs)}
-    if len(counts) != 1:
-        raise HalftoneError(f"prefill and decode scored different tokens: {evaluated.tokens}")
-    decode1, decode8 = (perplexity(evaluated, mode) for mode in ("decode1", "decode8"))
-    prefill = decode1 * exp(-pairs[0].mean)
-    # exp(mean) is the ratio of the perplexities, and also what a small error of the mean is multiplied by
-    apart1, apart8 = (
-        Apart(change=expm1(pair.mean), standard_error=exp(pair.mean) * pair.standard_error) for pair in pairs
-    )
-    return Agreement(
-        tokens=counts.pop(),
-        prefill=prefill,
-        decode1=decode1,
-        decode8=decode8,
-        decode1_apart=apart1,
-        decode8_apart=apart8,
-        disagreement=max(abs(apart1.change), abs(apart8.change)),
-        agrees=not (apart1.is_flagged or apart8.is_flagged),
-    )
+    return quality_of(evaluated)

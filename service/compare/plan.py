@@ -1,10 +1,13 @@
-"""What a comparison will do, fixed before it starts: modes, load, texts, and whether a folder may hold it.
+"""What a comparison will do, fixed before it starts: modes, schedule, load, texts, and whether a folder may
+hold it.
 
-cli --options--> Plan --job.run_compare--> rows
+cli --modes, options--> Plan --job.run_compare--> turns, phases
 """
 
 import hashlib
+import random
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,35 +16,24 @@ import msgspec
 
 from service import __version__
 from service.compare.files import make_folder, read_back, write_whole
-from service.compare.report import Report
+from service.compare.modes import again, reference_of
+from service.compare.options import CompareOptions
+from service.compare.report import Mode, Report, Turn
 from service.config import Settings
-from service.errors import PrecisionError, SettingError, SystemProblem
-from service.precision import TABLE
-from service.precision.spec import PrecisionSpec
+from service.errors import SettingError, SystemProblem
 
-REFERENCES = ("fp32", "bf16", "fp16")
 RUN_FILE = "run.json"
+RATES_FILE = "rates.json"
 REPORT_FILE = "report.json"
 MODES_FOLDER = "modes"
+SEEDS = 100  # of one repeat's levels
 
 
-@dataclass(frozen=True)
-class CompareOptions:
-    """How much is measured. The defaults fit `make compare` on two cores."""
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """The open loops' rates, settled once and kept beside the run."""
 
-    concurrencies: tuple[int, ...] = (1, 4)
-    rate_per_s: float = 0.0  # 0: half of what the first mode reaches at the widest concurrency
-    requests_per_stream: int = 4
-    num_open_requests: int = 12
-    warmup_per_stream: int = 1
-    output_tokens: int = 32
-    num_windows: int = 8  # at least 8: that many sequences decode together
-    window_tokens: int = 513  # scored: one less a window
-    agreement_tokens: int = 2048  # scored by prefill, by decode at M=1 and at M=8
-    seed: int = 0
-    kv_tokens: int = 8192  # where the settings leave it to the device's memory
-    prompts: str = ""  # JSONL; empty: loadtest's own
-    text: str = ""  # UTF-8 file; empty: half B of the interpreter's documentation
+    capacity_per_s: float  # requests/s that the reference answered with the most streams
+    rates_per_s: list[float]
 
 
 @dataclass(frozen=True)
@@ -50,54 +42,39 @@ class Phase:
 
     id: str
     concurrency: int  # 0: open loop
+    rate_per_s: float  # 0: closed loop
     num_requests: int
     num_warmup: int
-    seed: int  # another in each phase: a prompt that came before would be in the prefix cache
-
-    @property
-    def label(self) -> str:
-        if not self.concurrency:
-            return "open loop"
-        return f"{self.concurrency} stream{'s' if self.concurrency > 1 else ''}"
+    seed: int  # another in each: a prompt that came before would be in the prefix cache
 
 
 @dataclass(frozen=True)
 class Plan:
     """A checked request for a comparison."""
 
-    precisions: tuple[str, ...]
-    reference: str
+    modes: tuple[Mode, ...]
+    reference: Mode
     options: CompareOptions
     settings: Settings
     metrics_host: str  # Prometheus may be on another machine, though the API is for this process alone
     model_path: Path
+    checkpoints: Mapping[str, Path]  # name of a mode -> folder of its own checkpoint
     identity: dict[str, Any] = field(compare=False)
 
     @classmethod
     def make(
-        cls, settings: Settings, model_path: Path, precisions: list[str], options: CompareOptions
+        cls,
+        settings: Settings,
+        model_path: Path,
+        modes: Sequence[Mode],
+        options: CompareOptions,
+        *,
+        reference: str = "",
+        checkpoints: Mapping[str, Path] | None = None,
     ) -> "Plan":
-        """Raises PrecisionError for an unknown or repeated mode, or none to compare against, SettingError for
-        a file that cannot be read."""
-        names = []
-        for text in precisions:
-            spec = PrecisionSpec.parse(text)
-            if spec.name not in TABLE:
-                raise PrecisionError(
-                    f"precision `{spec.name}` does not exist; accepted are {', '.join(TABLE)}",
-                    hint="write `--precisions bf16,int8,nf4,awq`",
-                )
-            if precisions.count(text) > 1:
-                raise PrecisionError(
-                    f"precision `{text}` is named twice", hint="each mode is one row: name it once"
-                )
-            names.append(spec.name)
-        places = [place for place, name in enumerate(names) if name in REFERENCES]
-        if not places:
-            raise PrecisionError(
-                f"`{','.join(precisions)}` has no mode to compare against",
-                hint=f"add one of {', '.join(REFERENCES)}: divergence is measured against the first of them",
-            )
+        """Raises PrecisionError for no mode to compare against, SettingError for a file that cannot be
+        read."""
+        checkpoints = checkpoints or {}
         # a server that only this process asks: any free port, no key, one set of pages for every mode
         quiet = settings.model_copy(
             update={
@@ -107,51 +84,103 @@ class Plan:
                 "kv_tokens": settings.kv_tokens or options.kv_tokens,
             }
         )
-        plan_identity = {
+        base = reference_of(modes, reference)
+        identity = {
             "version": __version__,
-            "precisions": precisions,
+            "modes": [mode.name for mode in modes],
+            "reference": base.name,
             "options": asdict(options),
             "engine": {
                 key: value
                 for key, value in msgspec.to_builtins(quiet.engine_config(model_path)).items()
                 if key not in ("precision", "cache_dir")
             },
-            "weights": weights_stamp(model_path),
+            "weights": [weights_stamp(path) for path in (model_path, *checkpoints.values())],
             "texts": {
                 name: file_stamp(name, option)
                 for option, name in (("--prompts", options.prompts), ("--text", options.text))
                 if name
             },
         }
-        return cls(
-            tuple(precisions), precisions[places[0]], options, quiet, settings.host, model_path, plan_identity
-        )
+        return cls(tuple(modes), base, options, quiet, settings.host, model_path, dict(checkpoints), identity)
 
     @property
-    def phases(self) -> list[Phase]:
-        """Closed loops first, the widest last; then the open loop, whose rate may follow from it."""
-        options = self.options
-        widths = sorted(options.concurrencies)
-        phases = [
-            Phase(
-                f"closed-{width}",
-                width,
-                width * options.requests_per_stream,
-                width * options.warmup_per_stream,
-                1000 * options.seed + place,
-            )
-            for place, width in enumerate(widths)
+    def null(self) -> Mode:
+        """The reference against itself, as one mode more."""
+        return again(self.reference)
+
+    @property
+    def everyone(self) -> tuple[Mode, ...]:
+        """Modes in the order asked, and the null comparison's."""
+        return (*self.modes, self.null)
+
+    def turns(self, repeat: int) -> list[tuple[Turn, Mode]]:
+        """One engine for each mode, in an order of this repeat's own: what drifts meets no mode always
+        first."""
+        order = list(self.everyone)
+        random.Random(f"{self.options.seed}:schedule:{repeat}").shuffle(order)
+        first = repeat * len(order)
+        return [
+            (Turn(order=first + place, repeat=repeat, mode=mode.name), mode)
+            for place, mode in enumerate(order)
         ]
-        # warm-up of an open loop is its first arrivals, so that what counts finds others on the way
-        warmup = max(1, options.num_open_requests // 8)
-        open_seed = 1000 * options.seed + len(widths)
-        return [*phases, Phase("open", 0, options.num_open_requests, warmup, open_seed)]
 
-    def row_file(self, place: int) -> str:
-        return f"{MODES_FOLDER}/{place + 1}-{slug(self.precisions[place])}.json"
+    def settings_of(self, mode: Mode) -> Settings:
+        return self.settings.model_copy(update={"precision": mode.precision, "kv_dtype": mode.kv_dtype})
 
-    def load_file(self, place: int, phase: Phase) -> str:
-        return f"{MODES_FOLDER}/{place + 1}-{slug(self.precisions[place])}-{phase.id}.json"
+    def path_of(self, mode: Mode) -> Path:
+        return self.checkpoints.get(mode.name, self.model_path)
+
+    @property
+    def closed_phases(self) -> list[Phase]:
+        """Those of a first look at what the reference can answer, with prompts that no repeat asks."""
+        return [phase for phase in self.phases(-1, None) if phase.concurrency]
+
+    def settle(self, capacity_per_s: float) -> Rates:
+        """Requests/s of the open levels, to three figures, lowest first."""
+        rates = {
+            float(f"{level.rate_per_s or level.share * capacity_per_s:.3g}")
+            for level in self.options.levels
+            if not level.is_closed
+        }
+        return Rates(capacity_per_s=capacity_per_s, rates_per_s=sorted(rates))
+
+    def phases(self, repeat: int, rates: Rates | None) -> list[Phase]:
+        """A turn's load: streams first, then rates. Prompts and arrivals are the repeat's, whatever the
+        mode."""
+        options = self.options
+        levels = [(level.concurrency, 0.0) for level in options.levels if level.is_closed]
+        levels += [(0, rate) for rate in (rates.rates_per_s if rates else ())]
+        phases = []
+        for place, (concurrency, rate_per_s) in enumerate(levels):
+            num_requests = options.num_requests(concurrency, rate_per_s)
+            phases.append(
+                Phase(
+                    id=f"closed-{concurrency}" if concurrency else f"open-{rate_per_s:g}",
+                    concurrency=concurrency,
+                    rate_per_s=rate_per_s,
+                    num_requests=num_requests,
+                    num_warmup=options.num_warmup(concurrency, num_requests),
+                    seed=((options.seed + 1) * 1000 + repeat) * SEEDS + place,
+                )
+            )
+        return phases
+
+    @property
+    def throughput_level(self) -> str:
+        """Id of the closed level with the most streams."""
+        return f"closed-{max(level.concurrency for level in self.options.levels)}"
+
+    @staticmethod
+    def latency_level(rates: Rates) -> str:
+        """Id of the middle rate: users are there, and no queue yet."""
+        return f"open-{rates.rates_per_s[(len(rates.rates_per_s) - 1) // 2]:g}"
+
+    def turn_file(self, turn: Turn, phase: Phase | None = None) -> str:
+        """Where a turn's result is, or one phase's requests."""
+        place = next(n for n, mode in enumerate(self.everyone, 1) if mode.name == turn.mode)
+        end = f"-{phase.id}" if phase else ""
+        return f"{MODES_FOLDER}/{place}-{slug(turn.mode)}-{turn.repeat + 1}{end}.json"
 
 
 def slug(precision: str) -> str:

@@ -84,6 +84,17 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
         return {"M=1": self.decode1_apart, "M=8": self.decode8_apart}
 
 
+class Greedy(msgspec.Struct, frozen=True, kw_only=True):
+    """Greedy answers to prompts of the load: how long the reference would have said the same."""
+
+    num_prompts: int
+    num_tokens: Annotated[int, described("Of each answer at most")]
+    same_share: Annotated[float, described("Answers that do not differ as far as was looked")]
+    same_standard_error: float
+    median_agreed_tokens: Annotated[int, described("Before the first that differs; `num_tokens`: none does")]
+    agreed_tokens: Annotated[list[int], described("The same by prompt")]
+
+
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
     perplexity: Annotated[float, described("Over the evaluation windows, by prefill")]
     tokens: int
@@ -91,9 +102,17 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     kl_tokens: int
     top1_agreement: Annotated[float, described("Share of positions where both find the same token likeliest")]
     agreement: Agreement
+    # intervals are over windows of text, taken as independent
     perplexity_ratio: Annotated[
         Interval | None, described("Mode / reference, token by token over the same windows; null: not paired")
     ] = None
+    reference_perplexity: Annotated[float | None, described("The reference's over the same windows")] = None
+    kl: Annotated[Interval | None, described("kl_mean with its interval")] = None
+    kl_quantiles: Annotated[dict[str, float], described("p50, p90, p99, max over tokens, nats")] = (
+        msgspec.field(default_factory=dict)
+    )
+    top1: Annotated[Interval | None, described("top1_agreement with its interval")] = None
+    greedy: Annotated[Greedy | None, described("Null: of the reference itself, or not measured")] = None
 
 
 class Purchase(msgspec.Struct, frozen=True, kw_only=True):

@@ -198,7 +198,7 @@ def test_a_mode_that_failed_is_a_failed_command(
         Row(mode=Mode(name="bf16", precision="bf16"), status="ok"),
         Row(mode=Mode(name="nf4", precision="nf4"), status="failed", error="no room"),
     ]
-    monkeypatch.setattr("service.cli.compare.run_compare", lambda *_: SimpleNamespace(rows=rows))
+    monkeypatch.setattr("service.cli.compare.run_compare", lambda *_, **__: SimpleNamespace(rows=rows))
     model = write_folder(tmp_path / "model", "config.json", "model.safetensors")
     code, message, hint = fails("compare", model, "--precisions", "bf16,nf4", "--out", str(tmp_path / "out"))
     assert (code, message) == (1, "1 of 2 modes failed: nf4")

@@ -11,7 +11,7 @@ from service.cli.display import Display
 from service.cli.model import find_model
 from service.cli.quantize import quantize
 from service.cli.serve import curl_line
-from service.compare.assemble import NO_VERDICT
+from service.compare.words import NO_VERDICT
 from service.config import Settings, load_settings
 from service.errors import CheckpointError, SettingError
 from service.model.hub import PRESETS, resolve

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from service.api.app import create_app
 from service.compare.job import run_compare
-from service.compare.plan import CompareOptions
+from service.compare.modes import parse_modes
+from service.compare.options import CompareOptions, parse_levels
 from service.compare.report import Report
 from service.config import load_settings
 
@@ -42,14 +43,17 @@ def options(tmp_path: Path) -> CompareOptions:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
     return CompareOptions(
-        concurrencies=(1, 2),
-        rate_per_s=50.0,
-        requests_per_stream=2,
-        num_open_requests=4,
+        precisions="bf16,int8",
+        levels=parse_levels("1,2,40/s,50/s"),
         output_tokens=4,
+        open_s=0.0,
+        minutes=0.0,
+        kv_tokens=1024,
+        requests_per_stream=2,
+        repeats=2,
+        max_repeats=2,
         window_tokens=33,
         agreement_tokens=128,
-        kv_tokens=1024,
         text=str(text),
     )
 
@@ -64,7 +68,7 @@ def compare(
 
     terminal = tmp_path / "terminal.txt"
 
-    def run(precisions: list[str], given: dict[str, Any] | None = None, **changes: object) -> Report:
+    def run(precisions: str, given: dict[str, Any] | None = None, **changes: object) -> Report:
         arguments: dict[str, object] = {
             "out": tmp_path / "report",
             "options": options,
@@ -74,7 +78,8 @@ def compare(
         }
         settings = load_settings(model=str(model_path), cache_dir=tmp_path / "cache", **(given or {}))
         try:
-            return run_compare(settings, model_path, precisions, **(arguments | changes))  # type: ignore[arg-type]
+            modes = parse_modes(precisions)
+            return run_compare(settings, model_path, modes, **(arguments | changes))  # type: ignore[arg-type]
         finally:
             terminal.write_text(arguments["console"].export_text())  # type: ignore[attr-defined]
 

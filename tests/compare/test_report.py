@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from service import cores
-from service.compare.assemble import environment
-from service.compare.mode import agreement_of
+from service.compare.environment import environment
+from service.compare.quality import agreement_of
 from service.compare.report import Apart, Report, purchase, schema, shipped_schema
 from service.errors import HalftoneError
 from service.messages import Evaluated, Paired
@@ -90,4 +90,4 @@ def test_the_environment_is_told_without_affinity(monkeypatch: pytest.MonkeyPatc
     """macOS has no such call, and a comparison there ended without its report."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(cores, "_mac_cores", lambda: 8)
-    assert environment(None)["machine"].endswith(", 8 cores usable")
+    assert environment("")["machine"].endswith(", 8 cores usable")

@@ -1,0 +1,275 @@
+"""Rows with intervals -> which mode to deploy, in words, and how sure that is. What is not established is
+not said.
+
+assemble --Case--> judge() --Verdict--> Report
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.compare.figures import Interval, effect
+from service.compare.findings import SPEED, Ratio
+from service.compare.report import NullComparison, Row, Verdict
+from service.compare.statistics import RESOLUTION, resolves
+from service.compare.words import listed
+
+GOODPUT = "goodput_per_s"
+DECIDING = {SPEED: "tokens/s", GOODPUT: "requests/s within the SLO"}
+LATENCIES = {"ttft_p95_s": "p95 TTFT", "tpot_p50_s": "TPOT", "itl_p95_s": "p95 ITL"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a verdict is on."""
+
+    rows: Sequence[Row]  # in the order asked, failed ones too
+    reference: str
+    ratio: Ratio
+    place: str  # model, device and traffic in words
+    throughput_level: str
+    latency_level: str
+    rate_levels: Sequence[str]  # ids, lowest rate first
+    slo: str  # in words; empty: none
+    max_perplexity_rise: float
+    judges_quality: bool
+    null: NullComparison | None
+
+    @property
+    def figures(self) -> list[tuple[str, str]]:
+        """What decides, first things first: figure and level."""
+        speed = (SPEED, self.throughput_level)
+        return [(GOODPUT, self.rate_levels[-1]), speed] if self.slo else [speed]
+
+    @property
+    def rule(self) -> str:
+        measure = (
+            f"the most requests/s within {self.slo} at the highest rate, then the most tokens/s with the "
+            "most streams"
+            if self.slo
+            else "the most tokens/s with the most streams"
+        )
+        quality = (
+            f" Of modes whose perplexity is surely no more than {100 * self.max_perplexity_rise:g} % above "
+            f"{self.reference}'s:"
+            if self.judges_quality
+            else ""
+        )
+        return (
+            f"{quality} {measure}. Modes whose intervals overlap are told apart by divergence, where its "
+            "intervals do not overlap, and else by bytes; a mode that is not surely ahead of the reference "
+            "is not preferred to it."
+        ).strip()
+
+
+def judge(case: Case) -> Verdict:
+    """Names a mode only where this run establishes that it is ahead of the reference and not behind
+    another."""
+    passed, rejected = sift(case)
+    tied = leaders(case, passed)
+    base = next((row for row in tied if row.name == case.reference), None)
+    chosen = None if base and len(tied) > 1 else closest(case, tied)
+    for row in passed:
+        if row not in tied:
+            rejected[row.name] = behind(case, tied[0], row)
+    names = [row.name for row in tied]
+    can_deploy = chosen is not None and case.judges_quality
+    if not tied:
+        headline = f"No mode can be deployed from what was measured: {case.place}."
+    elif not case.judges_quality:
+        ahead = f"{names[0]} is" if len(names) == 1 else f"{listed(names)}, which cannot be told apart, are"
+        headline = (
+            f"For {case.place}: {ahead} ahead in {DECIDING[case.figures[-1][0]]}. The weights are random, so "
+            "there is no verdict on quality, and none on what to deploy."
+        )
+    elif chosen is None:
+        headline = (
+            f"For {case.place}: nothing is established to be ahead of {case.reference} and good enough; this "
+            f"run cannot tell {listed(names)} apart."
+        )
+    else:
+        headline = f"For {case.place}: deploy {chosen.name}."
+    return Verdict(
+        deploy=chosen.name if chosen and can_deploy else "",
+        tied=names if len(names) > 1 else [],
+        headline=headline,
+        because=because(case, chosen, tied),
+        costs=costs(case, chosen) if chosen else [],
+        sureness=sureness(case, chosen),
+        rejected=rejected,
+        rule=case.rule,
+    )
+
+
+def sift(case: Case) -> tuple[list[Row], dict[str, str]]:
+    """Modes that could be deployed, and why the others could not."""
+    passed, rejected = [], {}
+    for row in case.rows:
+        if not row.ok:
+            rejected[row.name] = f"{row.status}: {row.error.splitlines()[0]}" if row.error else row.status
+        elif row.mode.server:
+            rejected[row.name] = "another server: its speed is known, its quality is not"
+        elif case.judges_quality and row.name != case.reference and (loss := too_lossy(case, row)):
+            rejected[row.name] = loss
+        else:
+            passed.append(row)
+    return passed, rejected
+
+
+def too_lossy(case: Case, row: Row) -> str:
+    """Why a mode's loss is not established to be within what is allowed; empty where it is."""
+    found = row.quality.perplexity_ratio if row.quality else None
+    if found is None:
+        return "its quality was not measured against the reference"
+    allowed = 1 + case.max_perplexity_rise
+    if found.estimate > allowed:
+        return f"perplexity {percent_of(found)}, more than the {100 * case.max_perplexity_rise:g} % allowed"
+    if found.high is not None and found.high > allowed:
+        return f"perplexity {percent_of(found)}: not surely within the {100 * case.max_perplexity_rise:g} % "
+        "allowed"
+    return ""
+
+
+def leaders(case: Case, rows: Sequence[Row]) -> list[Row]:
+    """Rows that no other is surely ahead of, by each deciding figure in turn; the highest first."""
+    tied = list(rows)
+    for figure, level in case.figures:
+        known = [(found.estimate, row) for row in tied if (found := row.figure(figure, level))]
+        if not known:
+            continue
+        best = max(known, key=lambda pair: pair[0])[1]
+        tied = [best] + [
+            row
+            for row in tied
+            if row is not best and effect(figure, case.ratio(best, row, figure, level)) != "better"
+        ]
+    return tied
+
+
+def closest(case: Case, tied: Sequence[Row]) -> Row | None:
+    """Of rows that speed cannot tell apart: the one surely nearest to the reference, else the smallest."""
+    if len(tied) < 2:
+        return tied[0] if tied else None
+    if case.judges_quality:
+        nearest = min(tied, key=lambda row: row.quality.kl_mean if row.quality else 0.0)
+        if all(surely_nearer(nearest, row) for row in tied if row is not nearest):
+            return nearest
+    return min(tied, key=lambda row: row.memory.weight_bytes if row.memory else 0)
+
+
+def surely_nearer(one: Row, other: Row) -> bool:
+    """Are the intervals of divergence apart?"""
+    mine, theirs = (row.quality.kl if row.quality else None for row in (one, other))
+    if mine is None or theirs is None or mine.high is None or theirs.low is None:
+        return False
+    return mine.high < theirs.low
+
+
+def behind(case: Case, best: Row, row: Row) -> str:
+    """By which deciding figure, and how far."""
+    for figure, level in case.figures:
+        found = case.ratio(row, best, figure, level)
+        if effect(figure, found) == "worse" and found:
+            return f"{DECIDING[figure]} {percent_of(found)} against {best.name}"
+    return f"behind {best.name}"
+
+
+def because(case: Case, chosen: Row | None, tied: Sequence[Row]) -> list[str]:
+    """What speaks for it, each with its interval."""
+    said = []
+    if chosen is None:
+        if tied:
+            smallest = min(tied, key=lambda row: row.memory.weight_bytes if row.memory else 0)
+            said += freed(case, smallest)
+        return said
+    if chosen.name == case.reference:
+        return [f"no mode within the allowed loss is surely faster than {case.reference}"]
+    for figure, level in case.figures:
+        found = chosen.ratio(figure, level)
+        if found and effect(figure, found) == "better":
+            said.append(f"{DECIDING[figure]} {percent_of(found)} against {case.reference} ({level})")
+    for name, words in LATENCIES.items():
+        found = chosen.ratio(name, case.latency_level)
+        if found and effect(name, found) == "better":
+            said.append(f"{words} {percent_of(found)} ({case.latency_level})")
+    said += freed(case, chosen)
+    energy = chosen.ratio("joules_per_output_token", case.throughput_level)
+    if energy and effect("joules_per_output_token", energy) == "better":
+        said.append(f"joules per output token {percent_of(energy)}")
+    others = [row.name for row in tied if row is not chosen]
+    if others:
+        said.append(
+            f"{listed(others)} cannot be told from it in speed, and it is nearer to the reference or smaller"
+        )
+    return said
+
+
+def freed(case: Case, row: Row) -> list[str]:
+    """What its bytes buy; exact, so it needs no interval."""
+    if row.purchase is None or row.purchase.freed_bytes <= 0:
+        return []
+    bought = row.purchase
+    return [
+        f"{row.name} frees {bought.freed_bytes / 1e6:,.0f} MB of weights against {case.reference}: room for "
+        f"{bought.more_kv_tokens:,d} more tokens of KV cache, {bought.more_requests:,d} more requests of "
+        "this load"
+    ]
+
+
+def costs(case: Case, chosen: Row) -> list[str]:
+    """What is surely lost against the reference."""
+    if chosen.name == case.reference:
+        return []
+    said = []
+    if case.judges_quality and (quality := chosen.quality):
+        if quality.perplexity_ratio:
+            said.append(f"perplexity {percent_of(quality.perplexity_ratio)}")
+        said.append(
+            f"KL {quality.kl_mean:.4f} nats a token; the same likeliest token in "
+            f"{100 * quality.top1_agreement:.1f} %"
+        )
+        if quality.greedy:
+            said.append(
+                f"{100 * quality.greedy.same_share:.0f} % of greedy answers stay the same for "
+                f"{quality.greedy.num_tokens} tokens"
+            )
+    for name, words in {SPEED: "tokens/s with one stream", **LATENCIES}.items():
+        level = "closed-1" if name == SPEED else case.latency_level
+        found = chosen.ratio(name, level)
+        if found and effect(name, found) == "worse":
+            said.append(f"{words} {percent_of(found)}")
+    if chosen.loading and chosen.loading.quantize_seconds:
+        said.append(f"{chosen.loading.quantize_seconds:.0f} s once, to make its checkpoint")
+    return said
+
+
+def sureness(case: Case, chosen: Row | None) -> list[str]:
+    """What the intervals can carry, and what would have to be measured to be surer."""
+    said = [case.null.said] if case.null else ["the null comparison was not measured"]
+    own = case.null.row.ratio(SPEED, case.throughput_level) if case.null else None
+    if own is not None:
+        said.append(f"the same weights measured twice differ in tokens/s by {percent_of(own)}")
+        if own.excludes(1.0):
+            said.append("that is more than chance: differences of that size are noise in this run")
+    unresolved = [
+        row.name
+        for row in case.rows
+        if row.ok and row.name != case.reference and not resolves(row.ratio(SPEED, case.throughput_level))
+    ]
+    if unresolved:
+        said.append(
+            f"a difference of {100 * RESOLUTION:g} % in tokens/s could be missed for {listed(unresolved)}: "
+            "more `--repeats`, or a quieter machine, would tell"
+        )
+    if case.judges_quality and chosen and chosen.quality and chosen.quality.perplexity_ratio:
+        said.append(
+            f"quality is of {chosen.quality.tokens:,d} tokens of one text; yours may differ: `--text FILE`"
+        )
+    return said
+
+
+def percent_of(found: Interval) -> str:
+    """A ratio in words: `+12.1 % (10.4 to 13.9)`."""
+    change = f"{100 * (found.estimate - 1):+.1f} %"
+    if found.low is None or found.high is None:
+        return f"{change} (one run)"
+    return f"{change} ({100 * (found.low - 1):+.1f} to {100 * (found.high - 1):+.1f})"
