@@ -274,6 +274,7 @@ inline void cluster_arrive() {
     me->cluster_round = cluster_meeting.round;
     if (++cluster_meeting.arrived == threads_of_block * cluster_size) cluster_meeting.arrived = 0, cluster_meeting.round++;
 }
+inline void cluster_arrive_begun() { cluster_arrive(); }
 inline void cluster_wait() { while (cluster_meeting.round == me->cluster_round) yield(); }
 inline void store_remote(uint32_t address, int rank, float4 v) { memcpy(blocks[rank].memory + mine(address), &v, 16); }
 
@@ -303,6 +304,10 @@ inline void bytes_landed(Block& block, uint32_t barrier, long bytes) {
     settle(b);
 }
 inline void fence_copies() {}
+inline void send_remote(uint32_t address, int rank, float4 v, uint32_t barrier) {
+    memcpy(blocks[rank].memory + mine(address), &v, 16);
+    bytes_landed(blocks[rank], barrier, 16);
+}
 constexpr uint64_t READ_ONCE = 0, KEEP = 0;
 // opaque: base, columns, rows, bytes of a row, bytes of an element, box columns, box rows, swizzled (0, 1; 2: and read at any time)
 inline void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks, uint64_t) {

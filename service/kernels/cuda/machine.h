@@ -217,6 +217,11 @@ DEVICE void cluster_arrive() {
     __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+// For those who only want to know that the others have begun: their barriers, if they are visible, can be used.
+DEVICE void cluster_arrive_begun() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 DEVICE void cluster_wait() {
     __syncwarp();
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -226,6 +231,15 @@ DEVICE void store_remote(uint32_t address, int rank, float4 v) {
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(there), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
+}
+// Told to a barrier of the receiver's, which expects so many bytes: no fence, nobody waits for the whole cluster.
+DEVICE void send_remote(uint32_t address, int rank, float4 v, uint32_t barrier) {
+    asm volatile(
+        "{\n.reg .b32 there, told;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\nmapa.shared::cluster.u32 told, %2, %1;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3,%4,%5,%6}, [told];\n}" ::"r"(address),
+        "r"(rank), "r"(barrier), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+        : "memory");
 }
 
 // barriers in shared memory and the copy engine ------------------------------------------------------------------

@@ -56,12 +56,12 @@ constexpr int Q_BYTES = 2 * DIM + 16;        // of a head: 16 more keep the bank
 constexpr int SUM_NUMBERS = DIM + 4;         // of a head's sums, likewise
 constexpr int SHARE = (GROUP * DIM / 4 + SPLITS - 1) / SPLITS;  // of the group's dimensions, four at a time, that a block adds up
 // offsets into shared memory
-constexpr int Q = 8 * WARPS * STAGES, FRESH = Q + HEADS * Q_BYTES, STATES = FRESH + 4 * DIM;
+constexpr int RECEIVED = 8 * WARPS * STAGES, Q = (RECEIVED + 8 + 15) / 16 * 16, FRESH = Q + HEADS * Q_BYTES, STATES = FRESH + 4 * DIM;
 constexpr int PARTS = (STATES + WARPS * HEADS * 8 + 15) / 16 * 16, PART_STATES = PARTS + (SPLITS > 1 ? SPLITS * SHARE * 16 : 0);
 constexpr int RING = (PART_STATES + (SPLITS > 1 ? SPLITS * HEADS * 16 : 0) + 1023) / 1024 * 1024;
 constexpr int WARP_BYTES = STAGES * STAGE_BYTES, END = RING + WARPS * WARP_BYTES;
 static_assert(DIM % 16 == 0 && DIM <= 256 && GROUP <= 16 && STAGES <= 32 && END <= 232448);
-static_assert(Q % 16 == 0 && HEADS * SUM_NUMBERS * 4 <= WARP_BYTES);  // a warp's sums take the place of its pages
+static_assert(HEADS * SUM_NUMBERS * 4 <= WARP_BYTES);  // a warp's sums take the place of its pages
 #ifdef SHARED_BYTES
 static_assert(SHARED_BYTES == END);  // what the host asks for
 #endif
@@ -85,11 +85,31 @@ DEVICE void load_floats(float* to, const float* from) {
         to[4 * i + 2] = bits_to_float(v.z), to[4 * i + 3] = bits_to_float(v.w);
     }
 }
+DEVICE float minus_infinity() { return bits_to_float(0xff800000); }
 DEVICE float over_tokens(float v, bool is_sum) {  // of lanes with the same heads
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) {
         const float other = shuffle_xor(v, mask);
         v = is_sum ? v + other : fmaxf(v, other);
+    }
+    return v;
+}
+// Four dimensions of a head, of those of COUNT parts that have seen a key; a part's state is its highest score and its sum of
+// weights under it. -> the same of all.
+template <int COUNT, class State, class Numbers>
+DEVICE float4 add(State state, Numbers numbers, float& top, float& weight) {
+    float4 v = make_float4(0, 0, 0, 0);
+    top = -3.4e38f, weight = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) top = fmaxf(top, state(i).x);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const float2 of = state(i);
+        if (of.x == minus_infinity() && of.y == 0) continue;  // but not what is broken: it has to show
+        const float4 u = numbers(i);
+        const float by = power_of_2(of.x - top);
+        weight += by * of.y;
+        v.x += by * u.x, v.y += by * u.y, v.z += by * u.z, v.w += by * u.w;
     }
     return v;
 }
@@ -103,8 +123,8 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
                  const int* __restrict__ lengths, int table_width, int kv_heads, int window, float scale, float softcap,
                  float eps) {
     SHARED_MEMORY
-    constexpr float LEAST = -3.4e38f, LOG2_E = 1.4426950408889634f;
-    const float nothing = bits_to_float(0xff800000);  // minus infinity
+    constexpr float LOG2_E = 1.4426950408889634f;
+    const float nothing = minus_infinity();
     const uint32_t here = shared_address(shared);
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, block = blockIdx.x;
     const int split = block % SPLITS, sequence = block / SPLITS / kv_heads, kv_head = block / SPLITS % kv_heads;
@@ -125,9 +145,11 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
     const uint32_t full = here + warp * STAGES * 8, ring = here + RING + warp * WARP_BYTES;
     if (lane == 0) {
         for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
+        if (SPLITS > 1 && warp == 0) barrier_init(here + RECEIVED, 1);
         barriers_visible();
     }
     sync_warp();
+    if (SPLITS > 1) cluster_arrive_begun();
 
     const int oldest = window > 0 && length > window ? length - window : 0;  // token
     const int first_page = oldest / PAGE, num_pages = (length + PAGE - 1) / PAGE, last_page = num_pages - 1;
@@ -147,7 +169,6 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
     if (lane < STAGES && begin + lane < end) fetch(lane);
     int later_block = begin + 32 < end ? look_up(begin + 32) : 0;
     release_successor();  // it reads nothing of ours before it has waited
-    if (SPLITS > 1) cluster_arrive();
 
     // whoever rotates a piece of some head does so of all its heads
     const int piece = thread % LANES, position = length > 0 ? length - 1 : 0;
@@ -329,34 +350,25 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
         }
     sync_block();
 
-    // numbers of four dimensions of a head, of those of `count` that have seen a key
-    auto add = [&](int count, auto state, auto numbers, float& top, float& weight) {
-        float4 v = make_float4(0, 0, 0, 0);
-        top = LEAST, weight = 0;
-#pragma unroll
-        for (int i = 0; i < count; i++) top = fmaxf(top, state(i).x);
-#pragma unroll
-        for (int i = 0; i < count; i++) {
-            const float2 of = state(i);
-            if (of.x == nothing && of.y == 0) continue;  // but not what is broken: it has to show
-            const float4 u = numbers(i);
-            const float by = power_of_2(of.x - top);
-            weight += by * of.y;
-            v.x += by * u.x, v.y += by * u.y, v.z += by * u.z, v.w += by * u.w;
-        }
-        return v;
-    };
     auto write = [&](int item, float4 v, float weight) {
         const float by = weight > 0 ? 1 / weight : 1;  // a padded row without a token gets zeros
         char* to = y + (size_t(sequence) * kv_heads + kv_head) * (GROUP * DIM * 2) + item * 8;
         *reinterpret_cast<uint2*>(to) = {to_pair(v.x * by, v.y * by), to_pair(v.z * by, v.w * by)};
     };
-    if (SPLITS > 1) cluster_wait();  // the others have begun: their memory may be written
-    for (int item = thread; item < GROUP * DIM / 4; item += THREADS) {
+    // Of the group's dimensions, four at a time, this block adds up those from `first_item` on. It expects them of all blocks,
+    // and the states of the heads that they are of.
+    constexpr int ITEMS = GROUP * DIM / 4;
+    const int first_item = split * SHARE, rest = ITEMS - first_item, items = rest < 0 ? 0 : rest < SHARE ? rest : SHARE;
+    if (SPLITS > 1) {
+        const int heads = items ? (first_item + items - 1) / (DIM / 4) - first_item / (DIM / 4) + 1 : 0;
+        if (thread == 0) barrier_expect(here + RECEIVED, SPLITS * 16 * (items + heads));
+        cluster_wait();  // the others have begun: their memory may be written
+    }
+    for (int item = thread; item < ITEMS; item += THREADS) {
         const int head = item / (DIM / 4), column = item % (DIM / 4) * 4;
         float top, weight;
-        const float4 v = add(
-            WARPS, [&](int i) { return states[i * HEADS + head]; },
+        const float4 v = add<WARPS>(
+            [&](int i) { return states[i * HEADS + head]; },
             [&](int i) {
                 return *reinterpret_cast<const float4*>(shared + RING + i * WARP_BYTES + (head * SUM_NUMBERS + column) * 4);
             },
@@ -364,20 +376,19 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
         if (SPLITS == 1) write(item, v, weight);
         else {
             const int to = item / SHARE;  // who adds it up
-            store_remote(here + PARTS + (split * SHARE + item % SHARE) * 16, to, v);
+            send_remote(here + PARTS + (split * SHARE + item % SHARE) * 16, to, v, here + RECEIVED);
             if (item % SHARE == 0 || column == 0)
-                store_remote(here + PART_STATES + (split * HEADS + head) * 16, to,
-                             make_float4(weight == 0 ? nothing : top, weight, 0, 0));
+                send_remote(here + PART_STATES + (split * HEADS + head) * 16, to,
+                            make_float4(weight == 0 ? nothing : top, weight, 0, 0), here + RECEIVED);
         }
     }
     if (SPLITS == 1) return;
-    cluster_arrive();
-    cluster_wait();
-    for (int i = thread; i < SHARE && split * SHARE + i < GROUP * DIM / 4; i += THREADS) {
-        const int item = split * SHARE + i, head = item / (DIM / 4);
+    barrier_wait(here + RECEIVED, 0);  // also so that nobody is sent to who has left
+    for (int i = thread; i < items; i += THREADS) {
+        const int item = first_item + i, head = item / (DIM / 4);
         float top, weight;
-        const float4 v = add(
-            SPLITS, [&](int j) { return *reinterpret_cast<const float2*>(shared + PART_STATES + (j * HEADS + head) * 16); },
+        const float4 v = add<SPLITS>(
+            [&](int j) { return *reinterpret_cast<const float2*>(shared + PART_STATES + (j * HEADS + head) * 16); },
             [&](int j) { return *reinterpret_cast<const float4*>(shared + PARTS + (j * SHARE + i) * 16); }, top, weight);
         write(item, v, weight);
     }

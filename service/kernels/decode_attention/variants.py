@@ -60,7 +60,8 @@ class Variant:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block; the kernel asserts the same."""
-        queries = 8 * self.warps * self.stages + self.heads * (2 * self.dim + 16)
+        barriers = rounded_up(8 * (self.warps * self.stages + 1), 16)
+        queries = barriers + self.heads * (2 * self.dim + 16)
         states = rounded_up(queries + 4 * self.dim + self.warps * self.heads * 8, 16)
         parts = 0
         if self.splits > 1:
