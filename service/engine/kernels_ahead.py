@@ -196,7 +196,14 @@ class Steps:
             from service.kernels.int8_linear.triton import normed_linear
 
             eps = self.shapes.config.norm_eps
-            return normed_linear(hidden, delta, self.norm, eps, *self.int8(name, len(hidden)))
+            return normed_linear(
+                hidden, delta, self.norm, eps, *self.int8(name, len(hidden), is_first=delta is None)
+            )
+        if self.shapes.linears == "fp8":
+            from service.kernels.fp8_linear.triton import quantize_normed
+
+            hidden, rows = quantize_normed(hidden, delta, self.norm, self.shapes.config.norm_eps)
+            return hidden, self.fp8(name, hidden, *rows)
         hidden, x = self.norm_alone(hidden, delta)
         return hidden, self.linear(name, x)
 
@@ -205,6 +212,10 @@ class Steps:
             from service.kernels.int8_linear.triton import gated_linear
 
             return gated_linear(gate_up, *self.int8(name, len(gate_up)))
+        if self.shapes.linears == "fp8":
+            from service.kernels.fp8_linear.triton import quantize_gated
+
+            return self.fp8(name, gate_up, *quantize_gated(gate_up))
         from service.kernels.gated_silu.triton import gated_silu
 
         return self.linear(name, gated_silu(gate_up))
@@ -227,13 +238,15 @@ class Steps:
         if self.shapes.linears == "dense":
             return self.dense(x, out_features, is_biased=is_biased)
         if self.shapes.linears == "fp8":
-            return self.fp8(x, out_features, is_biased=is_biased)
+            from service.kernels.fp8_linear.triton import quantize_rows
+
+            return self.fp8(name, x, *quantize_rows(x))
         if self.shapes.linears == "int3":
             return self.int3(x, out_features)
         if self.shapes.int8 and name not in self.shapes.int8.skipped:
             from service.kernels.int8_linear.triton import int8_linear
 
-            return int8_linear(x, *self.int8(name, len(x)))
+            return int8_linear(x, *self.int8(name, len(x), is_first=name == "qkv_proj"))
         if self.shapes.int8:
             return self.dense(x, out_features, is_biased=is_biased)
         return self.activations(len(x), out_features)
@@ -275,22 +288,23 @@ class Steps:
             empty(num_groups, out_features, dtype=torch.float16),
         )
 
-    def fp8(self, x: Tensor, out_features: int, *, is_biased: bool) -> Tensor:
+    def fp8(self, name: str, x: Tensor, rows: Tensor, row_scales: Tensor) -> Tensor:
         from service.kernels.fp8_linear.plan import FEW_ROWS
-        from service.kernels.fp8_linear.triton import few_rows, quantize_rows
+        from service.kernels.fp8_linear.triton import few_rows
 
-        rows, row_scales = quantize_rows(x)
-        if len(x) > FEW_ROWS:
-            return self.activations(len(x), out_features)
-        codes = empty(out_features, x.shape[1], dtype=torch.float8_e4m3fn)
+        parts = layer_groups(self.shapes.config, 0)[name]
+        out_features = sum(part.out_features for part in parts)
+        if len(rows) > FEW_ROWS:
+            return self.activations(len(rows), out_features)
+        codes = empty(out_features, rows.shape[1], dtype=torch.float8_e4m3fn)
         scales = empty(out_features, dtype=torch.float32)
-        bias = self.activations(out_features) if is_biased else None
+        bias = self.activations(out_features) if any(part.bias for part in parts) else None
         return few_rows(x, rows, row_scales, codes, scales, bias)
 
     def int8(
-        self, name: str, num_rows: int
+        self, name: str, num_rows: int, *, is_first: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None, OutlierRule, Live, w8_linear.Tiles | None]:
-        """What int8's linears take beside x."""
+        """What int8's linears take beside x; `is_first`: of a forward pass."""
         kind = self.shapes.int8
         assert kind is not None
         parts = layer_groups(self.shapes.config, 0)[name]
@@ -301,12 +315,12 @@ class Steps:
         scales = empty(out_features, dtype=torch.float32)
         bias = self.activations(out_features) if is_biased else None
         rule = OutlierRule(kind.threshold, kind.by_row, counts)
-        tiles = self.tiles(num_rows, out_features) if self.shapes.w8(name) else None
+        tiles = self.tiles(num_rows, out_features, is_first=is_first) if self.shapes.w8(name) else None
         return codes, scales, bias, rule, Live(slots, BLOCK_TOKENS), tiles
 
-    def tiles(self, num_rows: int, out_features: int) -> w8_linear.Tiles:
-        """Their kernel is no walk's affair, the one that marks columns for it is."""
-        bitmap, spent = (empty(MAX_INPUTS // 32, dtype=torch.int32) for _ in range(2))
+    def tiles(self, num_rows: int, out_features: int, *, is_first: bool) -> w8_linear.Tiles:
+        """Not their kernel, the one that marks columns for it: the first of a pass clears two bitmaps."""
+        bitmap, spent = (empty(count * MAX_INPUTS // 32, dtype=torch.int32) for count in (1, 1 + is_first))
         return w8_linear.Tiles(Marks(bitmap, spent), lambda _: self.activations(num_rows, out_features))
 
     def head(self, num_rows: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from service.errors import PrecisionError
-from service.kernels.fp8_linear import fp8_linear, native, quantize_rows
+from service.kernels.fp8_linear import fp8_linear, gated_linear, native, normed_linear, quantize_rows
 from service.kernels.fp8_linear.plan import FEW_ROWS, KERNEL_ROWS
 from service.precision.base import Activation, LinearGroup, QuantLinear, Read
 from service.precision.options import FP8Options
@@ -41,11 +41,21 @@ class FP8Linear(QuantLinear):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.bound = native.linear(self.codes, scales, bias) if self.is_native else None
-        self.chosen_by_rows = codes.is_cuda
+        self.chosen_by_rows = self.makes_rows = codes.is_cuda
         self.kernel_rows = KERNEL_ROWS if codes.is_cuda else ()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bound(x) if self.bound else fp8_linear(x, self.codes, self.scales, self.bias)
+
+    def normed(self, hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if not hidden.is_cuda:
+            return super().normed(hidden, delta, gain, eps)
+        return normed_linear(hidden, delta, gain, eps, self.codes, self.scales, self.bias)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        if not gate_up.is_cuda:
+            return super().gated(gate_up)
+        return gated_linear(gate_up, self.codes, self.scales, self.bias)
 
     def dense(self, part: int) -> Tensor:
         rows = part_rows(self.group, part)

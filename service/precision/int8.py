@@ -189,8 +189,8 @@ class Int8(InFlight):
                 continue
             weight = read_weight(part, read, torch.float16).to(group.device)
             codes[rows], scales[rows], _ = bitsandbytes.int8_vectorwise_quant(weight)
-        self._num_built += 1
-        return Int8Linear(group, codes, scales, bias, self.options, self._num_built)
+        number, self._num_built = self._num_built, self._num_built + 1
+        return Int8Linear(group, codes, scales, bias, self.options, number)
 
 
 def serves(group: LinearGroup, shape: w8_linear.Shape) -> bool:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.kernels.fp8_linear import fp8_linear, reference
+from service.kernels.add_rms_norm import add_rms_norm
+from service.kernels.fp8_linear import fp8_linear, gated_linear, normed_linear, reference
+from service.kernels.gated_silu import gated_silu
 
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +63,21 @@ def test_sums(out_features: int, in_features: int) -> None:
         rounded = relative_rms(want.bfloat16(), want)
         assert relative_rms(got, want) < (1.1 * rounded if num_rows <= 64 else 3 * rounded), num_rows
         assert torch.equal(got, fp8_linear(x, codes, scales, added)), "run to run"
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 65, 1024])
+def test_what_precedes_a_linear_is_made_with_its_codes(num_rows: int) -> None:
+    codes, scales = weight_of(4096, 14336)
+    gate_up = rows_of(num_rows, 28672)
+    want = fp8_linear(gated_silu(gate_up), codes, scales, None)
+    assert relative_rms(gated_linear(gate_up, codes, scales, None), want.double()) < 4e-3
+    codes, scales = weight_of(6144, 4096)
+    hidden, delta, gain = rows_of(num_rows, 4096), rows_of(num_rows, 4096), rows_of(1, 4096)[0]
+    for given in (delta, None):
+        want_total, x = add_rms_norm(hidden, given, gain, 1e-5)
+        total, y = normed_linear(hidden, given, gain, 1e-5, codes, scales, None)
+        assert torch.equal(total, want_total)
+        assert relative_rms(y, fp8_linear(x, codes, scales, None).double()) < 4e-3
 
 
 @pytest.mark.parametrize("num_rows", [1, 33, 64])

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.kernels.add_rms_norm.reference import add_rms_norm
 from service.kernels.fp8_linear import reference
 from service.kernels.fp8_linear.plan import tile_for
+from service.kernels.gated_silu.reference import gated_silu
 from service.kernels.int8_linear.plan import Tile, splits_of
 from tests.kernels.interpreter import interpreted
 from tests.kernels.test_paged_attention import relative_rms
@@ -62,6 +64,30 @@ def test_few_rows(
         assert got.dtype == torch.bfloat16
         assert relative_rms(got, reference.fp8_linear(x, codes, scales, added)) < 6e-3
     assert not kernels.arrivals(x.device).any(), "the next launch counts from zero"
+
+
+@pytest.mark.parametrize("held", [16384, 512])
+def test_what_precedes_a_linear_is_made_with_its_codes(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """Codes of what kernels/gated_silu and add_rms_norm give, also of rows that no program holds whole."""
+    monkeypatch.setitem(kernels.held.__globals__, "MOST_NUMBERS", held)
+    gate_up, hidden, delta = rows_of(3, 2400), rows_of(3, 1200), rows_of(3, 1200).flip(1)
+    gain = torch.rand(1200).bfloat16() + 0.5
+    codes, scales = kernels.quantize_gated(gate_up)
+    want, want_scales = reference.quantize_rows(gated_silu(gate_up))
+    assert relative_rms(codes.float() * scales[:, None], want.float() * want_scales[:, None]) < 4e-3
+    for given in (delta, None):
+        total, (codes, scales) = kernels.quantize_normed(hidden, given, gain, 1e-5)
+        want_total, normed = add_rms_norm(hidden, given, gain, 1e-5)
+        want, want_scales = reference.quantize_rows(normed)
+        assert torch.equal(total, want_total)
+        assert relative_rms(codes.float() * scales[:, None], want.float() * want_scales[:, None]) < 4e-3
+    weight, of_weight, bias = weight_of(64, 1200)
+    y = kernels.gated_linear(gate_up, weight, of_weight, bias)
+    assert relative_rms(y, reference.fp8_linear(gated_silu(gate_up), weight, of_weight, bias)) < 6e-3
+    _, y = kernels.normed_linear(hidden, None, gain, 1e-5, weight, of_weight, bias)
+    assert relative_rms(y, reference.fp8_linear(normed, weight, of_weight, bias)) < 6e-3
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

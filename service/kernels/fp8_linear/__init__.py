@@ -11,7 +11,7 @@ from torch import Tensor
 from service.kernels.fp8_linear import reference
 from service.kernels.fp8_linear.reference import LARGEST, quantize_rows
 
-__all__ = ["LARGEST", "fp8_linear", "quantize_rows"]
+__all__ = ["LARGEST", "fp8_linear", "gated_linear", "normed_linear", "quantize_rows"]
 
 if torch.cuda.is_available():
     from service.kernels.fp8_linear import triton as cuda
@@ -25,3 +25,21 @@ def fp8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) ->
     if x.is_cuda:
         return cuda.fp8_linear(x, codes, scales, bias)
     return reference.fp8_linear(x, codes, scales, bias)
+
+
+def gated_linear(gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """On CUDA: `fp8_linear` of kernels/gated_silu of [T, 2 in], which is not written in 16 bits."""
+    return cuda.gated_linear(gate_up, codes, scales, bias)
+
+
+def normed_linear(
+    hidden: Tensor,
+    delta: Tensor | None,
+    gain: Tensor,
+    eps: float,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """On CUDA: hidden + delta [T, in], and `fp8_linear` of its norm (kernels/add_rms_norm)."""
+    return cuda.normed_linear(hidden, delta, gain, eps, codes, scales, bias)

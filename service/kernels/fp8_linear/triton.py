@@ -15,41 +15,65 @@ from service.kernels.dense_linear.triton import LINE, arrivals
 from service.kernels.fp8_linear.plan import FEW_ROWS, PLACES, tile_for
 from service.kernels.fp8_linear.reference import LARGEST
 from service.kernels.int8_linear.plan import Tile, splits_of
-from service.kernels.int8_rows.triton import held, magnitude_bits
+from service.kernels.int8_rows.triton import held, magnitude_bits, numbers_of, summed
 from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
 
 LINE_BYTES = 2 * LINE
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def quantize_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,  # [num_rows, WIDTH]
-    codes_ptr,  # float8_e4m3fn [num_rows, WIDTH]
-    scales_ptr,  # float32 [num_rows]
-    num_rows,
+    x_ptr,  # [rows, WIDTH], or twice as wide: gate and up
+    delta_ptr,  # [rows, WIDTH], what ADDS to x before the norm
+    gain_ptr,  # [WIDTH] of the norm
+    total_ptr,  # [rows, WIDTH]: x with delta
+    codes_ptr,  # float8_e4m3fn [rows, WIDTH]
+    scales_ptr,  # float32 [rows]
+    eps,
+    SOURCE: tl.constexpr,
+    ADDS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     LARGEST: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
+    """As kernels/int8_rows: what precedes the linear is made here, and a row is held while it is encoded."""
     await_predecessor(IS_DEPENDENT)
+    IS_HELD: tl.constexpr = WIDTH <= TILE  # noqa: N806
     row = tl.program_id(0).to(tl.int64)
-    x = tl.zeros([TILE], tl.float32)
+    total = tl.zeros([TILE], total_ptr.dtype.element_ty)
+    scale = 1.0
+    if SOURCE == "hidden":
+        squares = tl.zeros([TILE], tl.float32)
+        for start in tl.static_range(0, WIDTH, TILE):
+            columns = start + tl.arange(0, TILE)
+            at = row * WIDTH + columns
+            total = summed(x_ptr, delta_ptr, at, columns < WIDTH, ADDS)
+            squares += total.to(tl.float32) * total.to(tl.float32)
+            tl.store(total_ptr + at, total, mask=columns < WIDTH)
+        scale = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
+    x = tl.zeros([TILE], x_ptr.dtype.element_ty)
     most_bits = tl.zeros([TILE], tl.int32)
     for start in tl.static_range(0, WIDTH, TILE):
         columns = start + tl.arange(0, TILE)
-        x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        most_bits = tl.maximum(most_bits, magnitude_bits(x))
+        x = numbers_of(
+            x_ptr, delta_ptr, gain_ptr, row, columns, True, scale, total, SOURCE, ADDS, WIDTH, IS_HELD
+        )
+        most_bits = tl.maximum(most_bits, magnitude_bits(x.to(tl.float32)))
     most = tl.max(most_bits, 0).to(tl.float32, bitcast=True)
-    scale = tl.math.div_rn(most, LARGEST)
-    scale = tl.where(scale == 0, 1.0, scale)
-    tl.store(scales_ptr + row, scale)
+    step = tl.math.div_rn(most, LARGEST)
+    step = tl.where(step == 0, 1.0, step)
+    tl.store(scales_ptr + row, step)
     for start in tl.static_range(0, WIDTH, TILE):
         columns = start + tl.arange(0, TILE)
-        if WIDTH > TILE:
-            x = tl.load(x_ptr + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        codes = tl.math.div_rn(x, tl.broadcast_to(scale, [TILE])).to(codes_ptr.dtype.element_ty)
-        tl.store(codes_ptr + row * WIDTH + columns, codes, mask=columns < WIDTH)
+        if not IS_HELD:
+            x = numbers_of(
+                x_ptr, delta_ptr, gain_ptr, row, columns, True, scale, total, SOURCE, ADDS, WIDTH, IS_HELD
+            )
+        codes = tl.math.div_rn(x.to(tl.float32), tl.broadcast_to(step, [TILE]))
+        tl.store(
+            codes_ptr + row * WIDTH + columns, codes.to(codes_ptr.dtype.element_ty), mask=columns < WIDTH
+        )
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
@@ -135,25 +159,73 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """reference.quantize_rows, bit for bit."""
     x = x.contiguous()
-    num_rows, width = x.shape
+    return _quantize("x", x, x, x, x, 0.0, x.shape[1])
+
+
+def quantize_gated(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, 2 in] -> `quantize_rows` of kernels/gated_silu of it."""
+    gate_up = gate_up.contiguous()
+    return _quantize("gate_up", gate_up, gate_up, gate_up, gate_up, 0.0, gate_up.shape[1] // 2)
+
+
+def quantize_normed(
+    hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """hidden + delta [T, in], and `quantize_rows` of its norm as kernels/add_rms_norm."""
+    hidden = hidden.contiguous()
+    delta = hidden if delta is None else delta.contiguous()
+    total = hidden.new_empty(hidden.shape)
+    return total, _quantize("hidden", hidden, delta, gain, total, eps, hidden.shape[1])
+
+
+def _quantize(
+    source: str, x: Tensor, delta: Tensor, gain: Tensor, total: Tensor, eps: float, width: int
+) -> tuple[Tensor, Tensor]:
+    num_rows = len(x)
     codes = x.new_empty(num_rows, width, dtype=torch.float8_e4m3fn)
     scales = x.new_empty(num_rows, dtype=torch.float32)
     numbers, warps = held(width)
     launch(
         quantize_kernel,
         (num_rows,),
-        (x, codes, scales),
-        (num_rows,),
-        (width, numbers, int(LARGEST)),
+        (x, delta, gain, total, codes, scales),
+        (eps,),
+        (source, delta is not x, width, numbers, int(LARGEST)),
         num_warps=warps,
+        contracts=False,
     )
     return codes, scales
 
 
 def fp8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """See the package."""
-    rows, row_scales = quantize_rows(x)
-    if len(x) <= FEW_ROWS:
+    return multiply(x, *quantize_rows(x), codes, scales, bias)
+
+
+def gated_linear(gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """`fp8_linear` of kernels/gated_silu of [T, 2 in]."""
+    return multiply(gate_up, *quantize_gated(gate_up), codes, scales, bias)
+
+
+def normed_linear(
+    hidden: Tensor,
+    delta: Tensor | None,
+    gain: Tensor,
+    eps: float,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """hidden + delta, and `fp8_linear` of its norm."""
+    total, coded = quantize_normed(hidden, delta, gain, eps)
+    return total, multiply(hidden, *coded, codes, scales, bias)
+
+
+def multiply(
+    x: Tensor, rows: Tensor, row_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Codes of rows [T, in] and of the weight -> [T, out] in the type of `x`."""
+    if len(rows) <= FEW_ROWS:
         return few_rows(x, rows, row_scales, codes, scales, bias)
     y: Tensor = torch._scaled_mm(
         rows, codes.t(), row_scales[:, None], scales[None, :], bias=bias, out_dtype=x.dtype
@@ -171,7 +243,7 @@ def few_rows(
     tile: Tile | None = None,
     splits: int = 0,
 ) -> Tensor:
-    """x and its codes [T, in], T up to FEW_ROWS -> [T, out] in x's type; 0 splits: as many as fit."""
+    """Codes of rows [T, in], T up to FEW_ROWS -> [T, out] in the type of `x`; 0 splits: as many as fit."""
     num_rows, in_features = rows.shape
     out_features = len(codes)
     tile = tile or tile_for(num_rows, in_features, out_features)
