@@ -30,6 +30,7 @@ from service.quality.findings import Apart, Findings, Greedy, Perplexity, decode
 from service.quality.protocols import Limits, WordPieces, cut, parse_protocols
 from service.quality.texts import Text, calibration_text, evaluation_text, refuse_overlap
 
+KV_MEMORY_FRACTION = 0.5  # of free device memory at most: windows need little of it
 DEFAULT_WINDOWS = 8  # of our own protocol; the others score the whole text
 
 
@@ -96,7 +97,13 @@ async def own_engine(
     settings: Settings, model_path: Path, display: Display
 ) -> AsyncIterator[tuple[Host, EngineInfo]]:
     """A ready engine that nobody but this process talks to."""
-    quiet = settings.model_copy(update={"host": "127.0.0.1", "port": 0, "metrics_port": 0})
+    quiet = settings.model_copy(
+        update={
+            **{"host": "127.0.0.1", "port": 0, "metrics_port": 0, "api_key": ""},
+            # a reference's embedding and head need room too
+            "kv_memory_fraction": min(settings.kv_memory_fraction, KV_MEMORY_FRACTION),
+        }
+    )
     # until the engine is ready its failure is this command's own, and said once, at the end
     speak_again = logs.hold_back("service.front.supervisor")
     try:
