@@ -67,6 +67,9 @@ from service.messages import (
     front_decoder,
 )
 
+CANARY: dict[str, float | str] = {
+    "reference": "bf16", "tokens": 80, "prefill_kl_nats": 0.01, "decode_kl_nats": 0.005, "bound_nats": 1.0,
+}  # fmt: skip
 FIRST_ORDINARY_ID = 3  # below are the ids that vocabularies give to special tokens
 
 
@@ -230,7 +233,7 @@ class FakeEngine:
             weight_bytes=268_000_000,
             load_seconds=self.load_seconds,
             peak_load_bytes=self.peak_load_bytes,
-            canary={"kl_nats": 0.01, "bound_nats": 1.0} if self.config.canary else {},
+            canary=CANARY if self.config.canary else {},
         )
 
     def run(self) -> None:

@@ -267,6 +267,25 @@ def evaluate(
 
 
 @app.command()
+def swap(
+    precision: Annotated[str, typer.Argument(help="As for `serve --precision`.", show_default=False)],
+    *,
+    url: Annotated[str, typer.Option(help="Of the running server.")] = "http://127.0.0.1:8000",
+    admin_key: Annotated[
+        str | None, typer.Option(help="That it was started with. (default HALFTONE_ADMIN_KEY)")
+    ] = None,
+    drain_timeout_s: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds for open requests, before it is given up. (default the server's)"),
+    ] = None,
+) -> None:
+    """Have a running server serve another precision of its checkpoint; see docs/live-precision.md."""
+    from service.cli.swap import swap
+
+    swap(url, load_settings(admin_key=admin_key).admin_key, precision, drain_timeout_s)
+
+
+@app.command()
 @with_settings(without=["model"])
 def doctor(**settings: Any) -> None:
     """Check this machine; exit code 1 and a fix for whatever would stop `serve`."""

@@ -33,6 +33,10 @@ NAMES = {
     "check": "Checking kernels",
     "warm": "Warming up",
     "capture": "Capturing graphs",
+    "canary": "Hearing the canary",
+    "drain": "Waiting for requests",
+    "stop": "Ending the engine",
+    "roll_back": "Going back",
     "evaluate": "Evaluating",
     "time": "Timing kernels",
 }

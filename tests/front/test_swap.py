@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from engine_rig import Rig, Stream, running
-from fake_engine import reply
+from fake_engine import CANARY, reply
 from held_resources import anonymous_bytes, held
 from metric_samples import sample
 
@@ -51,7 +51,7 @@ async def test_there_and_back() -> None:
         assert events[3] == {"stage": "load", "done": 268_000_000, "total": 268_000_000, "unit": "bytes"}
         done = events[-1]
         assert (done["outcome"], done["precision"], done["previous"]) == ("swapped", "nf4", "bf16")
-        assert done["canary"] == {"kl_nats": 0.01, "bound_nats": 1.0}
+        assert done["canary"] == CANARY
         assert done["error"] is None
         assert rig.client.info is not None
         assert rig.client.info.precision == "nf4"
