@@ -54,6 +54,7 @@ def errors(model: ModelInstance, row: Row, sequences: int) -> dict[str, float]:
     for sequence, mine in enumerate(blocks.split(pages)):
         tables[sequence, : len(mine)] = mine
     told = torch.tensor(lengths, device=device)
+    step = decode_plan(tables, told.int())
     positions = told - 1
     slots = tables.long().gather(1, positions[:, None] // BLOCK_TOKENS)[:, 0] * BLOCK_TOKENS
     slots += positions % BLOCK_TOKENS
@@ -65,7 +66,7 @@ def errors(model: ModelInstance, row: Row, sequences: int) -> dict[str, float]:
 
     keys, values = kv.keys[0].clone(), kv.values[0].clone()
     q = rotary_kv(qkv, cos, sin, positions, slots, norm, norm, config.norm_eps, keys, values)
-    step = decode_plan(tables, told.int())
+    # what is read before the wait for the predecessor was written before the definition was computed
     got = decode_attention(
         row.variant, qkv, cos, sin, norm, norm, config.norm_eps, kv.keys[0], kv.values[0], step, scale, window
     )
