@@ -9,6 +9,8 @@ Becomes ready after a short script, then emits one Step for all open requests; a
 Environment (each empty or absent: off):
 
 FAKE_STEP_MS          milliseconds a step; absent or 0: as fast as the front reads
+FAKE_STEP_SPREAD      share by which steps are shorter and longer than that, evenly and in no order (0)
+FAKE_QUEUE_MS         milliseconds a request waits before its first step, spread likewise (0)
 FAKE_HEARTBEAT_S      seconds between the messages of an idle engine (1)
 FAKE_VOCAB            size of the vocabulary, where the model folder has no config.json (1000)
 FAKE_EOS              the end-of-text id (2); never a part of a computed reply
@@ -70,6 +72,7 @@ from service.messages import (
 CANARY: dict[str, float | str] = {
     "reference": "bf16", "tokens": 80, "prefill_kl_nats": 0.01, "decode_kl_nats": 0.005, "bound_nats": 1.0,
 }  # fmt: skip
+GOLDEN_RATIO = 0.6180339887498949  # its multiples fill 0 to 1 evenly, from any one on
 FIRST_ORDINARY_ID = 3  # below are the ids that vocabularies give to special tokens
 
 
@@ -99,6 +102,7 @@ class Request:
         self.logprob = engine.logprob
         self.failing = engine.error_token in submit.prompt
         self.room = engine.max_context_tokens - len(submit.prompt)
+        self.due_at = time.monotonic() + engine.queue_s * engine.spread(submit.id)
 
     def next_token(self) -> int:
         if self.fixed is not None:
@@ -151,6 +155,8 @@ class FakeEngine:
         self.config = config
         self.env = env
         self.step_s = float(env.get("FAKE_STEP_MS") or 0) / 1e3
+        self.queue_s = float(env.get("FAKE_QUEUE_MS") or 0) / 1e3
+        self.step_spread = float(env.get("FAKE_STEP_SPREAD") or 0)
         self.heartbeat_s = float(env.get("FAKE_HEARTBEAT_S") or 1)
         self.eos = int(env.get("FAKE_EOS") or 2)
         self.vocab_size = int(env.get("FAKE_VOCAB") or 1000)
@@ -175,6 +181,10 @@ class FakeEngine:
 
     def send(self, message: EngineMessage) -> None:
         self.connection.sendall(frame(message))
+
+    def spread(self, place: int) -> float:
+        """1, or with FAKE_STEP_SPREAD something about it."""
+        return 1 + self.step_spread * (2 * (place * GOLDEN_RATIO % 1) - 1)
 
     def fires(self, name: str) -> bool:
         """Is failpoint `name` set, and not spent by an earlier life?"""
@@ -300,15 +310,17 @@ class FakeEngine:
         if self.steps == int(self.env.get("FAKE_HANG_AT_STEP") or 0) and self.fires("FAKE_HANG_AT_STEP"):
             signal.pause()
         started = time.monotonic()
-        running = list(self.requests.values())[: self.max_batch_requests]
+        due = [request for request in self.requests.values() if request.due_at <= started]
+        running = due[: self.max_batch_requests]
         new = [request for request in running if request.sent == 0]
         outputs = [request.step() for request in running]
         for output in outputs:
             if output.finish_reason is not None:
                 del self.requests[output.id]
-        if self.step_s:
-            time.sleep(max(0.0, started + self.step_s - time.monotonic()))
-        stats = self.stats(max(self.step_s, 1e-6))
+        step_s = self.step_s * self.spread(self.steps)
+        if step_s:
+            time.sleep(max(0.0, started + step_s - time.monotonic()))
+        stats = self.stats(max(step_s, 1e-6))
         stats.num_prefill_tokens = sum(len(request.prompt) for request in new)
         stats.num_decode_tokens = len(running) - len(new)
         self.send(Step(outputs, stats))

@@ -21,7 +21,7 @@ def geometric(
     while (bound := first * RATIO ** (place / steps_a_ratio)) < last:
         bounds.add(float(f"{bound:.4g}"))
         place += 1
-    return tuple(sorted(bounds))
+    return tuple(sorted(map(float, bounds)))
 
 
 # What a client feels. A decode step takes nearly the same time again and again, so that one bucket can hold

@@ -7,6 +7,7 @@ for everything runs on the event loop.
 from bisect import bisect_left
 from collections.abc import Mapping
 
+from service.messages import ERROR_KINDS
 from service.metrics.catalogue import FAMILIES, FINISH_REASONS, SWAP_OUTCOMES, TOKEN_KINDS
 
 Labels = tuple[str, ...]  # values, in the order of the family's own label names
@@ -73,6 +74,8 @@ class Counts:
             self.set("halftone_requests_total", 0, reason)
         for outcome in SWAP_OUTCOMES:
             self.set("halftone_precision_swaps_total", 0, outcome)
+        for kind in sorted(set(ERROR_KINDS.values())):
+            self.set("halftone_request_errors_total", 0, kind)
         self.set("halftone_requests_rejected_total", 0, "overloaded")
 
     @property

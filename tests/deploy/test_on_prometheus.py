@@ -1,0 +1,264 @@
+"""Every panel and every alert, asked of a real Prometheus that scrapes two real servers under load.
+
+tiny model in bf16 and nf4 --/metrics--> Prometheus <--the panels' own queries-- this test
+"""
+
+import asyncio
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+import pytest
+
+from service.api.app import create_app
+from service.config import load_settings
+from service.energy import EnergyMeter
+from service.front.host import Host
+from service.front.supervisor import ENGINE_COMMAND
+from service.messages import StepStats
+from service.metrics import server as metrics_server
+from tests.deploy.panels_of import ALERTS, alerts, filled, panels
+from tests.deploy.real_prometheus import Prometheus, program, scraping
+from tests.front_thread import running
+from tests.tiny_tokenizers import write_checkpoint
+
+T = TypeVar("T")
+ROOT = Path(__file__).parents[2]
+PRECISIONS = ("bf16", "nf4")
+WATTS = 250.0
+TIMEOUT_S = 120
+FAKE_ENGINE = (sys.executable, str(ROOT / "tests" / "fake_engine.py"))
+CLIENTS_NAME = {
+    "time_to_first_token": "ttft_s",
+    "inter_token_latency": "itl_s",
+    "time_per_output_token": "tpot_s",
+    "end_to_end": "e2e_s",
+}
+SHAPE = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+}
+
+
+class Meter(EnergyMeter):
+    """A GPU's counter where there is no GPU: 250 W by the clock."""
+
+    def __init__(self) -> None:
+        pass
+
+    def joules(self) -> float:
+        return WATTS * time.monotonic()
+
+    def watts(self) -> float:
+        return WATTS
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Server:
+    host: Host
+    loop: asyncio.AbstractEventLoop
+    load: dict[str, Any] = field(default_factory=dict)  # the load generator's JSON
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(TIMEOUT_S)
+
+    def version(self) -> dict[str, Any]:
+        answer: dict[str, Any] = httpx2.get(f"{self.host.url}/version").json()
+        return answer
+
+
+@dataclass
+class Observed:
+    prometheus: Prometheus
+    servers: dict[str, Server]
+
+
+@contextlib.contextmanager
+def serving(hosts: dict[str, Callable[[], Host]], folder: Path) -> Iterator[Observed]:
+    """A server for each precision, and a Prometheus that has seen them idle."""
+    program("prometheus")  # before anything slow
+    with contextlib.ExitStack() as exits:
+        patch = exits.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(metrics_server.EnergyMeter, "open", lambda device_uuid: Meter())
+        servers = {
+            precision: Server(*exits.enter_context(running(make_host, TIMEOUT_S)))
+            for precision, make_host in hosts.items()
+        }
+        for server in servers.values():
+            server.wait(outliers_seen(server.host))
+        targets = [server.host.metrics_url.removeprefix("http://") for server in servers.values()]
+        yield Observed(exits.enter_context(scraping(folder, targets, ALERTS)), servers)
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+    """Real engines, which have answered a load and been evaluated; all of it has been scraped."""
+    model, folder = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("observed")
+    write_checkpoint(model, "byte_level")
+    (model / "config.json").write_text(json.dumps(SHAPE))
+    hosts = {precision: host_of(model, precision, load_format="random") for precision in PRECISIONS}
+    with serving(hosts, folder) as found:
+        load(found, folder, "--concurrency", "4", "--requests", "16", "--output-tokens", "16", "--no-check")
+        for server in found.servers.values():
+            server.wait(evaluated(server.host))
+        found.prometheus.until(
+            lambda seen: has_seen_all(found) and len(seen.query("halftone_quality_perplexity")) == len(hosts)
+        )
+        yield found
+
+
+@pytest.fixture(scope="module")
+def paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+    """Engines that sleep for about 80 ms a step, and 800 before the first, so that neither they nor the
+    client wait for a core: compared is how front, buckets and Prometheus tell what the client saw."""
+    model, folder = tmp_path_factory.mktemp("tokenizer"), tmp_path_factory.mktemp("paced")
+    write_checkpoint(model, "byte_level")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("STEP_MS", "80"),
+            ("QUEUE_MS", "800"),
+            ("STEP_SPREAD", "0.5"),
+            ("VOCAB", "400"),
+        ):
+            patch.setenv(f"FAKE_{name}", value)
+        hosts = {precision: host_of(model, precision, command=FAKE_ENGINE) for precision in PRECISIONS}
+        with serving(hosts, folder) as found:
+            load(found, folder, "--rate", "30", "--requests", "120", "--output-tokens", "14", "--no-check")
+            found.prometheus.until(lambda _: has_seen_all(found))
+            yield found
+
+
+def has_seen_all(found: Observed) -> bool:
+    """Is what the servers count now what was scraped last?"""
+    name = "halftone_requests_total"
+    seen = {
+        (labels["precision"], labels["finish_reason"]): number
+        for labels, number in found.prometheus.query(name)
+    }
+    return seen == {
+        (precision, reason): number
+        for precision, server in found.servers.items()
+        for (reason,), number in server.host.metrics.numbers(name).items()
+    }
+
+
+def host_of(
+    model: Path, precision: str, command: Sequence[str] = ENGINE_COMMAND, **flags: Any
+) -> Callable[[], Host]:
+    settings = load_settings(
+        model=str(model), served_model_name="tiny", precision=precision, device="cpu", threads=1,
+        kv_tokens=8192, port=0, **flags,
+    )  # fmt: skip
+    return lambda: Host(settings, model, create_app, command=command)
+
+
+def load(found: Observed, folder: Path, *options: str) -> None:
+    """The load generator on all servers at once; what it saw is theirs."""
+    clients = {}
+    for precision, server in found.servers.items():
+        command = [sys.executable, "-m", "loadtest", "--url", server.host.url, "--warmup", "0", "--seed", "1",
+                   "--input-tokens", "48", "--clients", "1", *options,
+                   "--json", str(folder / f"{precision}.json")]  # fmt: skip
+        clients[precision] = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    for precision, client in clients.items():
+        said, _ = client.communicate(timeout=TIMEOUT_S)
+        assert client.returncode == 0, said
+        found.servers[precision].load = json.loads((folder / f"{precision}.json").read_text())
+
+
+async def evaluated(host: Host) -> None:
+    await host.client.evaluate([list(range(3, 35))], ["prefill"], reference="bf16")
+    await outliers_seen(host)
+
+
+async def outliers_seen(host: Host) -> None:
+    """What only a GPU counts, and only int8 there."""
+    host.metrics.step(StepStats(outliers={"down_proj.0": [2, 100]}))
+
+
+@pytest.mark.parametrize(("name", "expression"), panels(), ids=lambda text: text[:60])
+def test_a_panel_has_a_series_of_each_precision(observed: Observed, name: str, expression: str) -> None:
+    found = observed.prometheus.query(expression)
+    if "Unreachable" in name:  # what does not answer does not say its precision
+        assert len(found) == len(PRECISIONS)
+        return
+    # a quantile of what did not happen lately is no number: of an endpoint that nobody asks now
+    told = {labels["precision"] for labels, number in found if not math.isnan(number)}
+    assert told == set(PRECISIONS), expression
+
+
+@pytest.mark.parametrize(
+    "figure", ["time_to_first_token", "inter_token_latency", "time_per_output_token", "end_to_end"]
+)
+def test_a_median_is_the_clients(
+    paced: Observed, figure: str, record_property: Callable[[str, object], None]
+) -> None:
+    """Ours from buckets, by the query of the panels; the client's from each of its times."""
+    medians = (
+        text for _, text in panels() if text.startswith("histogram_quantile(0.5, sum by (le, precision) ")
+    )
+    (expression,) = {text for text in medians if f"halftone_{figure}_seconds" in text}
+    found = paced.prometheus.query(expression)
+    assert {labels["precision"] for labels, _ in found} == set(PRECISIONS)
+    for labels, seconds in found:
+        figures = paced.servers[labels["precision"]].load["levels"][0]["figures"]
+        client = figures[CLIENTS_NAME[figure]]["p50"]
+        told = f"{seconds / client - 1:+.1%} of {client * 1e3:.0f} ms"
+        record_property("figure", f"median {figure}, {labels['precision']}, by Prometheus: {told}")
+        assert seconds == pytest.approx(client, rel=0.05), labels
+
+
+def test_bytes_are_those_of_version(observed: Observed) -> None:
+    """All that the weights take, part by part, and the whole KV cache."""
+    for labels, size in observed.prometheus.query('halftone_memory_bytes{part=~"weights.*"}'):
+        told = observed.servers[labels["precision"]].version()["engine"]["memory_bytes"]
+        assert size == told[labels["part"]], labels
+    whole = 'sum by (precision) (halftone_memory_bytes{part=~"%s.*"})'
+    for group in ("weights", "kv"):
+        for labels, size in observed.prometheus.query(whole % group):
+            told = observed.servers[labels["precision"]].version()["engine"]["memory_bytes"]
+            assert size == sum(bytes for part, bytes in told.items() if part.startswith(group)), labels
+
+
+def test_nf4_takes_less_than_bf16(observed: Observed) -> None:
+    """What the dashboard is for, as it would be read off."""
+    (expression,) = {e for name, e in panels() if name.startswith("Precision side by side: Weights")}
+    size = {labels["precision"]: number for labels, number in observed.prometheus.query(expression)}
+    assert size["nf4"] < size["bf16"]
+
+
+def test_joules_are_the_meters(observed: Observed) -> None:
+    found = observed.prometheus.query("deriv(halftone_energy_joules_total[5m])")
+    assert [watts for _, watts in found] == [pytest.approx(WATTS, rel=0.05)] * len(PRECISIONS)
+
+
+@pytest.mark.parametrize(("name", "expression"), alerts().items(), ids=lambda text: text[:40])
+def test_an_alert_is_evaluated_and_quiet(observed: Observed, name: str, expression: str) -> None:
+    def evaluated(prometheus: Prometheus) -> list[dict[str, Any]]:
+        return [rule for rule in prometheus.alerts() if rule["name"] == name and rule["health"] != "unknown"]
+
+    (rule,) = observed.prometheus.until(evaluated)
+    assert rule["health"] == "ok", rule
+    assert rule["state"] != "firing"
+    observed.prometheus.query(filled(expression))
