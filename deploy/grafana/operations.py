@@ -304,6 +304,20 @@ def panels() -> list[Panel]:
         row("Engine"),
         lines("Ready", "short", per_precision(gauge("engine_up")), width=6),
         lines("Restarts", "short", per_precision(gauge("engine_restarts_total")), width=6),
+        lines(
+            "Precision swaps by outcome",
+            "ops",
+            {"{{precision}} {{outcome}}": rate("precision_swaps_total", by="precision, outcome")},
+            "Under the precision that was served after it. *rolled_back*: what served before serves again.",
+            width=12,
+        ),
+        bars(
+            "Requests held for a swap, mean",
+            "s",
+            per_precision(mean("precision_swap_seconds", over=over)),
+            "From the moment on that requests wait until they go on.",
+            width=12,
+        ),
         bars(
             "Loading",
             "percentunit",

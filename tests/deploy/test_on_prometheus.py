@@ -104,7 +104,7 @@ def serving(hosts: dict[str, Callable[[], Host]], folder: Path) -> Iterator[Obse
             for precision, make_host in hosts.items()
         }
         for server in servers.values():
-            server.wait(outliers_seen(server.host))
+            server.wait(rare_events(server.host))
         targets = [server.host.metrics_url.removeprefix("http://") for server in servers.values()]
         yield Observed(exits.enter_context(scraping(folder, targets, ALERTS)), servers)
 
@@ -189,12 +189,13 @@ def load(found: Observed, folder: Path, *options: str) -> None:
 
 async def evaluated(host: Host) -> None:
     await host.client.evaluate([list(range(3, 35))], ["prefill"], reference="bf16")
-    await outliers_seen(host)
+    await rare_events(host)
 
 
-async def outliers_seen(host: Host) -> None:
-    """What only a GPU counts, and only int8 there."""
+async def rare_events(host: Host) -> None:
+    """What only a GPU counts, and only int8 there; and what one server of one precision never does."""
     host.metrics.step(StepStats(outliers={"down_proj.0": [2, 100]}))
+    host.metrics.swapped("swapped", 2.5)
 
 
 @pytest.mark.parametrize(("name", "expression"), panels(), ids=lambda text: text[:60])
