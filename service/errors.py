@@ -12,7 +12,8 @@ HalftoneError
 ├── SettingError              a flag, variable or TOML value (exit 2)
 ├── CheckpointError           the weights cannot be served (exit 3)
 ├── PrecisionError            the mode does not exist, or does not fit checkpoint or device (exit 3)
-├── DeviceError               no usable device, or not enough memory (exit 3)
+├── DeviceError               no usable device (exit 3)
+│   └── ShortageError         not enough memory on it
 └── SystemProblem             port taken, disk full, output folder in use (exit 4)
 
 A message names the thing in backticks, says what was given and what is accepted; `hint` is the fix on a
@@ -99,6 +100,19 @@ class PrecisionError(HalftoneError):
 class DeviceError(HalftoneError):
     code = "device_unusable"
     exit_code = 3
+
+
+class ShortageError(DeviceError):
+    """Not enough memory: `needs_bytes` in all, `has_bytes` there for this process; 0: not known."""
+
+    code = "device_memory"
+
+    def __init__(
+        self, message: str, *, hint: str = "", code: str = "", needs_bytes: int = 0, has_bytes: int = 0
+    ) -> None:
+        super().__init__(message, hint=hint, code=code)
+        self.needs_bytes = needs_bytes
+        self.has_bytes = has_bytes
 
 
 class SystemProblem(HalftoneError):  # noqa: N818  (a circumstance, not a fault of the caller)

@@ -313,6 +313,8 @@ class Fatal(msgspec.Struct, tag="fatal", array_like=True):
     message: str
     hint: str = ""
     retryable: bool = False  # False: starting again would end the same way
+    needs_bytes: int = 0  # of a ShortageError
+    has_bytes: int = 0
 
 
 EngineMessage = Loading | Ready | Step | Evaluated | Fatal

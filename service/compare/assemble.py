@@ -24,6 +24,7 @@ from service.compare.report import (
     Memory,
     Mode,
     Model,
+    Quality,
     Report,
     Row,
     Slo,
@@ -146,7 +147,10 @@ def build_report(plan: Plan, text: EvaluationText, prompts: Prompts, turns: Turn
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=turns.seconds,
     )
-    if lacking or base is None:
+    is_reference_known = base is not None or any(
+        row.name == plan.reference.name and row.status == "does not fit" for row in rows
+    )
+    if lacking or not is_reference_known:
         return report
     return msgspec.structs.replace(report, verdict=verdict_of(plan, report, turns, ratio))
 
@@ -154,7 +158,9 @@ def build_report(plan: Plan, text: EvaluationText, prompts: Prompts, turns: Turn
 def row_of(turns: Turns, mode: Mode) -> Row | None:
     """One mode over its repeats; None where nothing is measured yet."""
     if mode.name in turns.failures:
-        return turns.failures[mode.name]
+        row = turns.failures[mode.name]
+        is_streamed = mode == turns.plan.reference and row.status == "does not fit"
+        return msgspec.structs.replace(row, quality=streamed_quality(turns)) if is_streamed else row
     finished = turns.of(mode)
     if not finished:
         return None
@@ -181,6 +187,22 @@ def row_of(turns: Turns, mode: Mode) -> Row | None:
         kernels=first.served.kernels if first.served else {},
         calibration=first.served.calibration if first.served else {},
         seconds=sum(one.seconds for one in finished.values()),
+    )
+
+
+def streamed_quality(turns: Turns) -> Quality | None:
+    """The reference's, where it does not fit: other modes' engines streamed its layers over the same text."""
+    known = (finished.quality for finished in turns.done.values() if finished.quality)
+    beside = next((quality for quality in known if quality.reference_perplexity is not None), None)
+    if beside is None or beside.reference_perplexity is None:
+        return None
+    return Quality(
+        perplexity=beside.reference_perplexity,
+        tokens=beside.tokens,
+        kl_mean=0.0,
+        kl_tokens=beside.kl_tokens,
+        top1_agreement=1.0,
+        reference_perplexity=beside.reference_perplexity,
     )
 
 

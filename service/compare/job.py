@@ -21,10 +21,10 @@ from service.compare.mode import Advance, Finished, Job, look, measure
 from service.compare.options import CompareOptions, check
 from service.compare.plan import RATES_FILE, Plan, Rates, claim
 from service.compare.progress import Pace
-from service.compare.report import Mode, Report, Row, Turn
+from service.compare.report import Fit, Mode, Report, Row, Turn
 from service.compare.windows import EvaluationText
 from service.config import Settings
-from service.errors import HalftoneError, SettingError
+from service.errors import HalftoneError, SettingError, ShortageError
 from service.front.host import AppFactory, run_to_end
 from service.front.supervisor import ENGINE_COMMAND
 from service.front.text import TextCodec
@@ -101,7 +101,10 @@ class Comparison:
         self.measure_turn, self.first_look = measure_turn, first_look
         self.console = console
         codec = TextCodec.load(plan.settings.tokenizer_folder(plan.model_path))
-        self.prompts = [codec.encode(one) for one in prompts.texts[:GREEDY_PROMPTS]]
+        self.prompts = [
+            codec.encode(prompt.text) if prompt.text else list(prompt.token_ids)
+            for prompt in prompts.items[:GREEDY_PROMPTS]
+        ]
         self.turns = Turns(plan, out)
         for repeat in range(plan.options.max_repeats):
             for turn, _ in plan.turns(repeat):
@@ -194,9 +197,22 @@ class Comparison:
         )
 
     def failed(self, mode: Mode, error: HalftoneError, pace: Pace) -> None:
-        self.turns.failures[mode.name] = Row(mode=mode, status="failed", error=str(error))
+        self.turns.failures[mode.name] = failed_row(mode, error)
         pace.more(-sum(len(self.left(repeat)) for repeat in range(self.plan.options.repeats)))
         self.console.print(f"[red]{mode.name}: failed:[/red] {error.message}", highlight=False)
+
+
+def failed_row(mode: Mode, error: HalftoneError) -> Row:
+    """Why a mode has no figures of speed: a fault, or a device that is too small for it."""
+    if isinstance(error, ShortageError) and error.needs_bytes:
+        needs, has = f"{error.needs_bytes / 1e9:.1f} GB", f"{error.has_bytes / 1e9:.1f} GB"
+        return Row(
+            mode=mode,
+            status="does not fit",
+            error=f"does not fit: needs {needs}, has {has}",
+            fit=Fit(needs_bytes=error.needs_bytes, has_bytes=error.has_bytes),
+        )
+    return Row(mode=mode, status="failed", error=str(error))
 
 
 def load_prompts(options: CompareOptions) -> Prompts:

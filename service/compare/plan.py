@@ -27,6 +27,8 @@ RATES_FILE = "rates.json"
 REPORT_FILE = "report.json"
 MODES_FOLDER = "modes"
 SEEDS = 100  # of one repeat's levels
+# what a later run in the same folder may ask differently: more of the same, and another judgement
+MAY_CHANGE = ("repeats", "max_repeats", "minutes", "max_perplexity_rise")
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +91,7 @@ class Plan:
             "version": __version__,
             "modes": [mode.name for mode in modes],
             "reference": base.name,
-            "options": asdict(options),
+            "options": {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE},
             "engine": {
                 key: value
                 for key, value in msgspec.to_builtins(quiet.engine_config(model_path)).items()
@@ -227,10 +229,13 @@ def claim(out: Path, plan: Plan) -> None:
             hint="name a folder that is new or empty",
         )
     written = out / REPORT_FILE
-    if written.is_file() and read_back(written, Report).complete:
-        raise SystemProblem(
-            f"`--out {out}` holds a finished run of these settings",
-            hint=f"read `{out / 'report.html'}`, or name a new folder to measure again",
-        )
+    if written.is_file():
+        report = read_back(written, Report)
+        measured = min((row.num_repeats for row in report.rows), default=0)
+        if report.complete and measured >= plan.options.repeats:
+            raise SystemProblem(
+                f"`--out {out}` holds a finished run of these settings, with {measured} repeats",
+                hint=f"read `{out / 'report.html'}`, ask for more `--repeats`, or name a new folder",
+            )
     make_folder(out / MODES_FOLDER)
     write_whole(run_file, msgspec.json.format(msgspec.json.encode(identity)))

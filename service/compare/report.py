@@ -101,7 +101,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     kl_mean: Annotated[float, described("KL(reference || mode) over the full vocabulary, nats per token")]
     kl_tokens: int
     top1_agreement: Annotated[float, described("Share of positions where both find the same token likeliest")]
-    agreement: Agreement
+    agreement: Annotated[Agreement | None, described("Null: this mode's decode does not fit")] = None
     # intervals are over windows of text, taken as independent
     perplexity_ratio: Annotated[
         Interval | None, described("Mode / reference, token by token over the same windows; null: not paired")

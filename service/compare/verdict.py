@@ -105,7 +105,8 @@ def sift(case: Case) -> tuple[list[Row], dict[str, str]]:
     passed, rejected = [], {}
     for row in case.rows:
         if not row.ok:
-            rejected[row.name] = f"{row.status}: {row.error.splitlines()[0]}" if row.error else row.status
+            reason = row.error.splitlines()[0]
+            rejected[row.name] = f"failed: {reason}" if row.status == "failed" else reason
         elif row.mode.server:
             rejected[row.name] = "another server: its speed is known, its quality is not"
         elif case.judges_quality and row.name != case.reference and (loss := too_lossy(case, row)):

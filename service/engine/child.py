@@ -23,7 +23,7 @@ import msgspec
 
 from service.engine.early import importing, wake_gpu
 from service.engine.link import Link
-from service.errors import HalftoneError
+from service.errors import HalftoneError, ShortageError
 from service.messages import Abort, EngineConfig, Evaluate, Fatal, Loading, Ready, Submit
 
 if TYPE_CHECKING:  # torch is imported once the front knows that we are on the way
@@ -63,6 +63,15 @@ def main() -> NoReturn:
         link.send(Ready(serving.info))
         is_ready = True
         serve(serving, config, link)
+    except ShortageError as error:
+        fatal = Fatal(
+            error.code,
+            error.message,
+            error.hint,
+            needs_bytes=error.needs_bytes,
+            has_bytes=error.has_bytes,
+        )
+        end(link, fatal, EXIT_UNUSABLE)
     except HalftoneError as error:
         end(link, Fatal(error.code, error.message, error.hint), EXIT_UNUSABLE)
     except Exception as error:  # the edge of the process: a trace for the operator, no text for the client

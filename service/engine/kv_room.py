@@ -9,7 +9,7 @@ from service import device as devices
 from service.engine.dtypes import DTYPE_NAMES, DTYPES
 from service.engine.shortage import MIB, told_shortage, weight_bytes
 from service.engine.sources import choose_backend, open_source
-from service.errors import DeviceError, SettingError
+from service.errors import SettingError, ShortageError
 from service.messages import EngineConfig
 from service.model.batch import BLOCK_TOKENS, PagedKV
 from service.model.instance import ModelInstance
@@ -29,17 +29,20 @@ def num_kv_blocks(config: EngineConfig, model: ModelInstance, graph_bytes: int) 
     if config.kv_tokens:
         wanted = -(-config.kv_tokens // BLOCK_TOKENS)
         if wanted * block_bytes > free:
-            raise DeviceError(
+            held = devices.memory_used_bytes(model.device)
+            raise ShortageError(
                 f"setting `kv_tokens` = `{config.kv_tokens}` needs {wanted * block_bytes // MIB} MiB on "
                 f"`{model.device}`, {free // MIB} MiB are free",
                 hint=f"at most {free // block_bytes * BLOCK_TOKENS} tokens fit now",
+                needs_bytes=held + wanted * block_bytes,
+                has_bytes=held + max(free, 0),
             )
         return wanted
     blocks = int(free * config.kv_memory_fraction) // (1 + len(config.beside)) // block_bytes
     if model.device.type != "cuda":
         blocks = min(blocks, CPU_KV_TOKENS // BLOCK_TOKENS)
     if blocks < 2:
-        raise DeviceError(
+        raise ShortageError(
             f"no memory is left for the KV cache on `{model.device}`: {free // MIB} MiB are free, "
             f"{BLOCK_TOKENS} tokens need {block_bytes / MIB:.1f} MiB",
             hint="free memory, or choose a smaller model or precision",

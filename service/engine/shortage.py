@@ -1,6 +1,6 @@
 """What to say when the device's memory runs out on the way to ready: for what, and how much was needed.
 
-startup --told_shortage(...)--> torch.OutOfMemoryError becomes a DeviceError with the figures and the fix
+startup --told_shortage(...)--> torch.OutOfMemoryError becomes a ShortageError with the figures and the fix
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from service import device as devices
-from service.errors import DeviceError
+from service.errors import ShortageError
 from service.model.checkpoint import TensorSource
 from service.model.sizes import for_model, group_size_of, weight_parts
 from service.precision import parse_precision
@@ -23,23 +23,26 @@ MIB = 1 << 20
 def told_shortage(
     device: torch.device, what: str, needed_bytes: Callable[[], int] | None = None
 ) -> Iterator[None]:
-    """DeviceError where `what` finds no room inside; only then is `needed_bytes` asked."""
+    """ShortageError where `what` finds no room inside; only then is `needed_bytes` asked."""
     try:
         yield
     except torch.OutOfMemoryError:
-        if needed_bytes is not None:
-            what += f": needed {needed_bytes() // MIB} MiB"
-        raise shortage(device, what) from None
+        needs_bytes = needed_bytes() if needed_bytes is not None else 0
+        if needs_bytes:
+            what += f": needed {needs_bytes // MIB} MiB"
+        raise shortage(device, what, needs_bytes) from None
 
 
-def shortage(device: torch.device, what: str) -> DeviceError:
+def shortage(device: torch.device, what: str, needs_bytes: int = 0) -> ShortageError:
     free, total = devices.memory_free_bytes(device), devices.memory_total_bytes(device)
     held = devices.memory_used_bytes(device)
-    return DeviceError(
+    return ShortageError(
         f"device `{device}` has no room for {what}, {free // MIB} MiB free of {total // MIB} MiB, "
         f"{held // MIB} MiB held by this process",
         hint="end other processes on the device, or choose a smaller model, precision, `kv_tokens` or "
         "`max_batch_tokens`",
+        needs_bytes=needs_bytes,
+        has_bytes=free + held,
     )
 
 

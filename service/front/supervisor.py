@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from service.cores import physical_cores
-from service.errors import EngineUnavailableError, HalftoneError, SystemProblem
+from service.errors import EngineUnavailableError, HalftoneError, ShortageError, SystemProblem
 from service.front.engine_client import EngineClient
 from service.messages import SHUTTING_DOWN, EngineConfig, EngineInfo, Fatal
 from service.metrics import Metrics
@@ -324,6 +324,10 @@ def error_of(fatal: Fatal) -> HalftoneError:
     for kind in kinds:
         kinds += kind.__subclasses__()
     kind = next((kind for kind in kinds if kind.code == fatal.code), HalftoneError)
+    if kind is ShortageError:
+        return ShortageError(
+            fatal.message, hint=fatal.hint, needs_bytes=fatal.needs_bytes, has_bytes=fatal.has_bytes
+        )
     return kind(fatal.message, hint=fatal.hint, code=fatal.code)
 
 

@@ -73,6 +73,7 @@ def quality(perplexity: float, ratio: float, kl: float) -> Quality:
             agrees=True,
         ),
         perplexity_ratio=Interval(estimate=ratio, low=ratio - near, high=ratio + near, n=8),
+        reference_perplexity=20.0,
         kl=Interval(estimate=kl, low=kl * 0.9, high=kl * 1.1, n=8),
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from service.compare.options import CompareOptions, parse_levels
 from service.compare.report import Report, shipped_schema
-from service.errors import HalftoneError, PrecisionError, SettingError, SystemProblem
+from service.errors import HalftoneError, PrecisionError, SettingError, ShortageError, SystemProblem
 from tests.compare.fake_load import Behaviour, FakeTurns, no_room
 
 Compare = Callable[..., Report]
@@ -129,6 +129,27 @@ def test_without_its_reference_a_run_still_measures_the_others(fake: Compare) ->
     assert report.verdict is None
 
 
+def test_a_reference_that_does_not_fit_has_quality_and_no_speed(fake: Compare, tmp_path: Path) -> None:
+    """The user who needs a comparison most: others stream its layers, and are told apart without it."""
+    shortage = ShortageError("no room", needs_bytes=16_100_000_000, has_bytes=8_000_000_000)
+    turns = FakeTurns(
+        bf16=Behaviour(fault=shortage),
+        int8=Behaviour(perplexity_ratio=1.02, kl=0.02),
+        nf4=Behaviour(perplexity_ratio=1.03, kl=0.03, slowness=0.5),
+    )
+    report = fake(turns, "bf16,int8,nf4")
+    first = report.rows[0]
+    assert first.status == "does not fit"
+    assert first.error == "does not fit: needs 16.1 GB, has 8.0 GB"
+    assert first.levels == []
+    assert first.quality is not None
+    assert first.quality.perplexity == pytest.approx(20)
+    assert report.verdict is not None
+    assert report.verdict.deploy == "nf4"
+    assert report.verdict.rejected["bf16"] == first.error
+    assert "needs 16.1 GB, has 8.0 GB" in (tmp_path / "report/report.html").read_text()
+
+
 def test_where_nothing_starts_there_are_reasons_alone(fake: Compare) -> None:
     fault = Behaviour(fault=HalftoneError("no such layer"))
     report = fake(FakeTurns(bf16=fault, int8=fault))
@@ -153,6 +174,14 @@ def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(fake: Compar
     assert sorted([*kept, *rest.asked]) == sorted(
         (name, repeat) for name in ("bf16", "int8", "bf16 again") for repeat in range(2)
     )
+
+
+def test_a_finished_run_takes_more_repeats(fake: Compare) -> None:
+    fake(FakeTurns(), repeats=2, max_repeats=2)
+    more = FakeTurns()
+    report = fake(more, repeats=3, max_repeats=3)
+    assert sorted(more.asked) == [("bf16", 2), ("bf16 again", 2), ("int8", 2)]
+    assert {row.num_repeats for row in report.rows} == {3}
 
 
 def test_a_folder_with_another_run_is_refused(fake: Compare, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_shutdown_ends_a_busy_engine(folder: Path) -> None:
     [
         ({"model_path": "/nowhere"}, "invalid_checkpoint", "/nowhere"),
         ({"precision": "fp9"}, "invalid_precision", "fp9"),
-        ({"kv_tokens": 1 << 50}, "device_unusable", "kv_tokens"),
+        ({"kv_tokens": 1 << 50}, "device_memory", "kv_tokens"),
     ],
     ids=["checkpoint", "precision", "memory"],
 )
@@ -102,6 +102,7 @@ def test_what_stops_a_start_is_one_fatal_with_the_fix(
         assert (message.code, message.retryable) == (code, False)
         assert words in message.message
         assert message.hint
+        assert (message.needs_bytes > message.has_bytes > 0) is (code == "device_memory")
         assert child.process.wait(timeout=5) == 3
 
 

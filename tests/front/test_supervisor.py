@@ -13,7 +13,13 @@ from engine_rig import FAKE_ENGINE, running
 from fake_engine import reply
 
 from service.cores import physical_cores
-from service.errors import CheckpointError, EngineUnavailableError, HalftoneError, SystemProblem
+from service.errors import (
+    CheckpointError,
+    EngineUnavailableError,
+    HalftoneError,
+    ShortageError,
+    SystemProblem,
+)
 from service.front import supervisor
 from service.front.engine_client import EngineClient
 from service.front.supervisor import Supervisor, describe_exit, engine_environment, error_of
@@ -67,6 +73,12 @@ async def test_a_fatal_error_is_kept_and_not_retried(monkeypatch: pytest.MonkeyP
         with pytest.raises(EngineUnavailableError, match=r"cannot run: `a\.safetensors` ends early"):
             rig.open([1])
         assert 'engine_restarts_total{model="demo",precision="auto"} 0.0' in rig.metrics.render().decode()
+
+
+def test_a_shortage_is_known_with_its_bytes_on_this_side_too() -> None:
+    error = error_of(Fatal("device_memory", "no room", "free some", needs_bytes=3, has_bytes=2))
+    assert isinstance(error, ShortageError)
+    assert (error.needs_bytes, error.has_bytes, error.hint) == (3, 2, "free some")
 
 
 async def test_a_fatal_error_that_may_pass_is_retried(

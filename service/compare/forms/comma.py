@@ -43,7 +43,9 @@ def modes_csv(report: Report) -> str:
         **ends_of("perplexity_ratio", lambda row: row.quality and row.quality.perplexity_ratio),
         "kl": lambda row: row.quality and row.quality.kl_mean,
         "top1_agreement": lambda row: row.quality and row.quality.top1_agreement,
-        "disagreement": lambda row: row.quality and row.quality.agreement.disagreement,
+        "disagreement": lambda row: (
+            row.quality and row.quality.agreement and row.quality.agreement.disagreement
+        ),
         "knee_rate_per_s": lambda row: row.knee and row.knee.rate_per_s,
         "crossover": lambda row: row.crossover and row.crossover.kind,
         "crossover_streams": lambda row: row.crossover and row.crossover.streams,

@@ -30,7 +30,7 @@ def warnings(report: Report) -> list[str]:
                     f"{row.name}, {level.label}: {level.num_errors} requests failed, "
                     f"{level.num_short} answers were short."
                 )
-        if row.quality:
+        if row.quality and row.quality.agreement:
             said += [
                 f"{words}, more than {100 * MAX_DISAGREEMENT:g} % and more than "
                 f"{MIN_STANDARD_ERRORS:g} standard errors."
@@ -60,7 +60,7 @@ def explanations(report: Report) -> list[str]:
                 f"{row.name}: its checkpoint was made in {amount(row.loading.quantize_seconds)} s by an "
                 "engine of its own, and is kept; the measured engines only loaded it."
             )
-        if row.quality:
+        if row.quality and row.quality.agreement:
             said += [
                 f"{words}, more than {100 * MAX_DISAGREEMENT:g} % but within {MIN_STANDARD_ERRORS:g} "
                 "standard errors: too few tokens to decide."

@@ -108,7 +108,9 @@ def render_page(report: Report) -> str:
         answer=answer(report),
         warnings=warnings(report),
         measured_rows=measured,
-        agreements=[(row, row.quality.agreement) for row in report.rows if row.quality],
+        agreements=[
+            (row, row.quality.agreement) for row in report.rows if row.quality and row.quality.agreement
+        ],
         agreement_said=agreement_said(report),
         held=held,
         ledger=ledger.PARTS,
@@ -163,7 +165,11 @@ def tiles(report: Report) -> list[Tile]:
 
 def agreement_said(report: Report) -> str:
     """In a few words, for who does not unfold the table."""
-    flagged = [row.name for row in report.rows if row.quality and not row.quality.agreement.agrees]
+    flagged = [
+        row.name
+        for row in report.rows
+        if row.quality and row.quality.agreement and not row.quality.agreement.agrees
+    ]
     return f"Not for {', '.join(flagged)}: decode and prefill are apart." if flagged else "Yes."
 
 
