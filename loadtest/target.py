@@ -70,6 +70,9 @@ async def look(client: Client, url: str, model: str) -> Target:
     card = cards[names.index(model)] if model else cards[0]
     status, version = await ask(client, "/version")
     version = version if status == OK and isinstance(version, Mapping) else {}
+    for resident in version.get("residents") or ():  # a server of several precisions
+        if resident["model"] == card["id"]:
+            version = {**version, "engine": resident["engine"]}
     engine = version.get("engine") or {}
     meta = card.get("meta") or {}  # llama.cpp's place for it
     return Target(

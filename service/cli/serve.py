@@ -125,7 +125,7 @@ def engine_lines(name: str, info: EngineInfo) -> list[str]:
     kv_bytes = sum(size for part, size in info.memory_bytes.items() if part.startswith("kv."))
     memory = f"{megabytes(kv_bytes)}, " if name else ""
     return [
-        *([f"  {name}"] if name else []),
+        *([f"  name       {name}"] if name else []),
         f"  precision  {info.precision} on {info.device} ({info.device_name}), activations {info.dtype}",
         f"  weights    {megabytes(info.weight_bytes)}",
         f"  KV cache   {memory}{info.kv_tokens:,} tokens in {info.kv_dtype}; "

@@ -89,7 +89,7 @@ class Swapper:
         """
         if self._is_busy:
             raise ConflictError(
-                "another swap is under way", hint="wait until `/ready` says 200", code="swap_in_progress"
+                "another swap is under way", hint="ask again when it has ended", code="swap_in_progress"
             )
         info = self.client.info
         if self.client.state != "ready" or info is None:

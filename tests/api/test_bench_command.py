@@ -44,6 +44,31 @@ def test_both_loops_are_measured(server: Server, tmp_path: Path, capfd: pytest.C
     assert "TPOT = (E2E - TTFT) / (n - 1)" in printed
 
 
+def test_one_precision_of_several_is_measured_and_told(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    with serving(tmp_path / "server", {"FAKE_CONTEXT": "64"}, resident="bf16,nf4") as server:
+        run(
+            [
+                "bench",
+                "--url",
+                server.url,
+                "--model",
+                "tiny@nf4",
+                *FLAGS,
+                "--concurrency",
+                "1",
+                "--json",
+                str(out),
+            ]
+        )
+    result = json.loads(out.read_bytes())
+    assert result["server"]["version"]["engine"]["precision"] == "nf4"
+    (level,) = result["levels"]
+    (run_of_level,) = level["runs"]
+    for name in ("answered requests", "output tokens", "prompt tokens"):
+        assert run_of_level["server_check"]["figures"][name]["difference"] == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message", "hint"),
     [

@@ -55,6 +55,21 @@ def test_the_printed_line_gets_a_streamed_answer(
     assert "secret" not in lines
 
 
+def test_a_server_of_several_precisions_says_what_each_holds(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "byte_level")
+    settings = load_settings(model=str(tmp_path), port=0, served_model_name="tiny", resident="bf16,nf4")
+
+    async def told() -> str:
+        async with Host(settings, tmp_path, create_app, command=FAKE_ENGINE) as host:
+            return ready_lines(host, await host.ready())
+
+    lines = run_loop(told()).splitlines()
+    for precision in ("bf16", "nf4"):
+        at = lines.index(f"  name       tiny@{precision}")
+        assert lines[at + 1].startswith(f"  precision  {precision} on cpu")
+        assert lines[at + 3].startswith("  KV cache   1.5 GB, 65,536 tokens in bf16")
+
+
 @pytest.mark.parametrize(
     ("given", "is_open"),
     [({"host": "0.0.0.0"}, True), ({"host": "0.0.0.0", "api_key": "secret"}, False), ({}, False)],
