@@ -17,6 +17,7 @@ from service.compare.report import (
     Crossover,
     Device,
     Fit,
+    Greedy,
     Knee,
     Loading,
     Memory,
@@ -204,7 +205,20 @@ def quality(made: Made, disagreement: float = 0.0005, standard_error: float = 0.
             disagreement=abs(disagreement),
             agrees=not apart.is_flagged,
         ),
-        perplexity_ratio=interval(1 + 1.6 * made.kl, 0.004) if made.kl else None,
+        perplexity_ratio=interval(1 + 1.6 * made.kl, 0.004, 8),
+        reference_perplexity=7.42,
+        kl=interval(made.kl, 0.08, 8),
+        top1=interval(1 - 1.9 * made.kl**0.5 / 3, 0.01, 8),
+        greedy=Greedy(
+            num_prompts=16,
+            num_tokens=64,
+            same_share=0.5,
+            same_standard_error=0.125,
+            median_agreed_tokens=23,
+            agreed_tokens=[23] * 8 + [64] * 8,
+        )
+        if made.kl
+        else None,
     )
 
 

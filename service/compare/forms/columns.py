@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from service.compare.figures import effect
+from service.compare.figures import Interval, effect
 from service.compare.forms.words import (
     MILLISECONDS,
     NO_VERDICT,
@@ -32,7 +32,10 @@ Group = Literal["bytes", "speed", "quality", "start"]
 
 @dataclass(frozen=True)
 class Cell:
-    """All but `value` is against the reference: empty in its own row and where nothing is known."""
+    """`change` and `effect` are against the reference, and empty in its own row.
+
+    `ends` are those of the change, or of the value where nothing is told of a change.
+    """
 
     value: str
     change: str = ""
@@ -50,8 +53,8 @@ class Cell:
 
     @property
     def against(self) -> str:
-        """`+31 % ✓ (+28 to +34)`."""
-        return f"{self.judged} ({self.ends})" if self.ends else self.judged
+        """`+31 % ✓ (+28 to +34)`; of a figure without a change its own ends."""
+        return f"{self.judged} ({self.ends})".strip() if self.ends else self.judged
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def columns(report: Report, latencies: Sequence[tuple[str, str]] = MAIN_LATENCIE
         Column("KL", "nats/token", "quality", lambda row: divergence_cell(report, row)),
         Column("perplexity", "", "quality", lambda row: perplexity_cell(report, row)),
         Column("same top‑1", "% of tokens", "quality", lambda row: top1_cell(report, row)),
+        Column("same answer", "% of greedy", "quality", lambda row: greedy_cell(report, row)),
         Column("load", "s", "start", load_cell),
     ]
     return [column for column in found if any(column.cell(row).is_known for row in report.rows)]
@@ -135,7 +139,10 @@ def bytes_cell(report: Report, row: Row, unit: Unit, name: str) -> Cell:
 def divergence_cell(report: Report, row: Row) -> Cell:
     if row.quality is None:
         return EMPTY
-    return Cell(f"{row.quality.kl_mean:.4f}" if report.judges_quality else NO_VERDICT)
+    if not report.judges_quality:
+        return Cell(NO_VERDICT)
+    known = row.quality.kl if row.name != report.reference else None
+    return Cell(f"{row.quality.kl_mean:.4f}", ends=span(known, 1.0, 4))
 
 
 def perplexity_cell(report: Report, row: Row) -> Cell:
@@ -151,7 +158,28 @@ def perplexity_cell(report: Report, row: Row) -> Cell:
 def top1_cell(report: Report, row: Row) -> Cell:
     if row.quality is None:
         return EMPTY
-    return Cell(f"{100 * row.quality.top1_agreement:.1f}" if report.judges_quality else NO_VERDICT)
+    if not report.judges_quality:
+        return Cell(NO_VERDICT)
+    known = row.quality.top1 if row.name != report.reference else None
+    return Cell(f"{100 * row.quality.top1_agreement:.1f}", ends=span(known, 100.0, 1))
+
+
+def greedy_cell(report: Report, row: Row) -> Cell:
+    """Of whole answers; below, how far the median one agrees."""
+    if row.quality is None or row.quality.greedy is None:
+        return EMPTY
+    if not report.judges_quality:
+        return Cell(NO_VERDICT)
+    found = row.quality.greedy
+    agreed = f"median {found.median_agreed_tokens}/{found.num_tokens}"
+    return Cell(f"{100 * found.same_share:.0f}", ends=agreed)
+
+
+def span(interval: Interval | None, times: float, places: int) -> str:
+    """`± 0.0016`: of a figure itself, not of a change."""
+    if interval is None or interval.low is None or interval.high is None:
+        return ""
+    return f"± {times * (interval.high - interval.low) / 2:.{places}f}"
 
 
 def load_cell(row: Row) -> Cell:

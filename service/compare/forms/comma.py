@@ -41,8 +41,12 @@ def modes_csv(report: Report) -> str:
         **ends_of("load_s", lambda row: row.loading and row.loading.seconds),
         "perplexity": lambda row: row.quality and row.quality.perplexity,
         **ends_of("perplexity_ratio", lambda row: row.quality and row.quality.perplexity_ratio),
+        **ends_of("kl", lambda row: row.quality and row.quality.kl),
+        **ends_of("top1_agreement", lambda row: row.quality and row.quality.top1),
         "kl": lambda row: row.quality and row.quality.kl_mean,
         "top1_agreement": lambda row: row.quality and row.quality.top1_agreement,
+        "greedy_same_share": greedy_field("same_share"),
+        "greedy_median_agreed_tokens": greedy_field("median_agreed_tokens"),
         "disagreement": lambda row: (
             row.quality and row.quality.agreement and row.quality.agreement.disagreement
         ),
@@ -77,6 +81,10 @@ def levels_csv(report: Report) -> str:
 def interval_of(figures: Figures | None, name: str) -> Interval | None:
     found: Interval | None = getattr(figures, name) if figures else None
     return found
+
+
+def greedy_field(name: str) -> Field:
+    return lambda row: row.quality and row.quality.greedy and getattr(row.quality.greedy, name)
 
 
 def figure_at(name: str, id: str) -> Field:

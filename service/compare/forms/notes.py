@@ -51,6 +51,14 @@ def explanations(report: Report) -> list[str]:
         f"timed from when each request was due ({work.rate_rule}).",
         f"Perplexity and KL (nats per token, against {report.reference}): {report.text.name}, "
         f"{report.text.protocol}.",
+        *(
+            [
+                "Same answer: greedy answers equal to the reference's as far as was looked; below, the "
+                "median number of tokens before the first that differs."
+            ]
+            if any(row.quality and row.quality.greedy for row in report.rows)
+            else []
+        ),
         *([f"Goodput counts requests with {work.slo.said}."] if work.slo else []),
         *([report.kv_note] if report.kv_note else []),
     ]

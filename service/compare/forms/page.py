@@ -159,7 +159,8 @@ def tiles(report: Report) -> list[Tile]:
         cell, other = column.cell(row), column.cell(base)
         if column.group == "start" or cell.value == "no verdict":
             continue
-        found.append(Tile(column.title, column.unit, "" if row is base else other.value, cell))
+        beside = "" if row is base or not other.is_known else other.value
+        found.append(Tile(column.title, column.unit, beside, cell))
     return found
 
 

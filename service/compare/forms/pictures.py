@@ -21,7 +21,7 @@ from service.compare.forms.words import (
     signed,
     size_unit,
 )
-from service.compare.report import Memory, Report, Row
+from service.compare.report import Memory, Quality, Report, Row
 
 KV_CACHE, BEYOND, SMALL = "KV cache", "else, at the peak", "smaller parts"
 SMALLEST_PART = 0.012  # of the longest stack
@@ -89,21 +89,19 @@ def of_ratio(mark: Mark, figure: str, ratio: Interval) -> Difference:
 
 def quality_front(report: Report, drawn: dict[str, Mark]) -> Picture | None:
     """KL against weights and KV cache; only what is trained has a quality."""
-    told = [(row, row.memory, row.quality.kl_mean) for row in report.rows if row.memory and row.quality]
+    told = [(row, row.memory, row.quality) for row in report.rows if row.memory and row.quality]
     if not report.judges_quality or len(told) < 2:
         return None
     unit = size_unit(max(held_bytes(memory) for _, memory, _ in told))
-    spots = [(row, held_bytes(memory) / unit.divisor, max(kl, 0.0)) for row, memory, kl in told]
+    spots = [(row, held_bytes(memory) / unit.divisor, lost(quality)) for row, memory, quality in told]
     dots = [
         Dot(
             drawn[row.name],
             x,
-            y,
-            y,
-            y,
-            not any((a <= x and b <= y) and (a, b) != (x, y) for _, a, b in spots),
+            *ends,
+            is_front=not any((a <= x and b <= ends[0]) and (a, b) != (x, ends[0]) for _, a, (b, *_) in spots),
         )
-        for row, x, y in spots
+        for row, x, ends in spots
     ]
     svg = front(
         dots,
@@ -116,6 +114,14 @@ def quality_front(report: Report, drawn: dict[str, Mark]) -> Picture | None:
     if best:
         caption += f" Counting speed too, nothing surely beats {', '.join(best)}."
     return Picture("What is lost against what it takes", svg, caption)
+
+
+def lost(quality: Quality) -> tuple[float, float, float]:
+    """KL and its interval; rounding leaves the reference a little off 0, on either side."""
+    kl = max(quality.kl_mean, 0.0)
+    if quality.kl is None or quality.kl.low is None or quality.kl.high is None:
+        return kl, kl, kl
+    return kl, quality.kl.low, quality.kl.high
 
 
 def held_bytes(memory: Memory) -> int:

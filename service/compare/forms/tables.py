@@ -15,7 +15,7 @@ from service.compare.forms.notes import explanations, warnings
 from service.compare.report import Report, Row, Verdict
 
 STYLES = {"better": "green", "worse": "red", "undecided": "dim", "": ""}
-MODES_A_TABLE = 6  # side by side; more go below
+MODES_A_TABLE = 5  # side by side; more go below
 
 
 def answer(report: Report) -> str:
@@ -62,8 +62,10 @@ def side_by_side(rows: Sequence[Row], shown: Sequence[Column]) -> Table:
 
 def in_colour(cell: Cell, column: Column) -> str:
     """Of a latency's three percentiles the p95 has its change: twelve of them would fill two screens."""
-    if not cell.change or column.title.endswith(("p50", "p99")):
+    if column.title.endswith(("p50", "p99")) or not (cell.change or cell.ends):
         return cell.value
+    if not cell.change:
+        return f"{cell.value}\n[dim]{cell.ends}[/dim]"
     style = STYLES[cell.effect]
     said = f"[{style}]{cell.judged}[/{style}]" if style else cell.judged
     return f"{cell.value}\n{said}" + (f"\n[dim]{cell.ends}[/dim]" if cell.ends else "")

@@ -36,7 +36,7 @@ def lines_of(written: str) -> list[dict[str, str]]:
 
 def test_markdown_has_a_cell_for_every_column(three: Report) -> None:
     lines = [line.replace("\\|", "") for line in markdown(three).splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {14, 13}
+    assert {line.count("|") for line in lines} == {14}
     assert len(lines) == 2 * (2 + 5)
     assert "| nf4 | 5.69 −65 % ✓ | 10.2 −50 % ✓ | 1,344 −6.0 % ✗ (−8.8 to −3.2) |" in markdown(three)
     assert "| fp32 | does not fit | does not fit |" in markdown(three)
@@ -60,8 +60,8 @@ def test_random_weights_get_no_verdict_on_quality() -> None:
     report = made_up()
     random = replace(report, model=replace(report.model, random_weights={"seed": "0"}))
     row = next(line for line in markdown(random).splitlines() if line.startswith("| nf4"))
-    assert row.count(" no verdict ") == 3
-    assert shown(random).count("no verdict") == 3 * len(MODES)
+    assert row.count(" no verdict ") == 4
+    assert shown(random).count("no verdict") == 4 * len(MODES) - 1
     for written in (markdown(random), shown(random)):
         assert "7.676" not in written
     assert "no verdict" not in markdown(report)
@@ -99,7 +99,7 @@ def test_a_terminal_shows_every_mode_and_the_verdict_last() -> None:
     report = made_up(TEN)
     text = shown(report)
     for one in report.rows:
-        assert one.name in text
+        assert all(word in text for word in one.name.split())  # a long name takes two lines
     lines = [line for line in text.splitlines() if line.strip()]
     assert lines.index("Deploy fp8") > len(lines) - 12
     assert "report: /out/report.html" in lines[-1]
