@@ -244,6 +244,7 @@ class FakeEngine:
             load_seconds=self.load_seconds,
             peak_load_bytes=self.peak_load_bytes,
             canary=CANARY if self.config.canary else {},
+            device_bytes=64 << 30,
         )
 
     def run(self) -> None:

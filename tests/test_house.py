@@ -14,6 +14,7 @@ from service.cli.reference import PAGES
 from service.config import Settings
 from service.ledger import PARTS
 from service.metrics import catalogue
+from service.plan.question import PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 MAX_LINES = 400
@@ -43,7 +44,8 @@ MAY_IMPORT = {
     "kernel_bench": BELOW | {"device", "kernels", "model", "precision", "quantize"},
     "front": BELOW | {"energy", "metrics", "precision"},
     "harness": BELOW | {"api", "front", "metrics"},
-    "api": BELOW | {"front", "metrics"},
+    "plan": BELOW | {"model", "precision"},
+    "api": BELOW | {"front", "metrics", "plan"},
     "compare": BELOW | {"energy", "front", "metrics", "precision", "quality"},
     "__main__": {"cli", "errors"},
 }
@@ -138,6 +140,12 @@ def test_tables_in_docs_are_those_of_the_code(page: str) -> None:
 def test_parts_of_the_ledger_are_explained_where_users_look() -> None:
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     rows = [f"| `{part.name}` | {part.help} |" for part in PARTS]
+    assert "\n".join(rows) in page
+
+
+def test_parameters_of_a_plan_are_explained_where_users_look() -> None:
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    rows = [f"| `{parameter.name}` | {parameter.help} |" for parameter in PARAMETERS]
     assert "\n".join(rows) in page
 
 

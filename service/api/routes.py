@@ -16,6 +16,7 @@ from service import __version__
 from service.api import admission
 from service.api.answers import AnswerFormat, ChatFormat, CompletionFormat
 from service.api.guard import RequestContext
+from service.api.planning import DOCUMENTED, answer_plan
 from service.api.schema import (
     ChatRequest,
     CompletionRequest,
@@ -203,6 +204,15 @@ def make_router(server: Server) -> APIRouter:
         first = {"model": settings.name, "state": accounts[0]["state"], "engine": accounts[0]["engine"]}
         others = {"residents": accounts} if len(accounts) > 1 else {}
         return json({"version": __version__, **first, **others})
+
+    @router.get("/plan", openapi_extra=DOCUMENTED)
+    async def plan(request: Request) -> Response:
+        """Which precisions of this model would fit, and what they would leave for users."""
+        client = residents.first.client
+        if client.info is None:
+            raise client.engine_state.unavailable()
+        asked = request.query_params.multi_items()
+        return json(await answer_plan(asked, client.info, settings, residents.model_path))
 
     if not settings.metrics_port:
 

@@ -10,8 +10,9 @@ import typer
 
 from service import __version__
 from service.cli.flags import with_settings
-from service.config import load_settings
+from service.config import Settings, load_settings
 from service.errors import SettingError
+from service.plan.question import PARAMETERS
 
 app = typer.Typer(
     name="halftone",
@@ -36,6 +37,11 @@ HTTP_SETTINGS = (
     "resident",
 )
 MORE = "`halftone bench --kernels --help`: microseconds of the linears of a layer on this machine instead."
+ASKED = {parameter.name: parameter.help for parameter in PARAMETERS}
+PLANNED = (
+    *("revision", "cache_dir", "head", "kv_memory_fraction", "max_context_tokens"),
+    *("max_batch_requests", "max_batch_tokens", "log_level", "log_format"),
+)
 DRAWN = ("load_format", "load_seed", "random_outliers", "random_std", "tokenizer")
 
 
@@ -283,6 +289,31 @@ def swap(
     from service.cli.swap import swap
 
     swap(url, load_settings(admin_key=admin_key).admin_key, precision, drain_timeout_s)
+
+
+@app.command()
+@with_settings(without=[name for name in Settings.model_fields if name not in PLANNED])
+def plan(
+    model: Model = None,
+    *,
+    gpu: Annotated[str, typer.Option(help=ASKED["gpu"])] = "",
+    bandwidth: Annotated[str, typer.Option(help=ASKED["bandwidth"])] = "",
+    context: Annotated[str, typer.Option(help=ASKED["context"])] = "",
+    concurrency: Annotated[str, typer.Option(help=ASKED["concurrency"])] = "",
+    precisions: Annotated[str, typer.Option(help=ASKED["precisions"])] = "",
+    kv_dtype: Annotated[str, typer.Option(help=ASKED["kv_dtype"])] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
+    **settings: Any,
+) -> None:
+    """Which precisions fit a GPU, and what they leave for users: from headers alone, nothing is loaded."""
+    checked = load_settings(model=model, **settings)
+    from service.cli.plan import plan
+
+    asked = {
+        "gpu": gpu, "bandwidth": bandwidth, "context": context, "concurrency": concurrency,
+        "precisions": precisions, "kv_dtype": kv_dtype,
+    }  # fmt: skip
+    plan(checked, asked, as_json=as_json)
 
 
 @app.command()

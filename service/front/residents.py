@@ -64,6 +64,7 @@ class Residents:
     def __init__(self, settings: Settings, model_path: Path, supervise: Supervise) -> None:
         """One for each precision of the settings; nothing is started."""
         self.model = settings.name
+        self.model_path = model_path  # folder of the checkpoint that all are made from
         precisions = precisions_of(settings)
         base = settings.engine_config(model_path)
         found = []

@@ -51,12 +51,18 @@ def resolve(
                 model, {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
             )
         return folder.resolve()
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or folder.exists():
+    if is_path(model):
         raise CheckpointError(
             f"model folder `{model}` does not exist",
             hint="give a folder with config.json and *.safetensors, a hub id such as ORG/NAME, or `demo`",
         )
     return from_hub(model, revision, progress, (WEIGHTS, *WANTED) if needs_weights else WANTED)
+
+
+def is_path(model: str) -> bool:
+    """Is it a place on this machine, there or not, rather than a hub id?"""
+    folder = Path(model).expanduser()
+    return folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or folder.exists()
 
 
 def preset(model: str, needs_weights: bool) -> Path:

@@ -1,13 +1,18 @@
-"""The ledger's parts against what a neighbour sees the engine take of the GPU. `pytest -m gpu`, by hand."""
+"""Ledger and plan against what a neighbour sees the engine take of the GPU. `pytest -m gpu`, by hand."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from service.ledger import kv_bytes
+from service.ledger import kv_bytes, weight_bytes
 from service.messages import EngineConfig, Fatal, Ready, Sampling, Step, Submit
 from service.model.hub import PRESETS
+from service.model.sizes import for_model
+from service.plan.devices import Device
+from service.plan.estimate import Serving, estimate
+from service.plan.shape import read_config_alone
+from service.precision import parse_precision
 from tests.engine_child import Child, spawned
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +63,15 @@ def test_parts_sum_to_what_is_taken(precision: str, record_property: Callable[[s
         assert parts["graphs"] > 0
         assert parts["allocator_slack"] < GIB / 4
         assert parts["kv.used"] == 0
+        config_json = read_config_alone(SHAPE).config
+        mode = for_model(parse_precision(precision), config_json)
+        device = Device("this", message.info.device_bytes)
+        planned = estimate(config_json, mode, "auto", device, Serving(16, 2048, 0.9, kv_tokens=KV_TOKENS))
+        told = ", ".join(f"{part} {size / 1e6:.1f}" for part, size in planned.parts.items())
+        record_property("figure", f"{precision}: {planned.total_bytes / 1e6:.1f} MB planned; {told}")
+        assert weight_bytes(planned.parts) == pytest.approx(weight_bytes(parts), rel=0.01)
+        assert kv_bytes(planned.parts) == kv_bytes(parts)
+        assert planned.total_bytes == pytest.approx(sum(parts.values()), rel=0.03)
 
         child.send(*(Submit(id, [id] * 500, Sampling(20_000, ignore_eos=True)) for id in range(12)))
         while not (busy := ledger_of(child))["kv.used"]:

@@ -1,0 +1,107 @@
+"""What an engine would hold of a device, by ledger part, and the KV tokens that this leaves room for.
+
+ModelConfig, Precision, Device, Serving --estimate--> Estimate
+
+Weights, tables and KV cache are counted as the engine counts them. What steps take, and what lies outside of
+torch, are allowances for one GPU: a test there holds the sum to the ledger's. As the engine does, a plan
+gives the KV cache a share of what is free once everything else is there.
+"""
+
+from dataclasses import dataclass
+
+from service.ledger import PARTS, kv_bytes
+from service.model.config import ModelConfig
+from service.model.sizes import Head, kv_token_bytes, rotary_bytes, weight_parts
+from service.plan.devices import Device
+from service.precision import Precision
+
+MB = 1_000_000
+BLOCK_TOKENS = 16
+CPU_KV_TOKENS = 16_384  # where nobody says; memory is the users' own there
+STATE_WORDS, STATE_EXTRA_WORDS = 12, 1  # int32 of a request's row, besides its block table
+FACTOR_BYTES, BIAS_BYTES = 16, 300 * (8 + 4)  # of a row's penalties, besides a count of each token
+# of an engine on an H100, torch 2.11 and CUDA 12; on a CPU, of the interpreter, torch and its libraries
+OUTSIDE_BYTES, CPU_OUTSIDE_BYTES = 620 * MB, 300 * MB
+WORKSPACE_BYTES = 45 * MB  # cuBLAS's 32 MiB, partial sums of ours
+GRAPH_NODE_BYTES = 5_000  # of the driver's, for each kernel of a captured step
+GRAPH_KERNELS_OF_LAYER = 9
+GRAPHS_OF_SIZE = 2  # greedy and drawn
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How the server would be started, as far as memory depends on it."""
+
+    max_batch_requests: int
+    step_tokens: int  # most of one step
+    kv_memory_fraction: float
+    head: Head = "16bit"
+    kv_tokens: int = 0  # 0: as many as the fraction allows
+    max_context_tokens: int = 0  # 0: what the model allows
+
+
+@dataclass(frozen=True)
+class Estimate:
+    parts: dict[str, int]
+    kv_token_bytes: int
+    kv_tokens: int  # 0: the device has no room for any
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of everything but the KV cache."""
+        return self.total_bytes - kv_bytes(self.parts)
+
+
+def estimate(
+    config: ModelConfig, precision: Precision, kv_dtype: str, device: Device, serving: Serving
+) -> Estimate:
+    """`precision` made `for_model`. PrecisionError for shapes that the mode has no place for."""
+    width = 4 if precision.name == "fp32" else 2
+    positions = serving.max_context_tokens or config.max_context_tokens
+    token_bytes = kv_token_bytes(config, kv_dtype, width)
+    parts = weight_parts(config, precision, width, serving.head)
+    parts["tables.rotary"] = rotary_bytes(config, positions)
+    parts |= gpu_parts(config, width, serving) if device.is_gpu else {"outside_torch": CPU_OUTSIDE_BYTES}
+    block_bytes = BLOCK_TOKENS * token_bytes
+    # the rows of requests are made behind the cache, so they are no part of what it leaves
+    free = device.memory_bytes - sum(parts.values())
+    blocks = int(free * serving.kv_memory_fraction) // block_bytes
+    if serving.kv_tokens:
+        blocks = -(-serving.kv_tokens // BLOCK_TOKENS)
+    elif not device.is_gpu:
+        blocks = min(blocks, CPU_KV_TOKENS // BLOCK_TOKENS)
+    fits = blocks >= 2 and blocks * block_bytes <= free
+    kv_tokens = blocks * BLOCK_TOKENS if fits else 0
+    context_tokens = min(positions, kv_tokens or positions)
+    parts["tables.requests"] = request_bytes(config, serving.max_batch_requests, context_tokens)
+    parts["kv.free"] = (blocks + 1) * block_bytes if fits else 0  # block 0 is padding's
+    known = {part.name for part in PARTS}
+    assert parts.keys() <= known, parts.keys() - known
+    return Estimate({part.name: parts.get(part.name, 0) for part in PARTS}, token_bytes, kv_tokens)
+
+
+def gpu_parts(config: ModelConfig, width: int, serving: Serving) -> dict[str, int]:
+    """What steps, kernels, captured graphs and the driver take."""
+    hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    row = width * (3 * inner + 4 * hidden)  # gate, up and their product; residual stream, norm and sum
+    requests = serving.max_batch_requests
+    sizes = len({size for size in (1, 2, 4, *range(8, requests, 8)) if size < requests} | {requests})
+    kernels = sizes * GRAPHS_OF_SIZE * config.num_layers * GRAPH_KERNELS_OF_LAYER
+    return {
+        "activations": max(serving.step_tokens * row, requests * vocabulary * width),
+        "workspace": WORKSPACE_BYTES,
+        # logits of all rows as they come, and in float32
+        "graphs": requests * (vocabulary * (width + 4) + row) + kernels * GRAPH_NODE_BYTES,
+        "outside_torch": OUTSIDE_BYTES,
+    }
+
+
+def request_bytes(config: ModelConfig, max_batch_requests: int, context_tokens: int) -> int:
+    """Rows of the running requests, and one of padding: state, block table, penalties."""
+    blocks = -(-context_tokens // BLOCK_TOKENS)
+    state = 4 * (STATE_WORDS + STATE_EXTRA_WORDS + blocks)
+    return (max_batch_requests + 1) * (state + 4 * config.vocab_size + FACTOR_BYTES + BIAS_BYTES)
