@@ -205,9 +205,10 @@ class Evaluation:
         scored = Scored(skipped=self._scored_from[number] - 1 - first)
         self._prefill.append(scored)
         targets = torch.tensor(window[1:], device=model.device)
-        [blocks] = self._borrow([-(-len(window) // BLOCK_TOKENS)])
+        fed = self._fed(window)
+        [blocks] = self._borrow([-(-len(fed) // BLOCK_TOKENS)])
         try:
-            ours = self._logits(self._fed(window), blocks, slices)
+            ours = self._logits(fed, blocks, slices)
             for (start, stop), logits in zip(slices, ours, strict=True):
                 other = None if reference is None else next(reference)
                 scored.add(logits, targets[start:stop], other)
@@ -239,7 +240,7 @@ class Evaluation:
         scored = [window for window, span in enumerate(spans) if span]
         for first in range(0, len(scored), num_lanes):
             group = sorted(scored[first : first + num_lanes], key=spans.__getitem__, reverse=True)
-            blocks = self._borrow([-(-(spans[window] + 1) // BLOCK_TOKENS) for window in group])
+            blocks = self._borrow([-(-spans[window] // BLOCK_TOKENS) for window in group])
             try:
                 for position in range(spans[group[0]]):
                     group = [window for window in group if spans[window] > position]

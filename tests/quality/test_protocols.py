@@ -49,7 +49,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def serving(folder: Path) -> tuple[Serving, EngineConfig]:
-    config = EngineConfig(model_path=str(folder), precision="fp32", device="cpu", kv_tokens=CONTEXT + 16)
+    config = EngineConfig(model_path=str(folder), precision="fp32", device="cpu", kv_tokens=CONTEXT)
     return start(config, lambda _: None, 0.0), config
 
 
