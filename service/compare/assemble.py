@@ -268,6 +268,7 @@ def text_of(text: EvaluationText) -> Text:
         num_windows=len(text.windows),
         window_tokens=len(text.windows[0]),
         protocol=text.protocol,
+        tokenizer_sha256=text.tokenizer_sha256,
     )
 
 

@@ -266,7 +266,7 @@ def compare_quality(
     if not (before.judges_quality and after.judges_quality):
         found.left_out.append("quality: the weights are random")
         return
-    for what in ("sha256", "protocol", "calibration_sha256"):
+    for what in ("sha256", "protocol", "calibration_sha256", "tokenizer_sha256"):
         if getattr(before.text, what) != getattr(after.text, what):
             found.left_out.append(f"quality: the `{what}` of the text differs")
             return

@@ -270,7 +270,8 @@ class Text(msgspec.Struct, frozen=True, kw_only=True):
     calibration_sha256: str
     num_windows: int
     window_tokens: int
-    protocol: str
+    protocol: Annotated[str, described("Its name, and what exactly perplexity is of (docs/quality.md)")]
+    tokenizer_sha256: Annotated[str, described("Of tokenizer.json; empty in older reports")] = ""
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,21 +1,15 @@
-"""Evaluation text -> windows of token ids, stamped with how they were cut.
+"""Evaluation text -> windows of token ids by our own short protocol, stamped with how they were cut.
 
-quality/texts --Text--> EvaluationText --windows--> Evaluate messages
+quality/texts, protocols --Text, Cut--> EvaluationText --windows--> Evaluate messages
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.errors import SettingError
-from service.front.text import TextCodec
-from service.quality.texts import (
-    Text,
-    calibration_text,
-    evaluation_text,
-    refuse_overlap,
-    spread,
-    token_windows,
-)
+from service.quality.protocols import Limits, WordPieces, cut
+from service.quality.texts import Text, calibration_text, evaluation_text, refuse_overlap
+
+PROTOCOL = "halftone"
 
 
 @dataclass(frozen=True)
@@ -25,6 +19,8 @@ class EvaluationText:
     text: Text
     calibration: Text
     windows: list[list[int]]  # each of the same length
+    protocol: str  # what exactly the perplexity is of
+    tokenizer_sha256: str
 
     @classmethod
     def prepare(
@@ -36,19 +32,7 @@ class EvaluationText:
         """
         text, calibrated = evaluation_text(path), calibration_text(calibration)
         refuse_overlap(calibrated, text)
-        windows = token_windows(text, TextCodec.load(tokenizer).tokenizer, window_tokens)
-        if len(windows) < num_windows:
-            raise SettingError(
-                f"text `{text.name}` has {len(windows)} windows of {window_tokens} tokens; "
-                f"{num_windows} are asked for",
-                hint="name a longer file with `--text`",
-            )
-        return cls(text, calibrated, spread(windows, num_windows))
-
-    @property
-    def protocol(self) -> str:
-        """What exactly the perplexity is of."""
-        return (
-            f"token perplexity over {len(self.windows)} disjoint windows of {len(self.windows[0])} tokens, "
-            "evenly spaced in the text, each scored on its own from its second token"
-        )
+        pieces = WordPieces.load(tokenizer, [])
+        # whether the engine's context has room for them is the engine's to say
+        made = cut(PROTOCOL, text, pieces, Limits(window_tokens, num_windows, window_tokens))
+        return cls(text, calibrated, made.windows, f"{PROTOCOL}: {made.words}", pieces.sha256)
