@@ -11,6 +11,7 @@ Environment (each empty or absent: off):
 FAKE_STEP_MS          milliseconds a step; absent or 0: as fast as the front reads
 FAKE_STEP_SPREAD      share by which steps are shorter and longer than that, evenly and in no order (0)
 FAKE_QUEUE_MS         milliseconds a request waits before its first step, spread likewise (0)
+FAKE_SLOWER           `precision:factor`: an engine in that precision takes so many times as long for a step
 FAKE_HEARTBEAT_S      seconds between the messages of an idle engine (1)
 FAKE_VOCAB            size of the vocabulary, where the model folder has no config.json (1000)
 FAKE_EOS              the end-of-text id (2); never a part of a computed reply
@@ -157,6 +158,8 @@ class FakeEngine:
         self.step_s = float(env.get("FAKE_STEP_MS") or 0) / 1e3
         self.queue_s = float(env.get("FAKE_QUEUE_MS") or 0) / 1e3
         self.step_spread = float(env.get("FAKE_STEP_SPREAD") or 0)
+        slower, _, factor = (env.get("FAKE_SLOWER") or "").partition(":")
+        self.step_s *= float(factor) if slower == config.precision else 1.0
         self.heartbeat_s = float(env.get("FAKE_HEARTBEAT_S") or 1)
         self.eos = int(env.get("FAKE_EOS") or 2)
         self.vocab_size = int(env.get("FAKE_VOCAB") or 1000)

@@ -88,6 +88,12 @@ def compare(
     kv_dtypes: Annotated[
         str, typer.Option(help="Types of the KV cache, each with every precision: auto, int8, fp8.")
     ] = "",
+    server: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=URL", help="A running OpenAI-compatible server as a column of speed alone."
+        ),
+    ] = None,
     reference: Annotated[
         str, typer.Option(help="Mode that others are told against; empty: the first of 16 bits.")
     ] = "",
@@ -152,6 +158,7 @@ def compare(
         precisions,
         out,
         kv_dtypes=kv_dtypes,
+        servers=server or (),
         reference=reference,
         levels=levels,
         slo=slo,

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,13 @@ from service.cli.display import Display
 from service.cli.model import find_model
 from service.cli.serve import check_calibration, check_precision
 from service.compare.job import load_prompts, run_compare
-from service.compare.modes import check_checkpoint, parse_modes, reference_of
+from service.compare.modes import (
+    check_checkpoint,
+    parse_modes,
+    parse_server,
+    reference_of,
+    require_unique,
+)
 from service.compare.options import CompareOptions, Device, defaults, parse_levels
 from service.compare.report import Mode
 from service.config import Settings
@@ -31,6 +37,7 @@ def compare(
     out: Path,
     *,
     kv_dtypes: str,
+    servers: Sequence[str],
     reference: str,
     levels: str,
     slo: str,
@@ -44,11 +51,20 @@ def compare(
     logs.configure("warning" if settings.log_level == "info" else settings.log_level, settings.log_format)
     device = device_of(settings)
     options = read_options(device, levels, slo, given)
-    modes = parse_modes(precisions or options.precisions, kv_dtypes)
+    if kv_dtypes and settings.kv_dtype != "auto":
+        raise SettingError(
+            f"setting `kv_dtype` = `{settings.kv_dtype}` and `--kv-dtypes {kv_dtypes}` say two things",
+            hint="leave one of them out",
+        )
+    modes = parse_modes(precisions or options.precisions, kv_dtypes or settings.kv_dtype)
     reference_of(modes, reference)
     for mode in modes:
         check_precision(mode.precision)
-    check_calibration(settings.calibration, [mode.precision for mode in modes if not mode.checkpoint])
+    modes += [parse_server(server) for server in servers]
+    require_unique(modes)
+    check_calibration(
+        settings.calibration, [mode.precision for mode in modes if not (mode.checkpoint or mode.server)]
+    )
     prompts = load_prompts(options)
     with Display() as display:
         settings, model_path = find_model(settings, display, needs_text=True)

@@ -66,12 +66,15 @@ def parse_modes(precisions: str, kv_dtypes: str = "") -> list[Mode]:
         for mode in parsed
         for cache in caches
     ]
+    require_unique(modes)
+    return modes
+
+
+def require_unique(modes: Sequence[Mode]) -> None:
+    """Raises PrecisionError for a name that comes twice."""
     twice = [name for name, count in Counter(mode.name for mode in modes).items() if count > 1]
     if twice:
-        raise PrecisionError(
-            f"precision `{twice[0]}` is named twice", hint="each mode is one row: name it once"
-        )
-    return modes
+        raise PrecisionError(f"mode `{twice[0]}` is named twice", hint="each mode is one row: name it once")
 
 
 def parse_mode(text: str) -> Mode:
@@ -92,6 +95,16 @@ def parse_mode(text: str) -> Mode:
             hint="write `--precisions bf16,int8,nf4,awq`",
         )
     return Mode(name=precision, precision=precision, checkpoint=checkpoint)
+
+
+def parse_server(text: str) -> Mode:
+    """`NAME=URL` of a server that runs already. Raises SettingError."""
+    name, _, url = text.partition("=")
+    if not name or not url.startswith(("http://", "https://")):
+        raise SettingError(
+            f"`--server {text}` is not a name and an address", hint="write `vllm=http://127.0.0.1:8001`"
+        )
+    return Mode(name=name, precision="", server=url.rstrip("/"))
 
 
 def name_of(mode: Mode, cache: str, has_twin: bool) -> str:

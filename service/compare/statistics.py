@@ -1,5 +1,4 @@
-"""Repeats of one figure -> an interval, alone and against the reference. No clock, no file: numbers in,
-numbers out.
+"""Repeats of one figure -> an interval, alone and against the reference. Numbers in, numbers out.
 
 levels --Samples of each repeat--> estimate(), ratio() --Interval--> Figures
 
@@ -8,7 +7,7 @@ first: the mean of n runs has the standard error s / sqrt(n), which is what a bo
 to once its shrinking by (n - 1) / n is undone, and needs no drawing. It already holds the chance in the
 requests; but three runs can come out alike by luck, so the requests within each run are resampled too, and
 the larger error counts. It is multiplied with Student's t of n - 1 degrees of freedom, because a bootstrap
-of three runs as it is would claim 95 % and hold in about 80 %. A ratio pairs both modes repeat by repeat and
+of three runs as it is holds the truth in 75 %. A ratio pairs both modes repeat by repeat and
 request by request: they had the same prompts at the same times, so what was slow in the workload or the
 machine in that repeat is slow in both.
 """

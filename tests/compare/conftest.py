@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from service.api.app import create_app
 from service.compare.job import run_compare
-from service.compare.modes import parse_modes
+from service.compare.modes import parse_modes, parse_server
 from service.compare.options import CompareOptions, parse_levels
 from service.compare.report import Report
 from service.config import load_settings
@@ -68,7 +68,12 @@ def compare(
 
     terminal = tmp_path / "terminal.txt"
 
-    def run(precisions: str, given: dict[str, Any] | None = None, **changes: object) -> Report:
+    def run(
+        precisions: str,
+        given: dict[str, Any] | None = None,
+        servers: Sequence[str] = (),
+        **changes: object,
+    ) -> Report:
         arguments: dict[str, object] = {
             "out": tmp_path / "report",
             "options": options,
@@ -78,7 +83,7 @@ def compare(
         }
         settings = load_settings(model=str(model_path), cache_dir=tmp_path / "cache", **(given or {}))
         try:
-            modes = parse_modes(precisions)
+            modes = [*parse_modes(precisions), *(parse_server(server) for server in servers)]
             return run_compare(settings, model_path, modes, **(arguments | changes))  # type: ignore[arg-type]
         finally:
             terminal.write_text(arguments["console"].export_text())  # type: ignore[attr-defined]

@@ -82,6 +82,28 @@ def test_two_modes_end_to_end(compare: Compare, options: CompareOptions, tmp_pat
     assert due(mine) == pytest.approx(due(theirs))
 
 
+def test_a_server_that_runs_already_is_a_column_of_speed(
+    compare: Compare, options: CompareOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, str, bool]] = []
+
+    async def noted_load(url: str, model: str, *rest: Any, is_ours: bool = True) -> None:
+        asked.append((url, model, is_ours))
+        await fake_run_load(url, model, *rest)
+
+    monkeypatch.setattr(mode, "run_load", noted_load)
+    report = compare("bf16", servers=["vllm=http://127.0.0.1:9"], options=once(options))
+    assert report.complete
+    row = report.rows[1]
+    assert (row.name, row.ok, row.memory, row.quality, row.loading) == ("vllm", True, None, None, None)
+    assert row.ratio("output_tokens_per_s", "closed-2") is not None
+    assert asked.count(("http://127.0.0.1:9", "", False)) == 4
+    assert report.verdict is not None
+    assert "another server" in report.verdict.rejected["vllm"]
+    for name in ("report.html", "report.md", "report.csv", "levels.csv"):
+        assert "vllm" in (tmp_path / "report" / name).read_text()
+
+
 def due(result: dict[str, Any]) -> list[float]:
     """When each request of an open loop was due, counted from the first."""
     records = sorted(result["levels"][0]["runs"][0]["requests"], key=lambda record: record["index"])

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from service.compare.modes import check_checkpoint, parse_modes, reference_of, split_modes
+from service.compare.modes import (
+    check_checkpoint,
+    parse_modes,
+    parse_server,
+    reference_of,
+    require_unique,
+    split_modes,
+)
 from service.compare.options import LevelSpec, defaults, parse_levels
 from service.compare.report import Mode
 from service.errors import CheckpointError, PrecisionError, SettingError
@@ -66,6 +73,17 @@ def test_what_is_no_list_of_modes(precisions: str, caches: str, match: str) -> N
         parse_modes(precisions, caches)
     with pytest.raises(SettingError, match="`int4` does not exist"):
         parse_modes("bf16", "int4")
+
+
+def test_another_server_is_a_name_and_an_address() -> None:
+    mode = parse_server("vllm=http://127.0.0.1:8001/")
+    assert mode == Mode(name="vllm", precision="", server="http://127.0.0.1:8001")
+    assert reference_of([mode, *parse_modes("bf16")]).name == "bf16"
+    for wrong in ("http://127.0.0.1:8001", "vllm=127.0.0.1:8001", "=http://x"):
+        with pytest.raises(SettingError, match="is not a name and an address"):
+            parse_server(wrong)
+    with pytest.raises(PrecisionError, match="named twice"):
+        require_unique([*parse_modes("bf16"), Mode(name="bf16", precision="", server="http://x")])
 
 
 def test_levels_are_streams_rates_and_shares() -> None:
