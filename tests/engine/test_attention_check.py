@@ -26,7 +26,6 @@ CPU = torch.device("cpu")
 def test_whoever_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Right with each variant's sequences; heads confused, K not written, NaN in an output."""
     make_checkpoint(tmp_path, family, head_dim=64)
-    monkeypatch.setattr("service.kernels.decode_attention.table.IS_MEASURED", True)
     model = ModelInstance.load(tmp_path, load_backend("bf16"), CPU, torch.bfloat16)
     check_decode_attention(model)
     rows = plan(decode_shape(model.config, torch.bfloat16, torch.bfloat16))
@@ -62,7 +61,6 @@ def test_whoever_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_start_ends_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path, "llama", torch.bfloat16, head_dim=64)
-    monkeypatch.setattr("service.kernels.decode_attention.table.IS_MEASURED", True)
     types = torch.bfloat16, torch.bfloat16
     monkeypatch.setattr(ModelInstance, "decodes", lambda model: plan(decode_shape(model.config, *types)))
 

@@ -89,6 +89,13 @@ def whole_start(
     Engine(model, kv, limits, CPU, depth=1, deterministic=deterministic).runner.capture()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here is no GPU to bring kernels in CUDA C++ to."""
+    for kernels in ("decode_attention", "dense_linear", "w4_linear", "w8_linear"):
+        monkeypatch.setattr(f"service.engine.kernels_ahead.{kernels}.load", lambda variant: None)
+
+
 @pytest.mark.parametrize(
     ("family", "precision"),
     [*((family, "fp16") for family in FAMILIES), ("llama", "awq"), ("qwen2", "awq"), ("qwen2", "int3")],
@@ -153,7 +160,7 @@ def test_so_does_one_of_int8_whose_many_rows_are_tiles(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.engine.kernel_shapes.absence", lambda: "")
         shapes = shapes_of(source, backend, config, torch.float16, MAX_REQUESTS)
-    shapes = replace(shapes, cuda_dense=False)
+    shapes = replace(shapes, cuda_dense=False, cuda_decode=False)
     loaded: list[Any] = []
     monkeypatch.setattr("service.engine.kernels_ahead.w8_linear.load", loaded.append)
     for load in cuda_loads(shapes):
@@ -312,7 +319,6 @@ def test_on_an_h100_every_variant_of_the_4_bit_kernels_is_compiled(
     monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
     loaded: list[Any] = []
     monkeypatch.setattr("service.engine.kernels_ahead.w4_linear.load", loaded.append)
-    monkeypatch.setattr("service.engine.kernels_ahead.dense_linear.load", lambda variant: None)
     folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
     source = RandomWeights(folder, META, Draw())
     backend = load_backend(precision)
@@ -342,7 +348,6 @@ def test_so_is_every_variant_of_the_16_bit_kernel(
     monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
     loaded: list[Any] = []
     monkeypatch.setattr("service.engine.kernels_ahead.dense_linear.load", loaded.append)
-    monkeypatch.setattr("service.engine.kernels_ahead.w4_linear.load", lambda variant: None)
     folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
     source, backend = RandomWeights(folder, META, Draw()), load_backend(precision)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -364,12 +369,9 @@ def test_so_is_every_variant_that_decodes_in_one_launch(
     precision: str, kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None for an 8-bit cache, nor in deterministic order."""
-    monkeypatch.setattr("service.kernels.decode_attention.table.IS_MEASURED", True)
     monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
     loaded: list[Any] = []
-    for kernels in ("decode_attention", "dense_linear", "w4_linear"):
-        kept = loaded.append if kernels == "decode_attention" else lambda variant: None
-        monkeypatch.setattr(f"service.engine.kernels_ahead.{kernels}.load", kept)
+    monkeypatch.setattr("service.engine.kernels_ahead.decode_attention.load", loaded.append)
     folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
     source, backend = RandomWeights(folder, META, Draw()), load_backend(precision)
     for deterministic in (False, True):

@@ -113,16 +113,7 @@ def test_it_computes_the_same_bits_in_whatever_order_blocks_come(
 LLAMA = shape(128, 4, 8, HALF)
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.kernels.decode_attention.table.IS_MEASURED", True)
-
-
-def test_until_it_is_measured_it_serves_nobody() -> None:
-    assert plan(LLAMA) == ()
-
-
-def test_whom_it_serves(measured: None) -> None:
+def test_whom_it_serves() -> None:
     assert plan(LLAMA)
     assert "float32" in refusal(replace(LLAMA, dtype=torch.float32))
     assert "int8" in refusal(replace(LLAMA, kv_dtype=torch.int8))
@@ -131,7 +122,7 @@ def test_whom_it_serves(measured: None) -> None:
     assert plan(replace(LLAMA, kv_dtype=torch.int8)) == ()
 
 
-def test_few_sequences_are_shared_by_many_blocks(measured: None) -> None:
+def test_few_sequences_are_shared_by_many_blocks() -> None:
     """And of models with few KV heads more of them."""
     for kv_heads in (1, 2, 8, 32):
         rows = plan(shape(128, 4, kv_heads, BRAIN))
@@ -184,7 +175,7 @@ class Kernel:
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch, measured: None) -> Iterator[Driver]:
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     found = Driver()
     monkeypatch.setattr(driver, "driver", lambda: found)
     monkeypatch.setattr(cuda, "load", Kernel)
@@ -261,7 +252,7 @@ def test_what_is_not_the_variant_s_is_not_launched(library: Driver) -> None:
     assert not library.launches
 
 
-def test_steps_that_others_serve(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those with prompts, deterministic ones, and all where there is no such GPU."""
     tables = torch.zeros(2, 4, dtype=torch.int32)
     steps = {

@@ -54,16 +54,14 @@ class Row:
 
 
 # By the most pairs of a sequence and a KV head: where they are few, several blocks share one, so that all
-# multiprocessors read; where they are many, none does.
+# multiprocessors read; where they are many, none does. Measured in docs/experiments.md, section 12.
 TABLE: tuple[tuple[int | None, Settings], ...] = (
     (8, Settings(4, 2, 16)),
     (32, Settings(4, 2, 8)),
     (96, Settings(4, 2, 4)),
-    (256, Settings(4, 2, 2)),
-    (None, Settings(2, 3, 1)),
+    (256, Settings(4, 3, 2)),
+    (None, Settings(8, 3, 1)),
 )
-# Nobody is served until docs/experiments.md tells that these are the fastest, and that they beat the others.
-IS_MEASURED = False
 
 
 def refusal(shape: Shape) -> str:
@@ -81,7 +79,7 @@ def refusal(shape: Shape) -> str:
 
 def plan(shape: Shape) -> tuple[Row, ...]:
     """Empty for a shape that is not served."""
-    return rows_of(shape, TABLE) if IS_MEASURED and not refusal(shape) else ()
+    return () if refusal(shape) else rows_of(shape, TABLE)
 
 
 @cache
