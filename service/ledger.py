@@ -55,23 +55,3 @@ def kv_bytes(parts: Mapping[str, int]) -> int:
 
 def group_bytes(parts: Mapping[str, int], group: str) -> int:
     return sum(size for part, size in parts.items() if part.partition(".")[0] == group)
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a memory budget is worth to users."""
-
-    kv_tokens: int
-    requests: int  # at once, each of the length that was asked about
-
-
-def room_within(
-    budget_bytes: int, parts: Mapping[str, int], kv_token_bytes: float, request_tokens: int
-) -> Room:
-    """What would be left for K and V, were all of the budget used: at equal budget, what a saving buys.
-
-    `parts` of a ledger or plan; `kv_token_bytes`: K and V of one token. Nothing is left of less than nothing.
-    """
-    left = budget_bytes - (sum(parts.values()) - kv_bytes(parts))
-    tokens = int(max(left, 0) / kv_token_bytes)
-    return Room(tokens, tokens // request_tokens)

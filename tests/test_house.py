@@ -50,7 +50,10 @@ MAY_IMPORT = {
     "__main__": {"cli", "errors"},
 }
 MODULES = {path.stem for path in (ROOT / "service").iterdir()}
-NO_TORCH = ["service.api.app", "service.front.host", "service.messages", "service.config", "service.cli.app"]
+NO_TORCH = [
+    *("service.api.app", "service.front.host", "service.messages", "service.config", "service.cli.app"),
+    "service.cli.plan",
+]
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve"}
 

@@ -7,6 +7,7 @@ keeps between steps; what the process holds beside the allocator is measured onc
 and nobody waits, so that a neighbour on the device is never taken for ours. The parts sum to the whole.
 """
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from service.engine.engine import Engine
 from service.engine.graphs import GraphMemory
 from service.model.batch import PagedKV
 from service.model.instance import ModelInstance
+
+logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 WORTH_TELLING_BYTES = 1 << 20
@@ -38,7 +41,10 @@ class Ledger:
             if used is None or used_before is None:
                 used, used_before = devices.memory_taken_bytes(self._device), 0
             in_torch = devices.memory_used_bytes(self._device)
-            self._outside = max(used - used_before - in_torch - self._graphs().driver_bytes, 0)
+            outside = used - used_before - in_torch - self._graphs().driver_bytes
+            if outside < 0:
+                logger.warning("memory outside of torch is not known: others gave some back meanwhile")
+            self._outside = max(outside, 0)
 
     def parts(self, *, is_idle: bool = True) -> dict[str, int]:
         """Part -> bytes; `is_idle`: no step is under way, whose tensors would pass for a workspace."""

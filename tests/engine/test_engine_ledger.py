@@ -1,7 +1,7 @@
 """The ledger of a real engine against what the system says of its process from outside, and its rules."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from engine_child import Child, spawned
+from fake_model import FakeCaptured, FakeGraphPool, fake_engine
 from tiny_models import make_checkpoint
+from torch import Tensor
 
 from service import device as devices
 from service.engine import ledger as ledgers
@@ -123,6 +125,29 @@ def test_a_gpu_s_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.taken += 4000  # a neighbour comes
     gpu.live, gpu.kept = gpu.live + 45, gpu.kept - 45  # and a step is under way
     assert ledger.parts(is_idle=False) == expected
+
+
+def test_what_capturing_takes_is_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each capture takes 10 of a pool, of which 4 stay in a tensor, and 3 of the driver's own."""
+    gpu = Device(monkeypatch)
+    gpu.live, gpu.kept, gpu.taken = 500, 100, 5000
+
+    class Pool(FakeGraphPool):
+        def capture(self, run: Callable[[], Tensor], *, is_known: bool = False) -> FakeCaptured:
+            gpu.live, gpu.kept, gpu.taken = gpu.live + 4, gpu.kept + 6, gpu.taken + 13
+            return super().capture(run)
+
+    engine = fake_engine(max_batch_requests=4)
+    monkeypatch.setattr(devices, "GraphPool", Pool)
+    monkeypatch.setattr(devices, "runs_behind", lambda device: False)
+    engine.runner.capture()  # sizes 4, 2, 1, greedy and drawn
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    assert graphs.memory == GraphMemory(buffer_bytes=60, slack_bytes=36, driver_bytes=18)
+    gpu.live += 1000  # somebody else's, between two captures
+    graphs.forward(2)
+    graphs.forward(2)
+    assert graphs.memory == GraphMemory(buffer_bytes=70, slack_bytes=42, driver_bytes=21)
 
 
 def test_a_released_cache_takes_activations_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

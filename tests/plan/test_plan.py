@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from tiny_models import SHAPE
 
-from service.ledger import Room, room_within
 from service.model.config import parse_config
 from service.plan.devices import GPUS, Device, find_device
 from service.plan.plan import Plan, PlannedMode, Server, make_plan, to_json
@@ -131,9 +130,3 @@ def test_a_plan_is_json(shape: Shape) -> None:
     assert told["device"] == "l4"
     assert told["device_bytes"] == GPUS["l4"].memory_bytes
     assert told["modes"][0]["parts"]["weights.embedding"] == 128256 * 4096 * 2
-
-
-def test_what_a_saving_buys() -> None:
-    parts = {"weights.codes": 600, "outside_torch": 100, "kv.used": 50, "kv.free": 250}
-    assert room_within(1000, parts, 2.0, 64) == Room(150, 2)
-    assert room_within(600, parts, 2.0, 64) == Room(0, 0)
