@@ -106,6 +106,7 @@ class Comparison:
             for prompt in prompts.items[:GREEDY_PROMPTS]
         ]
         self.turns = Turns(plan, out)
+        self.num_repeats = plan.options.repeats  # so far
         for repeat in range(plan.options.max_repeats):
             for turn, _ in plan.turns(repeat):
                 path = out / plan.turn_file(turn)
@@ -118,19 +119,22 @@ class Comparison:
 
     async def all_turns(self) -> None:
         options, turns = self.plan.options, self.turns
-        rounds = [self.left(repeat) for repeat in range(options.repeats)]
-        num_turns = sum(len(left) for left in rounds) + (turns.rates is None)
         lacking = [mode for mode in self.plan.modes if not turns.has_quality(mode) and not mode.server]
-        with Pace(self.console, num_turns, len(lacking)) as pace:
+        with Pace(self.console, self.num_left + (turns.rates is None), len(lacking)) as pace:
             await self.settle_rates(pace)
             for repeat in range(options.max_repeats):
                 if repeat >= options.repeats:
                     round_s = len(self.plan.everyone) * pace.turn_s
                     if not turns.unresolved() or turns.seconds + round_s > 60 * options.minutes:
                         break
-                    pace.more(len(self.left(repeat)))
+                    self.num_repeats = repeat + 1
+                    pace.remain(self.num_left)
                 for turn, mode in self.left(repeat):
                     await self.one_turn(turn, mode, pace)
+
+    @property
+    def num_left(self) -> int:
+        return sum(len(self.left(repeat)) for repeat in range(self.num_repeats))
 
     def left(self, repeat: int) -> list[tuple[Turn, Mode]]:
         """Turns of a repeat that are not measured yet, of modes that have not failed."""
@@ -198,7 +202,7 @@ class Comparison:
 
     def failed(self, mode: Mode, error: HalftoneError, pace: Pace) -> None:
         self.turns.failures[mode.name] = failed_row(mode, error)
-        pace.more(-sum(len(self.left(repeat)) for repeat in range(self.plan.options.repeats)))
+        pace.remain(self.num_left)
         self.console.print(f"[red]{mode.name}: failed:[/red] {error.message}", highlight=False)
 
 

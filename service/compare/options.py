@@ -12,7 +12,7 @@ from loadtest.slo import Slo
 from service.errors import SettingError
 
 LEVEL = re.compile(r"(?P<streams>\d+)|(?P<rate>\d*\.?\d+)/s|(?P<percent>\d*\.?\d+)%")
-LEAST_OPEN_REQUESTS = 12
+LEAST_OPEN_REQUESTS = 10
 LEAST_CLOSED_REQUESTS = 8
 Device = Literal["cpu", "cuda"]
 
@@ -76,6 +76,7 @@ class CompareOptions:
     levels: tuple[LevelSpec, ...]
     output_tokens: int
     open_s: float  # of arrivals that count, at each rate
+    agreement_tokens: int  # scored by prefill, by decode at M=1 and at M=8
     kv_tokens: int  # where the settings leave it to the device's memory
     minutes: float  # no repeat beyond `repeats` is begun that would end after as many
     requests_per_stream: int = 4
@@ -86,7 +87,6 @@ class CompareOptions:
     max_perplexity_rise: float = 0.05  # a mode that loses more is not one to deploy
     num_windows: int = 8  # at least 8: that many sequences decode together
     window_tokens: int = 513  # scored: one less a window
-    agreement_tokens: int = 2048  # scored by prefill, by decode at M=1 and at M=8
     seed: int = 0
     prompts: str = ""  # JSONL; empty: loadtest's own
     text: str = ""  # UTF-8 file; empty: half B of the interpreter's documentation
@@ -109,7 +109,8 @@ def defaults(device: Device) -> CompareOptions:
             precisions="bf16,int8,nf4,awq",
             levels=parse_levels("1,4,30%,60%,90%"),
             output_tokens=32,
-            open_s=3.0,
+            open_s=2.0,
+            agreement_tokens=1024,
             minutes=10.0,
             kv_tokens=8192,
         )
@@ -117,7 +118,8 @@ def defaults(device: Device) -> CompareOptions:
         precisions="fp16,int8,nf4,awq",
         levels=parse_levels("1,8,32,30%,60%,90%"),
         output_tokens=64,
-        open_s=5.0,
+        open_s=2.0,
+        agreement_tokens=2048,
         minutes=15.0,
         kv_tokens=65_536,
     )

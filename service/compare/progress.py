@@ -50,9 +50,9 @@ class Pace:
     def spent_s(self) -> float:
         return sum(self._turns_s) + sum(self._qualities_s)
 
-    def more(self, num_turns: int) -> None:
-        """A round was added, or (negative) turns will not come."""
-        self._left_turns += num_turns
+    def remain(self, num_turns: int) -> None:
+        """As many are to come: a round was added, or a mode has failed."""
+        self._left_turns = num_turns
 
     def advancing(self, what: str, wants_quality: bool) -> Callable[[str, float], None]:
         """-> what a turn calls with its stage and the share of it that is done."""

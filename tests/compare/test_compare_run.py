@@ -52,7 +52,7 @@ def test_two_modes_end_to_end(compare: Compare, options: CompareOptions, tmp_pat
         assert row.num_repeats == 1
         assert [level.id for level in row.levels] == ["closed-2", "open-50"]
         assert all(level.num_errors == level.num_short == 0 for level in row.levels)
-        assert row.levels[1].runs[0].num_ok == 12
+        assert row.levels[1].runs[0].num_ok == 10
         speed = row.figure("output_tokens_per_s", report.workload.throughput_level)
         assert speed is not None
         assert speed.low is None  # one repeat tells nothing of its spread
