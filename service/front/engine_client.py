@@ -225,7 +225,11 @@ class EngineClient:
         if self._open:
             idle: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._idle_waiters.append(idle)
-            await idle
+            try:
+                await idle
+            finally:
+                if idle in self._idle_waiters:  # who gave up waiting
+                    self._idle_waiters.remove(idle)
 
     def end_all(self, error: str) -> None:
         """Every open request ends now, with an error that says `error`."""

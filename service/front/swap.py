@@ -128,6 +128,8 @@ class Swapper:
         try:
             await check(config, self.supervisor)
         except HalftoneError as error:
+            if type(error) is HalftoneError:  # the check itself failed, which is not the request's fault
+                raise
             raise refused(error) from None
 
     async def _run(self, swap: Swap, before: EngineInfo, config: EngineConfig, limit_s: float) -> None:

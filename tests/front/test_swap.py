@@ -12,7 +12,7 @@ from fake_engine import CANARY, reply
 from held_resources import anonymous_bytes, held
 from metric_samples import sample
 
-from service.errors import ConflictError, EngineUnavailableError, RequestError
+from service.errors import ConflictError, EngineUnavailableError, HalftoneError, RequestError
 from service.front import supervisor
 from service.front.swap import Swap, Swapper
 
@@ -122,6 +122,7 @@ async def test_a_swap_is_given_up_for_a_stream_that_does_not_end() -> None:
         process_id = rig.process_id
         done = (await told(await swapper.begin("nf4", drain_timeout_s=0.05)))[-1]
         assert (done["outcome"], done["precision"]) == ("given_up", "bf16")
+        assert rig.client._idle_waiters == []
         assert done["error"]["code"] == "drain_timeout"
         assert "1 of 1 open requests did not end in 0.05 s" in done["error"]["message"]
         assert rig.process_id == process_id
@@ -235,6 +236,10 @@ async def test_what_can_never_be_served_changes_nothing(monkeypatch: pytest.Monk
         with pytest.raises(RequestError, match="does not read it") as refused:
             await swapper.begin("nf4")
         assert refused.value.code == "invalid_precision"
+        monkeypatch.setenv("FAKE_REFUSE", "internal_error:MemoryError")
+        with pytest.raises(HalftoneError, match="MemoryError") as failed:
+            await swapper.begin("nf4")
+        assert failed.value.status == 500, "the request was right"
         assert (rig.process_id, rig.client.state) == (process_id, "ready")
 
 
