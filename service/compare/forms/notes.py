@@ -43,12 +43,13 @@ def warnings(report: Report) -> list[str]:
 def explanations(report: Report) -> list[str]:
     """How the table is to be read; ends with what is worth knowing of single modes."""
     work = report.workload
+    has_energy = any(row.figure("joules_per_output_token", work.throughput_level) for row in report.rows)
     said = [
         f"Changes are against {report.reference}, with their interval at {100 * report.confidence:g} %; "
         "✓ better and ✗ worse are established, ~ cannot be told from none.",
-        f"tokens/s and energy: {level_words(report, work.throughput_level)}. Latencies"
-        f"{' and goodput' if work.slo else ''}: {level_words(report, work.latency_level)}, Poisson arrivals, "
-        f"timed from when each request was due ({work.rate_rule}).",
+        f"tokens/s{' and energy' if has_energy else ''}: {level_words(report, work.throughput_level)}. "
+        f"Latencies{' and goodput' if work.slo else ''}: {level_words(report, work.latency_level)}, Poisson "
+        f"arrivals, timed from when each request was due ({work.rate_rule}).",
         f"Perplexity and KL (nats per token, against {report.reference}): {report.text.name}, "
         f"{report.text.protocol}.",
         *(

@@ -28,7 +28,6 @@ from service.compare.forms.svg import (
 
 ROW, TOP, AXIS = 24, 8, 34
 MARK_ROOM = 14
-HATCHES = 3  # CSS classes h0, h1, h2 of style.html
 
 
 @dataclass(frozen=True)

@@ -50,16 +50,6 @@ def estimated(interval: Interval | None, unit: Unit = PLAIN) -> str:
     return measured(interval.estimate if interval else None, unit)
 
 
-def with_ends(interval: Interval | None, unit: Unit = PLAIN) -> str:
-    """`41.3 (40.1 to 42.6)`; one repeat has no ends."""
-    if interval is None:
-        return NOTHING
-    if interval.low is None or interval.high is None:
-        return estimated(interval, unit)
-    ends = f"{amount(interval.low / unit.divisor)} to {amount(interval.high / unit.divisor)}"
-    return f"{estimated(interval, unit)} ({ends})"
-
-
 def signed(percent: float) -> str:
     """`+31`, `−2.4`, `0.0`."""
     written = f"{percent:+.0f}" if abs(percent) >= 9.95 else f"{percent:+.1f}"
@@ -93,7 +83,3 @@ def exact_change(value: float, base: float) -> str:
     if value == base:
         return "same"
     return f"{signed(percent_of(value / base))} %" if base else ""
-
-
-def streams(count: int) -> str:
-    return f"{count} stream{'s' if count != 1 else ''}"

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from service.compare.figures import Interval
-from service.compare.forms.curves import Curve, Dot, Event, Point, apart, curves, front, height_at
+from service.compare.forms.curves import Curve, Dot, Event, Level, Point, apart, curves, front, height_at
 from service.compare.forms.pictures import pictures
 from service.compare.forms.rows import Bar, Difference, bars, intervals
 from service.compare.forms.svg import NUM_COLOURS, Mark, log_ticks, number, shortened, ticks
@@ -190,3 +190,14 @@ def test_parts_of_memory_keep_the_ledgers_order_and_letters() -> None:
     assert legend[:3] == ["weights: codes", "weights: scales", "weights: linear16"]
     assert legend.index("KV cache") < legend.index("activations") < legend.index("else, at the peak")
     assert legend[-1] == "smaller parts"
+
+
+def test_an_objective_is_drawn_at_its_height() -> None:
+    rising = Curve(BF16, [Point(1, 100, 100, 100), Point(2, 300, 300, 300)])
+    for log_y in (False, True):
+        svg = curves([rising], "x", "y", "label", log_y=log_y, levels=[Level(200, "SLO: 200 ms")])
+        (path,) = re.findall(r'points="([^"]*)" class="curve s0"', svg)
+        low, high = (float(pair.split(",")[1]) for pair in path.split())
+        drawn, legend = attribute(svg, "y1", "level")
+        assert high < drawn < low < legend
+        assert "SLO: 200 ms" in svg
