@@ -18,6 +18,7 @@ from typing import Literal
 from service.compare.figures import HIGHER_IS_BETTER, Interval
 from service.compare.files import read_back
 from service.compare.report import FORMAT, MAX_DISAGREEMENT, Report, Row
+from service.compare.statistics import student_t
 from service.compare.student import quantile
 from service.errors import SettingError
 
@@ -223,7 +224,7 @@ def relative_error(interval: Interval) -> float | None:
     """Standard error of the logarithm, from an interval at 95 % by Student's t."""
     if interval.half_width is None:
         return None
-    return interval.half_width / quantile(0.025, interval.n - 1)
+    return interval.half_width / student_t(interval.n - 1)
 
 
 def judged(sampled: Sequence[Sampled], tolerance: float) -> list[Change]:
@@ -234,7 +235,7 @@ def judged(sampled: Sequence[Sampled], tolerance: float) -> list[Change]:
         pooled = math.sqrt(sum(other.standard_error**2 for other in alike) / len(alike))
         # a mode that is less steady than the others keeps its own spread
         error, degrees = max(pooled, one.standard_error), sum(other.degrees for other in alike)
-        reach = quantile(0.025, degrees) * error
+        reach = student_t(degrees) * error
         limit = quantile(FALSE_ALARMS / 2 / len(sampled), degrees) * error
         effect: Effect = "undecided"
         if abs(one.change) > max(limit, math.log1p(tolerance)):
