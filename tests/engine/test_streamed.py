@@ -72,11 +72,10 @@ from service.engine.evaluate import Evaluation
 from service.engine.sources import open_model
 from service.engine.startup import load, start
 from service.messages import EngineConfig, Evaluate
-from service import device as devices
 folder, budget = sys.argv[1], int(sys.argv[2])
 config = EngineConfig(model_path=folder, precision="nf4", device="cpu", kv_tokens=256)
 serving = start(config, lambda _: None, time.monotonic())
-held = devices._status_bytes("VmData")
+[held] = [1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmData")]
 resource.setrlimit(resource.RLIMIT_DATA, (held + budget, resource.RLIM_INFINITY))
 sent = []
 windows = [[(7 * i + w) % 128 for i in range(40)] for w in range(3)]
