@@ -182,10 +182,23 @@ def agreement(result: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def own_times(result: dict[str, Any]) -> str:
+    """What the client processes were late by: it is a part of every latency above."""
+    clients = [run["client"] for level in result["levels"] for run in level["runs"]]
+
+    def worst_ms(name: str) -> str:
+        known = [client[name]["p99"] for client in clients if client[name]]
+        return f"{1e3 * max(known):.2f} ms" if known else "not known"
+
+    return (
+        f"the clients woke {worst_ms('lag_s')} late and sent {worst_ms('dispatch_delay_s')} after due (p99)"
+    )
+
+
 def notes(result: dict[str, Any]) -> list[str]:
     """What agreed, what the server does not take, and how tokens were counted, where not one by one."""
     levels = [level["figures"] for level in result["levels"]]
-    said = [agreement(result)]
+    said = [agreement(result), own_times(result)]
     lacks = result["server"]["lacks"]
     if lacks:
         said.append(

@@ -61,6 +61,7 @@ def test_levels_and_repeats_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
         assert formula in printed.out
     assert "version 9" in printed.out
     assert "3 streams" in printed.out
+    assert " after due (p99)" in " ".join(printed.out.split())
     assert printed.err.count("run 2 of 2") == 3
 
 
