@@ -76,9 +76,9 @@ def texts(page: Page, selector: str) -> list[str]:
     return found
 
 
-def compare(page: Page) -> None:
+def compare(page: Page, *, chat: bool = False) -> None:
     before = page.evaluate("Number(document.body.dataset.compared ?? 0)")
-    page.evaluate("document.getElementById('chat').checked = false")  # the tiny model has no template
+    page.evaluate(f"document.getElementById('chat').checked = {str(chat).lower()}")
     page.evaluate("document.getElementById('run').click()")
     page.wait(f"Number(document.body.dataset.compared ?? 0) > {before}")
 
@@ -110,6 +110,15 @@ def test_the_first_difference_is_marked_and_told(compared: Page) -> None:
 def test_the_text_is_that_of_the_answers_with_their_ends(compared: Page) -> None:
     assert texts(compared, f"{LEFT} .token") == ["", "é", "a", "b", "<|im_end|>"]
     assert texts(compared, f"{RIGHT} .token") == ["", "é", "c", "a", "b", "<|im_end|>"]
+
+
+def test_a_chat_is_compared_likewise(pair: Pair) -> None:
+    page = pair.page()
+    compare(page, chat=True)
+    assert texts(page, "#verdict-line") == ["The answers part at token 3: bf16 writes “a”, nf4 writes “c”."]
+    assert texts(page, f"{LEFT} .token") == ["", "é", "a", "b", "<|im_end|>"]
+    page.evaluate("document.querySelector('#left .token').click()")
+    assert texts(page, "#candidates .written td:first-child") == ["“bytes:\\xc3”"] * 2
 
 
 def test_colour_is_the_difference_in_probability_also_behind_the_parting(compared: Page) -> None:

@@ -4,7 +4,7 @@
 
 const PEERS = document.querySelector('meta[name="halftone-peers"]').content.split(" ").filter(Boolean);
 const FULL_COLOUR = 0.5; // a difference in probability that has a token's full colour
-const LEAST_COLOUR = 0.01; // below it, rounding
+const LEAST_COLOUR = 0.02; // below it, rounding: reading a text and writing it differ by as much in 16 bits
 const TOP = 5; // likeliest tokens that a side tells of each place
 const MEMORY_PERIOD_MS = 1000;
 
@@ -153,6 +153,7 @@ class Side {
       const now = performance.now();
       for (const token of added) this.add(token);
       if (added.length && first === undefined) {
+        this.find(".state").textContent = "writing";
         first = now;
         this.ttft = now - started;
         this.firstCount = added.length;
@@ -190,10 +191,10 @@ class Side {
 function fromChat(choice) {
   return (choice.logprobs?.content ?? []).map((entry, place) => ({
     id: choice.token_ids?.[place],
-    text: entry.token,
+    text: spelled(entry),
     bytes: entry.bytes,
     logprob: entry.logprob,
-    top: entry.top_logprobs.map((other) => [other.token, other.logprob]),
+    top: entry.top_logprobs.map((other) => [spelled(other), other.logprob]),
   }));
 }
 
@@ -206,6 +207,12 @@ function fromCompletion(choice) {
     logprob: given.token_logprobs[place],
     top: Object.entries(given.top_logprobs?.[place] ?? {}).sort((a, b) => b[1] - a[1]),
   }));
+}
+
+// a part of a character has no text: its bytes tell it from others
+function spelled(entry) {
+  if (!entry.token.includes("\ufffd")) return entry.token;
+  return `bytes:${entry.bytes.map((byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("")}`;
 }
 
 // a part of a character is written `bytes:\xe2\x82`
@@ -298,17 +305,17 @@ async function drawMemory() {
   });
 }
 
-// the probability that `reader` gives to each token of `writer`'s answer, in the writer's own context
+// the probability that `reader` gives to each token of `writer`'s answer from the parting on, in the writer's context
 async function score(writer, reader, signal) {
   const prompt = [...writer.promptIds, ...writer.tokens.map((token) => token.id)];
   const body = { model: reader.choice.model, prompt, max_tokens: 0, echo: true, logprobs: 1, temperature: 0 };
   const answer = await (await ask(reader.choice.base, "/v1/completions", body, signal)).json();
   const scored = answer.choices[0].logprobs.token_logprobs.slice(writer.promptIds.length);
   const parts = parting();
-  scored.forEach((logprob, place) => {
-    writer.tokens[place].other = Math.exp(logprob);
+  for (let place = parts; place < writer.tokens.length; place += 1) {
+    writer.tokens[place].other = Math.exp(scored[place]);
     writer.paint(place, place === parts);
-  });
+  }
 }
 
 function table(side, place) {
@@ -388,7 +395,7 @@ async function compare() {
     paintLive();
     showVerdict();
     if (sameText()) {
-      await Promise.all(sides.map((side) => score(side, otherOf(side), signal)));
+      if (parting() !== undefined) await Promise.all(sides.map((side) => score(side, otherOf(side), signal)));
       showSummary();
     }
     await drawMemory();
