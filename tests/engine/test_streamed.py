@@ -75,7 +75,8 @@ from service.messages import EngineConfig, Evaluate
 folder, budget = sys.argv[1], int(sys.argv[2])
 config = EngineConfig(model_path=folder, precision="nf4", device="cpu", kv_tokens=256)
 serving = start(config, lambda _: None, time.monotonic())
-[held] = [1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmData")]
+status = Path("/proc/self/status").read_text()
+held = 1024 * int(status.partition("VmData:")[2].split()[0])
 resource.setrlimit(resource.RLIMIT_DATA, (held + budget, resource.RLIM_INFINITY))
 sent = []
 windows = [[(7 * i + w) % 128 for i in range(40)] for w in range(3)]
