@@ -40,6 +40,11 @@ class Case:
         speed = (SPEED, self.throughput_level)
         return [(GOODPUT, self.rate_levels[-1]), speed] if self.slo else [speed]
 
+    def label(self, level_id: str) -> str:
+        """`4 streams`, `6 requests/s`."""
+        found = (row.level(level_id) for row in self.rows)
+        return next((level.label for level in found if level), level_id)
+
     @property
     def rule(self) -> str:
         measure = (
@@ -187,11 +192,13 @@ def because(case: Case, chosen: Row | None, tied: Sequence[Row]) -> list[str]:
     for figure, level in case.figures:
         found = chosen.ratio(figure, level)
         if found and effect(figure, found) == "better":
-            said.append(f"{DECIDING[figure]} {percent_of(found)} against {case.reference} ({level})")
+            said.append(
+                f"{DECIDING[figure]} {percent_of(found)} against {case.reference} at {case.label(level)}"
+            )
     for name, words in LATENCIES.items():
         found = chosen.ratio(name, case.latency_level)
         if found and effect(name, found) == "better":
-            said.append(f"{words} {percent_of(found)} ({case.latency_level})")
+            said.append(f"{words} {percent_of(found)} at {case.label(case.latency_level)}")
     said += freed(case, chosen)
     energy = chosen.ratio("joules_per_output_token", case.throughput_level)
     if energy and effect("joules_per_output_token", energy) == "better":
@@ -272,5 +279,7 @@ def percent_of(found: Interval) -> str:
     """A ratio in words: `+12.1 % (10.4 to 13.9)`."""
     change = f"{100 * (found.estimate - 1):+.1f} %"
     if found.low is None or found.high is None:
-        return f"{change} (one run)"
-    return f"{change} ({100 * (found.low - 1):+.1f} to {100 * (found.high - 1):+.1f})"
+        said = f"{change} (one run)"
+    else:
+        said = f"{change} ({100 * (found.low - 1):+.1f} to {100 * (found.high - 1):+.1f})"
+    return said.replace("-", "−")
