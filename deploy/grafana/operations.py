@@ -108,7 +108,12 @@ def tiles() -> list[Panel]:
             red=0.95,
         ),
         tile(
-            "Memory", "bytes", per_precision(gauge("memory_bytes")), "All parts of the ledger.", empty="none"
+            "Unreachable",
+            "short",
+            {"servers": 'count(up{job="halftone"} == 0) or vector(0)'},
+            "Servers that Prometheus cannot scrape; their other series end there.",
+            orange=0.5,
+            red=1,
         ),
     ]
 

@@ -31,7 +31,7 @@ def panels() -> list[Panel]:
                 "Weights": ("bytes", WEIGHTS),
                 "All memory": ("bytes", gauge("memory_bytes")),
                 "KV tokens": ("short", gauge("kv_cache_tokens", 'state="capacity"')),
-                "Tokens/s": ("short", rate("tokens_total", GENERATED, over="$__range")),
+                "Tokens/s served": ("short", rate("tokens_total", GENERATED, over="$__range")),
                 "TTFT p50": ("s", quantile(0.5, "time_to_first_token_seconds", over="$__range")),
                 "TTFT p95": ("s", quantile(0.95, "time_to_first_token_seconds", over="$__range")),
                 "ITL p50": ("s", quantile(0.5, "inter_token_latency_seconds", over="$__range")),
@@ -105,7 +105,7 @@ def panels() -> list[Panel]:
             "Tokens per joule",
             "short",
             {"{{precision}}": TOKENS_A_JOULE},
-            f"Generated tokens over the whole GPU's energy. {NO_COUNTER}",
+            f"Generated tokens over the whole GPU's energy, at the load that there was. {NO_COUNTER}",
         ),
         lines(
             "Power",

@@ -167,6 +167,8 @@ class Metrics:
         }
         counts.scalars["halftone_kernel_info"] = {item: 1.0 for item in info.kernels.items()}
         counts.replace("halftone_model_load_seconds", info.load_seconds)
+        # stages that take no time worth telling say only that they begin
+        counts.scalars["halftone_loading_done"] = dict(counts.scalars["halftone_loading_expected"])
         counts.replace("halftone_memory_bytes", info.memory_bytes)
         counts.replace("halftone_memory_peak_bytes", {"load": info.peak_load_bytes})
         counts.set("halftone_kv_cache_tokens", info.kv_tokens, "capacity")

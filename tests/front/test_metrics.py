@@ -262,6 +262,14 @@ def test_each_stage_of_a_load_stands_until_another_engine_starts() -> None:
     } == {"import"}
 
 
+def test_a_load_is_done_when_the_engine_is_ready() -> None:
+    """The stage `check` says that it begins, and nothing more."""
+    metrics = Metrics("demo", "auto")
+    metrics.loading("check", 0, 1, "kernels")
+    metrics.engine_ready(info())
+    assert value(metrics, "halftone_loading_done", stage="check", unit="kernels") == 1
+
+
 @pytest.mark.parametrize("state", ["down", "failed"])
 def test_a_dead_engine_holds_nothing(state: str) -> None:
     metrics = Metrics("demo", "auto")
