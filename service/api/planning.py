@@ -69,8 +69,7 @@ def plan_for(given: dict[str, str], info: EngineInfo, settings: Settings, folder
         step_tokens,
         settings.kv_memory_fraction,
         settings.head,
-        0 if question.gpu else settings.kv_tokens,
-        settings.max_context_tokens,
+        max_context_tokens=settings.max_context_tokens,
     )
     own_precision = info.precision if shape.quantization else ""
     return to_json(

@@ -62,12 +62,12 @@ GPUS = {
         gpu("rtx3090", 23.6, 936, (35.6, 71, 142), has_e4m3=False),
     )
 }
-# what a driver calls them, in small letters and digits -> name above; the first that is found counts
+# what a driver calls them, in small letters and digits alone; a variant of another speed must not match
 DRIVER_NAMES = (
-    ("h200", "h200-141gb"), ("h100pcie", "h100-pcie-80gb"), ("h10080gb", "h100-80gb"), ("b200", "b200-180gb"),
-    ("a100sxm480gb", "a100-80gb"), ("a10080gb", "a100-80gb"), ("a100sxm440gb", "a100-40gb"),
-    ("a100pcie40gb", "a100-40gb"), ("l40s", "l40s"), ("nvidial4", "l4"), ("a10", "a10"),
-    ("rtx5090", "rtx5090"), ("rtx4090", "rtx4090"), ("rtx3090", "rtx3090"),
+    (r"h200$", "h200-141gb"), (r"h10080gbhbm3$", "h100-80gb"), (r"h100pcie$", "h100-pcie-80gb"),
+    (r"b200$", "b200-180gb"), (r"a100.*80gb", "a100-80gb"), (r"a100.*40gb", "a100-40gb"), (r"l40s$", "l40s"),
+    (r"l4$", "l4"), (r"a10g?$", "a10"), (r"rtx5090$", "rtx5090"), (r"rtx4090$", "rtx4090"),
+    (r"rtx3090$", "rtx3090"),
 )  # fmt: skip
 
 
@@ -111,8 +111,8 @@ def served_device(device: str, device_name: str, memory_bytes: int) -> Device:
     if not device.startswith("cuda"):
         return Device(device_name, memory_bytes, is_gpu=False)
     plain = NAMES.sub("", device_name.lower())
-    for part, name in DRIVER_NAMES:
-        if part in plain:
+    for pattern, name in DRIVER_NAMES:
+        if re.search(pattern, plain):
             known = GPUS[name]
             return Device(device_name, memory_bytes, known.bandwidth, known.flops, known.has_e4m3)
     return Device(device_name, memory_bytes)

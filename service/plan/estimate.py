@@ -17,12 +17,12 @@ from service.precision import Precision
 
 MB = 1_000_000
 BLOCK_TOKENS = 16
-CPU_KV_TOKENS = 16_384  # where nobody says; memory is the users' own there
 STATE_WORDS, STATE_EXTRA_WORDS = 12, 1  # int32 of a request's row, besides its block table
 FACTOR_BYTES, BIAS_BYTES = 16, 300 * (8 + 4)  # of a row's penalties, besides a count of each token
-# of an engine on an H100, torch 2.11 and CUDA 12; on a CPU, of the interpreter, torch and its libraries
-OUTSIDE_BYTES, CPU_OUTSIDE_BYTES = 620 * MB, 300 * MB
-WORKSPACE_BYTES = 45 * MB  # cuBLAS's 32 MiB, partial sums of ours
+# allowances: for a CUDA context and the code of kernels; on a CPU for interpreter, torch and its libraries,
+# which take 270 to 360 MB by precision
+OUTSIDE_BYTES, CPU_OUTSIDE_BYTES = 620 * MB, 310 * MB
+WORKSPACE_BYTES = 45 * MB  # cuBLAS's 32 MiB on an H100, partial sums of ours
 GRAPH_NODE_BYTES = 5_000  # of the driver's, for each kernel of a captured step
 GRAPH_KERNELS_OF_LAYER = 9
 GRAPHS_OF_SIZE = 2  # greedy and drawn
@@ -72,8 +72,6 @@ def estimate(
     blocks = int(free * serving.kv_memory_fraction) // block_bytes
     if serving.kv_tokens:
         blocks = -(-serving.kv_tokens // BLOCK_TOKENS)
-    elif not device.is_gpu:
-        blocks = min(blocks, CPU_KV_TOKENS // BLOCK_TOKENS)
     fits = blocks >= 2 and blocks * block_bytes <= free
     kv_tokens = blocks * BLOCK_TOKENS if fits else 0
     context_tokens = min(positions, kv_tokens or positions)

@@ -222,7 +222,8 @@ def choose(modes: list[PlannedMode], device: Device, question: Question) -> tupl
             for mode in sorted(faster, key=lambda mode: -mode.bits_per_weight)
         )
         why.append(f"Fewer bits could decode faster, times at most: {told}.")
-    why.append("Speeds are bounds, not measurements; `halftone compare` measures speed and quality.")
+    bounds = "Speeds are bounds, not measurements; " if best.tokens_per_s else ""
+    why.append(f"{bounds}`halftone compare` measures speed and quality.")
     return best.precision, " ".join(why)
 
 

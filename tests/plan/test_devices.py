@@ -58,7 +58,8 @@ def test_a_size_with_its_bandwidth() -> None:
         ("NVIDIA A100 80GB PCIe", "a100-80gb"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA A100-PCIE-40GB", "a100-40gb"), ("NVIDIA A10G", "a10"), ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", "l40s"), ("NVIDIA B200", "b200-180gb"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("NVIDIA GeForce RTX 3090 Ti", "rtx3090"), ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"), ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA A100-SXM-80GB", "a100-80gb"),
     ],
 )  # fmt: skip
 def test_a_served_gpu_has_its_own_memory_and_the_data_sheet_s_speed(told: str, name: str) -> None:
@@ -67,7 +68,10 @@ def test_a_served_gpu_has_its_own_memory_and_the_data_sheet_s_speed(told: str, n
     assert (device.bandwidth, device.has_e4m3) == (GPUS[name].bandwidth, GPUS[name].has_e4m3)
 
 
-def test_a_device_without_a_data_sheet_has_no_speed() -> None:
-    assert served_device("cuda:0", "NVIDIA T1000", 8 << 30).bandwidth == 0
+@pytest.mark.parametrize(
+    "told", ["NVIDIA T1000", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100X"]
+)
+def test_a_device_without_a_data_sheet_has_no_speed(told: str) -> None:
+    assert served_device("cuda:0", told, 8 << 30).bandwidth == 0
     cpu = served_device("cpu", "AMD EPYC", 8 << 30)
     assert (cpu.bandwidth, cpu.is_gpu) == (0, False)

@@ -18,7 +18,7 @@ from service.model.instance import ModelInstance
 from service.model.random_weights import Draw, RandomWeights
 from service.model.sizes import for_model, kv_token_bytes, rotary_bytes, weight_parts
 from service.plan.devices import Device
-from service.plan.estimate import CPU_KV_TOKENS, Serving, estimate, request_bytes
+from service.plan.estimate import Serving, estimate, request_bytes
 from service.plan.shape import read_config_alone, read_folder
 from service.precision import TABLE, load_backend, parse_precision
 from service.quantize import packing
@@ -115,7 +115,7 @@ def test_all_parts_are_the_ledger_s(tmp_path: Path, is_gpu: bool) -> None:
     assert list(found.parts) == [part.name for part in PARTS]
     assert all(size >= 0 for size in found.parts.values())
     assert found.total_bytes <= 8 * GIB
-    assert (found.kv_tokens == CPU_KV_TOKENS) != is_gpu
+    assert found.kv_tokens > 100_000
 
 
 def test_the_cache_gets_its_share_of_what_is_left(tmp_path: Path) -> None:

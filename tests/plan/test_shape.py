@@ -116,8 +116,8 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
+            self.sent[name] = self.sent.get(name, 0) + len(body)  # before whoever asked can go on
             self.wfile.write(body)
-            self.sent[name] = self.sent.get(name, 0) + len(body)
 
 
 @pytest.fixture
