@@ -179,8 +179,15 @@ def compare_speed(before: Report, after: Report, pairs: Sequence[tuple[Row, Row]
     shared = [id for id in shown if all(row.level(id) and other.level(id) for row, other in pairs)]
     if pairs and shared[:1] != shown[:1]:
         found.left_out.append(
-            f"latencies at `{shown[0]}`, which the second report has not: `--rates` fixes it"
+            f"latencies at `{shown[0]}`, which the second report has not: name rates, as in `--levels 1,2/s`"
         )
+    gone = {
+        level.label
+        for row, other in pairs
+        for level in row.levels
+        if level.is_closed and not other.level(level.id)
+    }
+    found.left_out += [f"tokens/s with {label}, which the second report has not" for label in sorted(gone)]
     has_one_slo = before.workload.slo == after.workload.slo
     if not has_one_slo:
         found.left_out.append("goodput: the SLOs differ")

@@ -166,6 +166,16 @@ def test_other_rates_compare_latencies_with_every_stream_busy() -> None:
     assert "latencies at `open-8`" in found.left_out[0]
 
 
+def test_streams_that_one_run_lacks_are_named() -> None:
+    report = made_up()
+    rows = [
+        replace(row, levels=[level for level in row.levels if level.concurrency != 4]) for row in report.rows
+    ]
+    found = diff_reports(report, replace(report, rows=rows))
+    assert found.left_out == ["tokens/s with 4 streams, which the second report has not"]
+    assert "4 streams" not in {change.where for change in found.changes}
+
+
 def test_another_text_is_not_compared() -> None:
     report = made_up()
     other = replace(report, text=replace(report.text, sha256="9" * 64))
