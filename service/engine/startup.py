@@ -145,6 +145,7 @@ def start(
         model.config.vocab_size,
         few_batch_tokens,
         crowd_batch_tokens,
+        devices.batch_defaults(device).row_tile,
     )
     eos_token_ids = frozenset(model.config.eos_token_ids)
     engine = Engine(

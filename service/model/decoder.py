@@ -41,7 +41,7 @@ class Step:
     cos: Tensor  # float32 [positions, head_dim], the whole table
     sin: Tensor
     attention: AttentionPlan
-    decode: decode_attention.Variant | None  # serves rotary and attention at once, where something does
+    decode: decode_attention.Variant | None  # does rotary and attention of decodes at once, if anything
 
 
 def decode_shape(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype) -> decode_attention.Shape:
@@ -127,23 +127,40 @@ class DecoderLayer(nn.Module):
 
     def _attend(self, qkv: Tensor, step: Step) -> Tensor:
         """Packed q, k, v [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
-        config, batch = self.config, step.batch
-        kv, plan = step.kv, step.attention
+        config, plan, kv = self.config, step.attention, step.kv
+        width = config.num_heads * config.head_dim
+        if step.decode is None:
+            return self._attend_in_turn(qkv, step, plan).reshape(-1, width)
+        count, prompts = plan.num_decode, None
+        if count < plan.num_sequences:
+            plan, prompts = plan.apart
+        out = qkv.new_empty(len(qkv), config.num_heads, config.head_dim)
+        cos, sin = (step.cos, step.sin) if self.rotary else (None, None)
+        decode_attention.decode_attention(
+            step.decode, qkv[:count], cos, sin, self.q_norm, self.k_norm, config.norm_eps,
+            kv.keys[self.index], kv.values[self.index], plan, config.attention_scale, self.window,
+            out=out[:count],
+        )  # fmt: skip
+        if prompts is not None:
+            self._attend_in_turn(qkv, step, prompts, count, out[count:])
+        return out.view(-1, width)
+
+    def _attend_in_turn(
+        self, qkv: Tensor, step: Step, plan: AttentionPlan, first: int = 0, out: Tensor | None = None
+    ) -> Tensor:
+        """Rotary embedding, then attention, of the rows from `first` on, which `plan` is of."""
+        config, kv = self.config, step.kv
         keys, values, scales = kv.keys[self.index], kv.values[self.index], kv.scales[self.index]
         cos, sin = (step.cos, step.sin) if self.rotary else (None, None)
-        q_norm, k_norm, eps = self.q_norm, self.k_norm, config.norm_eps
+        norms, eps = (self.q_norm, self.k_norm), config.norm_eps
         scale, window = config.attention_scale, self.window
-        if step.decode is not None:
-            attended = decode_attention.decode_attention(
-                step.decode, qkv, cos, sin, q_norm, k_norm, eps, keys, values, plan, scale, window
-            )
-            return attended.view(-1, config.num_heads * config.head_dim)
-        q = rotary_kv(qkv, cos, sin, batch.positions, batch.slots, q_norm, k_norm, eps, keys, values, scales)
+        positions, slots = step.batch.positions, step.batch.slots
+        if first:
+            qkv, positions, slots = qkv[first:], positions[first:], slots[first:]
+        q = rotary_kv(qkv, cos, sin, positions, slots, *norms, eps, keys, values, scales)
         if scales is None:
-            attended = paged_attention(q, keys, values, plan, scale, window)
-        else:
-            attended = coded_attention(q, keys, values, scales, plan, scale, window)
-        return attended.reshape(-1, config.num_heads * config.head_dim)
+            return paged_attention(q, keys, values, plan, scale, window, out=out)
+        return coded_attention(q, keys, values, scales, plan, scale, window)
 
     def _show(self, observe: Observe, group: str, x: Tensor) -> None:
         for path in self.paths[group]:

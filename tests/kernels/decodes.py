@@ -132,6 +132,8 @@ def composed(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """What the kernel does, by those that it replaces."""
     last = (step.lengths.long() - 1).clamp(min=0)
@@ -140,4 +142,4 @@ def composed(
     q = rotary_kv(qkv, cos, sin, last, slots, q_norm, k_norm, eps, keys, values)
     starts, lengths = list(range(len(qkv) + 1)), step.lengths.tolist()
     told = plan_attention(step.block_tables, starts, lengths, len(qkv))
-    return paged_attention(q, keys, values, told, scale, window, softcap)
+    return paged_attention(q, keys, values, told, scale, window, softcap, out=out)

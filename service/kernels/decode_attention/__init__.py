@@ -1,8 +1,8 @@
 """A decode's attention in one launch: norms and rotary embedding, K and V into their pages, attention.
 
 decoder --qkv [S, (heads + 2 kv_heads) * head_dim]--> decode_attention --y [S, heads, head_dim]--> o_proj. For
-steps in which every sequence has one new token. It does what kernels/rotary_kv and kernels/paged_attention do
-one after the other, which serve all other steps, and everybody whom `refusal` names.
+the sequences of a step that have one new token. It does what kernels/rotary_kv and kernels/paged_attention do
+one after the other, which serve prompts, and everybody whom `refusal` names.
 """
 
 import torch
@@ -37,11 +37,11 @@ def plan_on(shape: Shape, device: torch.device, *, deterministic: bool = False) 
 
 
 def serving(shape: Shape, step: AttentionPlan) -> Variant | None:
-    """What serves this step; None where other kernels do."""
-    if step.num_decode < step.num_sequences:
+    """What serves this step's decodes; None where there are none, or other kernels serve them."""
+    if not step.num_decode:
         return None
     rows = plan_on(shape, step.lengths.device, deterministic=step.deterministic)
-    return row_for(rows, step.num_sequences).variant if rows else None
+    return row_for(rows, step.num_decode).variant if rows else None
 
 
 def decode_attention(
@@ -58,16 +58,18 @@ def decode_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """-> [S, heads, head_dim]; K and V are written at the last of each sequence's `step.lengths` tokens.
 
-    A sequence of length 0 writes nothing and gets zeros. Everything else as `rotary_kv` and `paged_attention`
-    say.
+    `step` only decodes. A sequence of length 0 writes nothing and gets zeros. `out`: contiguous, where the
+    result goes. Everything else as `rotary_kv` and `paged_attention` say.
     """
     from service.kernels.decode_attention import cuda
 
     rest = key_cache, value_cache, step, scale, window, softcap
-    return cuda.decode_attention(variant, qkv, cos, sin, q_norm, k_norm, eps, *rest)
+    return cuda.decode_attention(variant, qkv, cos, sin, q_norm, k_norm, eps, *rest, out)
 
 
 def load(variant: Variant) -> object:

@@ -48,6 +48,7 @@ class Call:
         scale: float,
         window: int,
         softcap: float,
+        out: Tensor | None,
     ) -> Tensor:
         variant = self.variant
         _, kv_heads, page, dim = key_cache.shape
@@ -59,7 +60,8 @@ class Call:
             assert given.is_contiguous()
         assert (q_norm is not None, softcap > 0) == (variant.normed, variant.capped)
         qkv = qkv.contiguous()
-        y = qkv.new_empty(sequences, heads, dim)
+        y = qkv.new_empty(sequences, heads, dim) if out is None else out
+        assert y.is_contiguous()
         tensors: tuple[Tensor | None, ...] = (
             qkv, y, cos, sin, q_norm, k_norm, key_cache, value_cache, step.block_tables, step.lengths,
         )  # fmt: skip
@@ -98,9 +100,10 @@ def decode_attention(
     scale: float,
     window: int,
     softcap: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See the package."""
     call = call_of(variant, launching.DEPENDENT)
     return call(
-        qkv, cos, sin, q_norm, k_norm, eps, key_cache, value_cache, step, scale, window, softcap
+        qkv, cos, sin, q_norm, k_norm, eps, key_cache, value_cache, step, scale, window, softcap, out
     )  # fmt: skip

@@ -27,15 +27,18 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """q [T, heads, head_dim] -> [T, heads, head_dim], each row attending to its sequence up to itself.
 
     `q` is contiguous. `window`: newest tokens a query sees, itself included, 0 for all. `softcap`: scores
-    become `softcap * tanh(score / softcap)`, 0 for none.
+    become `softcap * tanh(score / softcap)`, 0 for none. `out`: contiguous, where the result goes.
     """
     if q.is_cuda:
-        return cuda.paged_attention(q, key_cache, value_cache, plan, scale, window, softcap)
-    return dense.paged_attention(q, key_cache, value_cache, plan, scale, window, softcap)
+        return cuda.paged_attention(q, key_cache, value_cache, plan, scale, window, softcap, out)
+    attended = dense.paged_attention(q, key_cache, value_cache, plan, scale, window, softcap)
+    return attended if out is None else out.copy_(attended)
 
 
 def attention_kernel(

@@ -45,6 +45,24 @@ class AttentionPlan:
         return self._over_gathered[0]
 
     @cached_property
+    def apart(self) -> tuple["AttentionPlan", "AttentionPlan"]:
+        """The decode, which the device alone knows, and the prompts as if nothing were before them."""
+        count, fixed = self.num_decode, self.deterministic
+        decodes = AttentionPlan(
+            self.block_tables[:count], self.lengths[:count], self.starts[: count + 1], count, [], [], fixed
+        )
+        prompts = AttentionPlan(
+            self.block_tables[count:],
+            self.lengths[count:],
+            self.starts[count:] - count,
+            0,
+            [start - count for start in self.query_starts[count:]],
+            self.context_lengths[count:],
+            fixed,
+        )
+        return decodes, prompts
+
+    @cached_property
     def longest_prompt(self) -> int:
         """Keys of the longest sequence behind the decode; 0 where there is none, or no lists."""
         return max(self.context_lengths[self.num_decode :], default=0)

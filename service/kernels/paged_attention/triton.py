@@ -296,9 +296,10 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See the package."""
-    out = q.new_empty(q.shape)
+    out = q.new_empty(q.shape) if out is None else out
     if plan.num_decode:
         decode(q, key_cache, value_cache, plan, out, scale, window, softcap)
     if plan.num_decode < plan.num_sequences:
