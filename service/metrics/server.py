@@ -40,7 +40,7 @@ class Metrics:
         self._kv_capacity_tokens = 0
         self._queue_limit = 0
         self._meter: EnergyMeter | None = None
-        self._joules = 0.0  # of the meter when it was last read
+        self._joules: float | None = None  # of the meter when it was last read
         self._count_in(Counts(model, precision))
 
     # --- a request's life ----------------------------------------------------------------------
@@ -245,10 +245,8 @@ class Metrics:
 
     def _open_meter(self, device_uuid: str) -> None:
         self._close_meter()
-        self._meter = EnergyMeter.open(device_uuid)
-        if self._meter is not None:
-            self._joules = self._meter.joules()
-            self._read_meter()
+        self._meter, self._joules = EnergyMeter.open(device_uuid), None
+        self._read_meter()
 
     def _read_meter(self) -> None:
         """What the GPU took since the last reading is this precision's."""
@@ -262,7 +260,8 @@ class Metrics:
             self._meter = None
             self._counts.scalars["halftone_power_watts"].clear()
             return
-        self._counts.add("halftone_energy_joules_total", joules - self._joules)
+        before = joules if self._joules is None else self._joules
+        self._counts.add("halftone_energy_joules_total", joules - before)
         self._counts.set("halftone_power_watts", watts)
         self._joules = joules
 

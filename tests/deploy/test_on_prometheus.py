@@ -115,7 +115,10 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     model, folder = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("observed")
     write_checkpoint(model, "byte_level")
     (model / "config.json").write_text(json.dumps(SHAPE))
-    hosts = {precision: host_of(model, precision, load_format="random") for precision in PRECISIONS}
+    hosts = {
+        precision: host_of(model, precision, load_format="random", metrics_compat="vllm")
+        for precision in PRECISIONS
+    }
     with serving(hosts, folder) as found:
         load(found, folder, "--concurrency", "4", "--requests", "16", "--output-tokens", "16", "--no-check")
         for server in found.servers.values():
@@ -250,6 +253,23 @@ def test_bytes_are_those_of_version(observed: Observed) -> None:
         for labels, size in observed.prometheus.query(whole % group):
             told = observed.servers[labels["precision"]].version()["engine"]["memory_bytes"]
             assert size == sum(bytes for part, bytes in told.items() if part.startswith(group)), labels
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "sum by (precision) (vllm:num_requests_running)",  # KServe's and KEDA's examples scale on these two
+        'sum by (precision) (vllm:num_requests_waiting{model_name="tiny"})',
+        "max by (precision) (vllm:kv_cache_usage_perc)",
+        "sum by (precision) (rate(vllm:request_success_total[5m]))",
+        "histogram_quantile(0.9, sum by (le, precision) (rate(vllm:time_to_first_token_seconds_bucket[5m])))",
+        "histogram_quantile(0.5, sum by (le, precision) (rate(vllm:iteration_tokens_total_bucket[5m])))",
+        "max by (precision, block_size, num_gpu_blocks) (vllm:cache_config_info)",
+        'sum by (precision) (rate(http_requests_total{status="2xx"}[5m]))',
+    ],
+)
+def test_who_knows_vllm_finds_its_names(observed: Observed, query: str) -> None:
+    assert {labels["precision"] for labels, _ in observed.prometheus.query(query)} == set(PRECISIONS)
 
 
 def test_nf4_takes_less_than_bf16(observed: Observed) -> None:
