@@ -193,6 +193,13 @@ def evaluate(
         str,
         typer.Option(help="16- or 32-bit mode that divergence is measured against; empty: no divergence."),
     ] = "",
+    reference_model: Annotated[
+        str,
+        typer.Option(
+            help="Checkpoint of the reference where it is another, as for MODEL: what a quantized one was "
+            "made from."
+        ),
+    ] = "",
     text: Annotated[
         str,
         typer.Option(
@@ -257,7 +264,15 @@ def evaluate(
     from service.cli.evaluate import Asked, evaluate
 
     asked = Asked(
-        reference, text, protocol, windows or 0, window_tokens, decode_tokens, prompts, greedy_tokens
+        reference=reference,
+        text=text,
+        protocols=protocol,
+        windows=windows or 0,
+        window_tokens=window_tokens,
+        decode_tokens=decode_tokens,
+        prompts=prompts,
+        greedy_tokens=greedy_tokens,
+        reference_model=reference_model,
     )
     of_tasks = (task_path, limit, fewshot, through) != ("", 0, None, "both")
     if (tasks and asked != Asked()) or (of_tasks and not tasks):

@@ -26,6 +26,7 @@ from service.front.engine_client import EvaluationMode
 from service.front.host import Host, run_to_end
 from service.front.text import TextCodec
 from service.messages import EngineInfo
+from service.model.hub import resolve
 from service.quality.findings import Apart, Findings, Greedy, Perplexity, decode_of, perplexity_of
 from service.quality.protocols import Limits, WordPieces, cut, parse_protocols
 from service.quality.texts import Text, calibration_text, evaluation_text, refuse_overlap
@@ -46,6 +47,7 @@ class Asked:
     decode_tokens: int = 2048  # 0: prefill alone
     prompts: str = ""
     greedy_tokens: int = 64  # 0: no greedy answers
+    reference_model: str = ""  # checkpoint of the reference; empty: the model's own
 
 
 def evaluate(settings: Settings, asked: Asked, out: Path | None) -> None:
@@ -61,6 +63,7 @@ def evaluate(settings: Settings, asked: Asked, out: Path | None) -> None:
     refuse_overlap(calibration_text(settings.calibration), text)
     with Display() as display:
         settings, model_path = find_model(settings, display, needs_text=True)
+        asked = replace(asked, reference_model=find_reference(settings, model_path, asked, display))
         found = run_to_end(run(settings, model_path, asked, protocols, text, prompts, display))
     console = Console(highlight=False)
     for table in tables_of(found):
@@ -68,6 +71,28 @@ def evaluate(settings: Settings, asked: Asked, out: Path | None) -> None:
     if out is not None:
         with told_disk_errors(out):
             out.write_bytes(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+
+
+def find_reference(settings: Settings, model_path: Path, asked: Asked, display: Display) -> str:
+    """Folder of `--reference-model`, empty where there is none. Raises SettingError for another tokenizer."""
+    if not asked.reference_model:
+        return ""
+    if not asked.reference:
+        raise SettingError(
+            f"`--reference-model` = `{asked.reference_model}` is of no use without `--reference`",
+            hint="add the precision it is to be computed in: `--reference bf16`",
+        )
+    path = resolve(asked.reference_model, "main", settings.cache_dir, display)
+    folders = settings.tokenizer_folder(model_path), path
+    hashes = {
+        WordPieces.load(folder, []).sha256 for folder in folders if (folder / "tokenizer.json").is_file()
+    }
+    if len(hashes) > 1:
+        raise SettingError(
+            f"`{asked.reference_model}` has another tokenizer.json than `{settings.model}`",
+            hint="name the checkpoint that the model was made from",
+        )
+    return str(path)
 
 
 def require_new(out: Path | None) -> None:
@@ -150,6 +175,7 @@ async def run(
                 modes,
                 decode_tokens=asked.decode_tokens,
                 reference=asked.reference,
+                reference_path=asked.reference_model,
                 scored_from=made.scored_from,
                 prompts=asks,
                 greedy_tokens=asked.greedy_tokens,

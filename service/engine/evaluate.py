@@ -107,7 +107,7 @@ class Evaluation:
             raise RequestError("an evaluation needs windows of two tokens or more")
         if prompts and not message.reference:
             raise RequestError("greedy answers are compared with those of a `reference`: none was named")
-        if not all(prompts) or message.greedy_tokens < 1:
+        if prompts and (not all(prompts) or message.greedy_tokens < 1):
             raise RequestError("greedy answers need prompts and an answer of one token or more each")
         longest = max(map(len, windows), default=0)
         if longest > limits.max_context_tokens + 1:  # the last token is predicted and need not be fed

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,30 @@ def test_without_a_reference_it_is_perplexity_alone(folder: Path, text: Path, tm
     [one] = found["perplexities"]
     assert (one["divergence"], found["greedy"], found["decode"]) == (None, None, {})
     assert one["num_windows"] == 8
+
+
+def test_a_reference_of_another_checkpoint(folder: Path, text: Path, tmp_path: Path) -> None:
+    """What a quantized checkpoint was made from; here one with other weights."""
+    write_checkpoint(tmp_path / "other", "byte_level")
+    make_checkpoint(tmp_path / "other", "llama", torch.bfloat16, vocab_size=512, num_hidden_layers=1)
+    settings = load_settings(model=str(folder), precision="fp32", device="cpu", kv_tokens=1024)
+    asked = Asked(
+        reference="fp32",
+        reference_model=str(tmp_path / "other"),
+        text=str(text),
+        window_tokens=33,
+        decode_tokens=0,
+        greedy_tokens=0,
+    )
+    evaluate(settings, asked, tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_bytes())
+    assert found["perplexities"][0]["divergence"]["kl_nats_per_token"] > 0.1
+    with pytest.raises(SettingError, match="of no use without `--reference`"):
+        evaluate(settings, replace(asked, reference=""), None)
+    write_checkpoint(tmp_path / "other", "sentencepiece")
+    make_checkpoint(tmp_path / "other", "llama", torch.bfloat16, vocab_size=512, num_hidden_layers=1)
+    with pytest.raises(SettingError, match="another tokenizer"):
+        evaluate(settings, asked, None)
 
 
 def test_what_would_be_ignored_is_refused(tmp_path: Path) -> None:
