@@ -158,13 +158,13 @@ def table(
     found = panel("table", title, "none", queries, help, width=WIDTH, height=height)
     for target in found["targets"]:
         target["format"] = "table"
-    renamed = {f"Value #{chr(65 + place)}": name for place, name in enumerate(columns)}
-    renamed |= {label: label.capitalize() for label in by.split(", ")}
+    renamed = {label: label.capitalize() for label in by.split(", ")}
+    renamed |= {f"Value #{chr(65 + place)}": name for place, name in enumerate(columns)}
     found["transformations"] = [
         {"id": "merge", "options": {}},
         {"id": "organize", "options": {
             "excludeByName": {"Time": True}, "renameByName": renamed,
-            "indexByName": {name: place for place, name in enumerate((*by.split(", "), *list(renamed)))}}},
+            "indexByName": {name: place for place, name in enumerate(renamed)}}},
     ]  # fmt: skip
     found["fieldConfig"]["overrides"] = [
         {"matcher": {"id": "byName", "options": name}, "properties": [{"id": "unit", "value": unit}]}
@@ -190,8 +190,12 @@ def scatter(
             "fields": ["precision"], "keepFields": False, "naming": {"asLabels": True}}},
     ]  # fmt: skip
     found["fieldConfig"]["defaults"]["custom"] = {"show": "points", "pointSize": {"fixed": 14}}
+    # partitioned, a column's name goes on with its precision
     found["fieldConfig"]["overrides"] = [
-        {"matcher": {"id": "byName", "options": name}, "properties": [{"id": "unit", "value": unit}]}
+        {
+            "matcher": {"id": "byRegexp", "options": f"/^{name}/"},
+            "properties": [{"id": "unit", "value": unit}],
+        }
         for name, unit, _ in (x, y)
     ]
     found["options"] = {

@@ -135,7 +135,7 @@ def test_boards_have_the_form_that_grafana_reads() -> None:
         assert used <= {variable["name"] for variable in board["templating"]["list"]}
 
 
-def test_the_scatter_names_the_columns_that_it_draws() -> None:
+def test_tables_name_the_columns_that_they_show() -> None:
     """Grafana names the value of query A `Value #A` until it is renamed."""
     for board in dashboards().values():
         for panel in board["panels"]:
@@ -143,6 +143,10 @@ def test_the_scatter_names_the_columns_that_it_draws() -> None:
                 for name in change["options"].get("renameByName", {}):
                     queries = {f"Value #{target['refId']}" for target in panel["targets"]}
                     assert name in queries | {"model", "precision"}
+                if panel["type"] == "table" and change["id"] == "organize":
+                    columns = change["options"]["indexByName"]
+                    assert list(columns.values()) == list(range(len(columns)))
+                    assert next(iter(columns)) in ("model", "precision")  # what a row is of comes first
 
 
 @pytest.mark.parametrize(("name", "expression"), [*panels(), *alerts().items()], ids=lambda text: text[:60])
