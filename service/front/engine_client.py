@@ -178,19 +178,8 @@ class EngineClient:
         self._next_id = id + 1
         answer: asyncio.Future[Evaluated] = asyncio.get_running_loop().create_future()
         self._evaluations[id] = answer, progress
-        self._send(
-            Evaluate(
-                id,
-                windows,
-                list(modes),
-                decode_tokens,
-                reference,
-                reference_path,
-                list(scored_from),
-                list(prompts),
-                greedy_tokens,
-            )
-        )
+        beside = reference, reference_path, list(scored_from), list(prompts), greedy_tokens
+        self._send(Evaluate(id, windows, list(modes), decode_tokens, *beside))
         try:
             evaluated = await answer
         finally:
