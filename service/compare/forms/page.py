@@ -3,11 +3,12 @@
 export.write_report --Report--> render_page() --HTML--> report.html
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from service import ledger
 from service.compare.figures import Latency
@@ -22,7 +23,7 @@ from service.compare.forms.columns import (
 from service.compare.forms.notes import level_words, reason, warnings
 from service.compare.forms.pictures import marks, parts_of, pictures
 from service.compare.forms.tables import answer
-from service.compare.forms.words import MILLISECONDS, amount
+from service.compare.forms.words import MILLISECONDS, NO_VERDICT, amount
 from service.compare.forms.words import measured as written
 from service.compare.report import Report, Row
 
@@ -80,6 +81,7 @@ def template() -> Template:
     )
     environment.filters["percentiles"] = percentiles
     environment.filters["amount"] = amount
+    environment.filters["ticked"] = ticked
     environment.filters["signed_count"] = lambda count: f"{count:+,d}".replace("-", "−")
     return environment.get_template("page.html")
 
@@ -157,7 +159,7 @@ def tiles(report: Report) -> list[Tile]:
     found = []
     for column in columns(report):
         cell, other = column.cell(row), column.cell(base)
-        if column.group == "start" or cell.value == "no verdict":
+        if column.group == "start" or not cell.is_known or cell.value == NO_VERDICT:
             continue
         beside = "" if row is base or not other.is_known else other.value
         found.append(Tile(column.title, column.unit, beside, cell))
@@ -172,6 +174,11 @@ def agreement_said(report: Report) -> str:
         if row.quality and row.quality.agreement and not row.quality.agreement.agrees
     ]
     return f"Not for {', '.join(flagged)}: decode and prefill are apart." if flagged else "Yes."
+
+
+def ticked(said: str) -> Markup:
+    """A sentence, with what stands in backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(said))))
 
 
 def percentiles(latency: Latency | None) -> str:

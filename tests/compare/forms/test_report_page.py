@@ -212,6 +212,21 @@ def test_no_verdict_is_said_as_loudly() -> None:
     assert "Deploy" not in words.replace("precision to deploy", "")
 
 
+def test_what_stands_in_backticks_is_code_and_nothing_else_is() -> None:
+    verdict = replace(VERDICT, sureness=["more `--repeats` & <b>", "`<i>`"])
+    page = render_page(made_up(verdict=verdict))
+    assert "<li>more <code>--repeats</code> &amp; &lt;b&gt;</li>" in page
+    assert "<li><code>&lt;i&gt;</code></li>" in page
+
+
+def test_a_reference_to_deploy_costs_what_others_save() -> None:
+    verdict = replace(VERDICT, deploy="bf16", costs=[])
+    words = read(made_up(verdict=verdict)).words
+    assert "Deploy bf16" in words
+    assert "It is the reference: it costs what another mode would save" in words
+    assert "same answer % of greedy" not in words[: words.index("Why")]
+
+
 def test_an_unfinished_run_has_no_verdict_and_names_what_it_lacks() -> None:
     words = read(replace(with_failures(made_up()), not_measured=["nf4", "awq"])).words
     assert "No verdict: the run is not complete" in words
