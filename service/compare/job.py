@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from loadtest.prompts import DEFAULT_PROMPTS, Prompts
+from loadtest.prompts import DEFAULT_PROMPTS, Prompt, Prompts
 from service.compare.assemble import Turns, build_report
 from service.compare.export import write_report
 from service.compare.files import read_back, write_whole
@@ -100,11 +100,7 @@ class Comparison:
         self.app_factory, self.command = app_factory, command
         self.measure_turn, self.first_look = measure_turn, first_look
         self.console = console
-        codec = TextCodec.load(plan.settings.tokenizer_folder(plan.model_path))
-        self.prompts = [
-            codec.encode(prompt.text) if prompt.text else list(prompt.token_ids)
-            for prompt in prompts.items[:GREEDY_PROMPTS]
-        ]
+        self.prompts = greedy_prompts(plan, prompts)
         self.turns = Turns(plan, out)
         self.num_repeats = plan.options.repeats  # so far
         for repeat in range(plan.options.max_repeats):
@@ -204,6 +200,22 @@ class Comparison:
         self.turns.failures[mode.name] = failed_row(mode, error)
         pace.remain(self.num_left)
         self.console.print(f"[red]{mode.name}: failed:[/red] {error.message}", highlight=False)
+
+
+def greedy_prompts(plan: Plan, prompts: Prompts) -> list[list[int]]:
+    """Token ids of the first prompts, as a chat would ask them where the model is one: a bare question may be
+    answered by the end of the text alone, which every precision agrees on."""
+    settings = plan.settings
+    codec = TextCodec.load(settings.tokenizer_folder(plan.model_path), settings.chat_template)
+
+    def ids(prompt: Prompt) -> list[int]:
+        if prompt.token_ids:
+            return list(prompt.token_ids)
+        if codec.template is None:
+            return codec.encode(prompt.text)
+        return codec.encode_chat([{"role": "user", "content": prompt.text}])
+
+    return [ids(prompt) for prompt in prompts.items[:GREEDY_PROMPTS]]
 
 
 def failed_row(mode: Mode, error: HalftoneError) -> Row:
