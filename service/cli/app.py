@@ -240,8 +240,7 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Tasks of lm-evaluation-harness, comma-separated, instead of texts: "
-            "`pip install 'halftone[tasks]'`."
+            help="Tasks of lm-evaluation-harness (the extra `tasks`), comma-separated, instead of texts."
         ),
     ] = "",
     task_path: Annotated[str, typer.Option(help="With --tasks: folder with task YAMLs of your own.")] = "",

@@ -2,7 +2,7 @@
 
 cli/tasks --Host, tasks--> run_tasks() --harness in a thread--> Scores by way --disagreements()--> report
 
-The harness is an optional dependency (`pip install 'halftone[tasks]'`); nothing else imports it.
+The harness is an optional dependency, the extra `tasks`; nothing else imports it.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ def require_harness() -> str:
     if find_spec("lm_eval") is None:
         raise SettingError(
             "`--tasks` runs lm-evaluation-harness, which is not installed",
-            hint="pip install 'halftone[tasks]'",
+            hint="in the clone: .venv/bin/pip install -c constraints.txt -e '.[tasks]'",
         )
     return version("lm_eval")
 

@@ -18,7 +18,7 @@ from service.cli.tasks import evaluate_tasks
 from service.config import Settings, load_settings
 from service.errors import HalftoneError, SettingError
 from service.harness import scorer
-from service.harness.run import Scores, TaskRun, disagreements, require_harness
+from service.harness.run import Scores, TaskRun, disagreements, in_process, require_harness, run_one
 from service.messages import TokenLogprobs
 
 INSTALLED = Path(__file__).with_name("installed")
@@ -92,13 +92,18 @@ def test_ways_that_differ_in_the_last_digit_fail(
 
 
 def test_the_harness_s_errors_are_told(folder: Path) -> None:
+    base = importlib.import_module("lm_eval.models.openai_completions").LocalCompletionsAPI
+    unasked: Any = None
+    model = in_process(base, unasked)(
+        model="m", base_url="", tokenizer=str(folder), max_length=9, batch_size=1, seed=1
+    )
     with pytest.raises(
         HalftoneError, match=r"harness failed: ValueError: no such task: \{'other'\}"
     ) as error:
-        evaluate_tasks(settings_of(folder), TaskRun(tasks=["other"]), "engine", None)
+        run_one(model, TaskRun(tasks=["other"]))
     assert "--task-path" in error.value.hint
     with pytest.raises(HalftoneError, match=r"generates with \['top_k'\]"):
-        evaluate_tasks(settings_of(folder), TaskRun(tasks=["warm"]), "engine", None)
+        run_one(model, TaskRun(tasks=["warm"]))
 
 
 def test_what_is_wrong_is_told_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +113,7 @@ def test_what_is_wrong_is_told_before_anything_loads(tmp_path: Path, monkeypatch
     monkeypatch.setattr("service.harness.run.find_spec", lambda name: None)
     with pytest.raises(SettingError, match="not installed") as error:
         require_harness()
-    assert "halftone[tasks]" in error.value.hint
+    assert ".[tasks]" in error.value.hint
 
 
 def test_an_infinite_logprob_is_what_json_can_say() -> None:
