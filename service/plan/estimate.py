@@ -23,6 +23,7 @@ FACTOR_BYTES, BIAS_BYTES = 16, 300 * (8 + 4)  # of a row's penalties, besides a 
 # which take 270 to 360 MB by precision
 OUTSIDE_BYTES, CPU_OUTSIDE_BYTES = 620 * MB, 310 * MB
 WORKSPACE_BYTES = 45 * MB  # cuBLAS's 32 MiB on an H100, partial sums of ours
+ROUNDING_BYTES = 1 << 20  # of a large tensor, on average: the allocator takes 2 MiB at a time
 GRAPH_NODE_BYTES = 5_000  # of the driver's, for each kernel of a captured step
 GRAPH_KERNELS_OF_LAYER = 9
 GRAPHS_OF_SIZE = 2  # greedy and drawn
@@ -65,7 +66,11 @@ def estimate(
     token_bytes = kv_token_bytes(config, kv_dtype, width)
     parts = weight_parts(config, precision, width, serving.head)
     parts["tables.rotary"] = rotary_bytes(config, positions)
-    parts |= gpu_parts(config, width, serving) if device.is_gpu else {"outside_torch": CPU_OUTSIDE_BYTES}
+    parts |= (
+        gpu_parts(config, width, token_bytes, serving)
+        if device.is_gpu
+        else {"outside_torch": CPU_OUTSIDE_BYTES}
+    )
     block_bytes = BLOCK_TOKENS * token_bytes
     # the rows of requests are made behind the cache, so they are no part of what it leaves
     free = device.memory_bytes - sum(parts.values())
@@ -82,7 +87,7 @@ def estimate(
     return Estimate({part.name: parts.get(part.name, 0) for part in PARTS}, token_bytes, kv_tokens)
 
 
-def gpu_parts(config: ModelConfig, width: int, serving: Serving) -> dict[str, int]:
+def gpu_parts(config: ModelConfig, width: int, token_bytes: int, serving: Serving) -> dict[str, int]:
     """What steps, kernels, captured graphs and the driver take."""
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     row = width * (3 * inner + 4 * hidden)  # gate, up and their product; residual stream, norm and sum
@@ -94,6 +99,8 @@ def gpu_parts(config: ModelConfig, width: int, serving: Serving) -> dict[str, in
         "workspace": WORKSPACE_BYTES,
         # logits of all rows as they come, and in float32
         "graphs": requests * (vocabulary * (width + 4) + row) + kernels * GRAPH_NODE_BYTES,
+        # the cache of the first steps is too small for anything of the real one, whose tensors are rounded up
+        "allocator_slack": serving.step_tokens * token_bytes + 2 * config.num_layers * ROUNDING_BYTES,
         "outside_torch": OUTSIDE_BYTES,
     }
 

@@ -198,7 +198,7 @@ def choose(modes: list[PlannedMode], device: Device, question: Question) -> tupl
     asked = f"{question.concurrency:,} requests of {question.context_tokens:,} tokens"
     holding = [mode for mode in modes if mode.holds_all]
     if not holding:
-        closest = max(modes, key=lambda mode: mode.max_requests, default=None)
+        closest = max(modes, key=lambda mode: (mode.max_requests, mode.bits_per_weight), default=None)
         if closest is None or not closest.max_requests:
             return "", f"No mode holds one request of {question.context_tokens:,} tokens on {device.name}."
         lighter = "" if closest.kv_dtype != "auto" else ", or halve the KV cache with `--kv-dtype int8`"
