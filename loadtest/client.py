@@ -21,6 +21,7 @@ from loadtest.wire import Answer, WireError
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 READ_BYTES = 65536
+NO_TOKEN = "no token came"
 
 
 class Recorder:
@@ -75,7 +76,7 @@ class Recorder:
             if not record.finish_reason:
                 record.error = "the stream ended without a finish reason"
             elif not record.arrivals:
-                record.error = "no token came"
+                record.error = NO_TOKEN
             elif not record.output_tokens:
                 record.output_tokens = self._tokens
         if not record.finish_reason:

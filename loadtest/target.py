@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from loadtest.client import Client
+from loadtest.client import NO_TOKEN, Client
 from loadtest.errors import LoadTestError
 from loadtest.statistics import Record
 from loadtest.wire import WireError
@@ -151,6 +151,10 @@ def refusal(status: int, record: Record) -> LoadTestError:
         hint = "`--no-ignore-eos`, and answers may be shorter than asked"
     elif "continuous_usage" in record.error:
         hint = "leave out `--continuous-usage`"
+    elif record.error == NO_TOKEN:
+        hint = (
+            "the model ended its answer at once, and the server let it; `--endpoint chat` asks it a question"
+        )
     elif status in (BAD_REQUEST, 413, UNPROCESSABLE):
         hint = (
             "the server's window, vocabulary or body limit may be smaller than the requests; one that takes "

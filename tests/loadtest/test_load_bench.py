@@ -221,6 +221,16 @@ def test_the_first_request_tells_what_is_wrong(
     assert hint in said
 
 
+def test_an_answer_that_ends_at_once_is_no_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that passes over `ignore_eos` without a word."""
+    assert run_against(lambda _: sse(event(finish="stop")), tmp_path / "o", *SMALL) == (2, {})
+    said = capsys.readouterr().err
+    assert "the first request failed: no token came" in said
+    assert "`--endpoint chat`" in said
+
+
 def test_nobody_at_the_address(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
