@@ -9,6 +9,7 @@ from itertools import product
 from typing import Literal
 
 from service.compare.figures import Interval, effect
+from service.compare.forms.notes import goodput_level
 from service.compare.forms.words import (
     MILLISECONDS,
     NO_VERDICT,
@@ -82,7 +83,7 @@ def columns(report: Report, latencies: Sequence[tuple[str, str]] = MAIN_LATENCIE
         Column("weights", sizes.name, "bytes", lambda row: weights_cell(report, row, sizes)),
         Column("peak", sizes.name, "bytes", lambda row: peak_cell(report, row, sizes)),
         speed_column("tokens/s", "", "output_tokens_per_s", wide, PLAIN),
-        speed_column("goodput", "requests/s in SLO", "goodput_per_s", rate, PLAIN),
+        speed_column("goodput", "requests/s in SLO", "goodput_per_s", goodput_level(report), PLAIN),
     ]
     for name, percent in latencies:
         title = f"{name.upper()} {percent}"

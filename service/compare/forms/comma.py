@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 
 from service.compare.figures import FIGURES, Figures, Interval
+from service.compare.forms.notes import goodput_level
 from service.compare.report import Report, Row
 
 Field = Callable[[Row], object]
@@ -58,6 +59,7 @@ def modes_csv(report: Report) -> str:
     for figure in FIGURES:
         per_window = figure in ("output_tokens_per_s", "requests_per_s") or figure.startswith("joules")
         id = report.workload.throughput_level if per_window else report.workload.latency_level
+        id = goodput_level(report) if figure == "goodput_per_s" else id
         fields |= ends_of(figure, figure_at(figure, id))
         fields |= ends_of(f"{figure}_ratio", ratio_at(figure, id))
     return written(fields, ([field(row) for field in fields.values()] for row in report.rows))

@@ -44,12 +44,13 @@ def explanations(report: Report) -> list[str]:
     """How the table is to be read; ends with what is worth knowing of single modes."""
     work = report.workload
     has_energy = any(row.figure("joules_per_output_token", work.throughput_level) for row in report.rows)
+    at_most = level_words(report, goodput_level(report))
     said = [
         f"Changes are against {report.reference}, with their interval at {100 * report.confidence:g} %; "
         "✓ better and ✗ worse are established, ~ cannot be told from none.",
         f"tokens/s{' and energy' if has_energy else ''}: {level_words(report, work.throughput_level)}. "
-        f"Latencies{' and goodput' if work.slo else ''}: {level_words(report, work.latency_level)}, Poisson "
-        f"arrivals, timed from when each request was due ({work.rate_rule}).",
+        f"Latencies: {level_words(report, work.latency_level)}, Poisson arrivals, timed from when each "
+        f"request was due ({work.rate_rule}).",
         f"Perplexity and KL (nats per token, against {report.reference}): {report.text.name}, "
         f"{report.text.protocol}.",
         *(
@@ -60,7 +61,11 @@ def explanations(report: Report) -> list[str]:
             if any(row.quality and row.quality.greedy for row in report.rows)
             else []
         ),
-        *([f"Goodput counts requests with {work.slo.said}."] if work.slo else []),
+        *(
+            [f"Goodput: requests with {work.slo.said}, at {level_words(report, goodput_level(report))}."]
+            if work.slo
+            else []
+        ),
         *([report.kv_note] if report.kv_note else []),
     ]
     for row in report.rows:
@@ -77,6 +82,12 @@ def explanations(report: Report) -> list[str]:
                 if apart.exceeds and not apart.is_flagged
             ]
     return said
+
+
+def goodput_level(report: Report) -> str:
+    """Id of the highest rate: where a verdict with an SLO looks first, because there modes part."""
+    rated = [level for row in report.rows for level in row.levels if not level.is_closed]
+    return max(rated, key=lambda level: level.rate_per_s).id if rated else report.workload.latency_level
 
 
 def level_words(report: Report, id: str) -> str:

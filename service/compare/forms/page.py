@@ -20,7 +20,7 @@ from service.compare.forms.columns import (
     columns,
     unit_of_sizes,
 )
-from service.compare.forms.notes import level_words, reason, warnings
+from service.compare.forms.notes import goodput_level, level_words, reason, warnings
 from service.compare.forms.pictures import marks, parts_of, pictures
 from service.compare.forms.tables import answer
 from service.compare.forms.words import MILLISECONDS, NO_VERDICT, amount
@@ -104,6 +104,7 @@ def render_page(report: Report) -> str:
             for section, found in pictures(report).items()
         },
         sizes=unit_of_sizes(report),
+        goodput_level=goodput_level(report),
         level_words=lambda id: level_words(report, id),
         level_ids=list(dict.fromkeys(level.id for row in measured for level in row.levels)),
         latencies=[column for column in columns(report, ALL_LATENCIES) if column.is_latency],

@@ -9,7 +9,7 @@ from service import ledger
 from service.compare.figures import Interval, effect
 from service.compare.forms.curves import Dot, Point, front
 from service.compare.forms.load_pictures import load_pictures
-from service.compare.forms.notes import level_words
+from service.compare.forms.notes import goodput_level, level_words
 from service.compare.forms.rows import Bar, Difference, Stack, bars, intervals, stacks
 from service.compare.forms.svg import Mark, Picture
 from service.compare.forms.words import (
@@ -52,7 +52,7 @@ def differences(report: Report) -> list[tuple[str, str, str, str]]:
         ("Tokens/s", "output_tokens_per_s", wide, "right"),
         ("Time to first token, p95", "ttft_p95_s", rate, "left"),
         ("Time between tokens, p95", "itl_p95_s", rate, "left"),
-        ("Requests/s that met the SLO", "goodput_per_s", rate, "right"),
+        ("Requests/s that met the SLO", "goodput_per_s", goodput_level(report), "right"),
         ("Joules per output token", "joules_per_output_token", wide, "left"),
     ]
 

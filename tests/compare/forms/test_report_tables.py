@@ -140,3 +140,12 @@ def test_failed_requests_are_warned_of() -> None:
     told = replace(report, rows=[replace(first, levels=levels), *report.rows[1:]])
     assert warnings(told) == ["bf16, 1 stream: 2 requests failed, 1 answers were short."]
     assert warnings(report) == []
+
+
+def test_goodput_is_told_where_the_verdict_looks() -> None:
+    """At the highest rate; the middle one, where latencies are, parts no modes."""
+    report = made_up()
+    wanted = report.rows[2].figure("goodput_per_s", "open-16")
+    assert wanted is not None
+    assert float(lines_of(modes_csv(report))[2]["goodput_per_s"]) == wanted.estimate
+    assert "Goodput: with TTFT <= 500 ms, ITL <= 30 ms, at 16 requests/s." in explanations(report)
