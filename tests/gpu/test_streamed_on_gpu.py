@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from service.engine.evaluate import Evaluation
-from service.engine.startup import Serving, load_model, start
+from service.engine.sources import open_model
+from service.engine.startup import Serving, load, start
 from service.errors import DeviceError
 from service.messages import EngineConfig, Evaluate, Evaluated
 from service.model.hub import PRESETS
@@ -57,7 +58,8 @@ def test_a_reference_beyond_the_budget_is_asked_all_the_same() -> None:
     assert found.windows is not None
     assert len(found.windows.reference_nll) == len(WINDOWS)
     with pytest.raises(DeviceError, match="no room"):
-        load_model(config, "bf16", serving.model.device, lambda *_: None)
+        device, untold = serving.model.device, lambda *_: None
+        load(config, *open_model(config, "bf16", device, untold), device, untold, None)
 
 
 def test_a_model_streamed_is_the_model_served() -> None:
