@@ -57,8 +57,8 @@ def test_a_reference_beyond_the_budget_is_asked_all_the_same() -> None:
     assert found.kl_mean > 0
     assert found.windows is not None
     assert len(found.windows.reference_nll) == len(WINDOWS)
+    device, untold = serving.model.device, lambda *_: None
     with pytest.raises(DeviceError, match="no room"):
-        device, untold = serving.model.device, lambda *_: None
         load(config, *open_model(config, "bf16", device, untold), device, untold, None)
 
 
