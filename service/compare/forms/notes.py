@@ -61,11 +61,7 @@ def explanations(report: Report) -> list[str]:
             if any(row.quality and row.quality.greedy for row in report.rows)
             else []
         ),
-        *(
-            [f"Goodput: requests with {work.slo.said}, at {level_words(report, goodput_level(report))}."]
-            if work.slo
-            else []
-        ),
+        *([f"Goodput: with {work.slo.said}, at {at_most}."] if work.slo else []),
         *([report.kv_note] if report.kv_note else []),
     ]
     for row in report.rows:
