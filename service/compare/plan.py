@@ -128,7 +128,11 @@ class Plan:
         ]
 
     def settings_of(self, mode: Mode) -> Settings:
-        return self.settings.model_copy(update={"precision": mode.precision, "kv_dtype": mode.kv_dtype})
+        """What a mode's engine is started with; a checkpoint of its own is read by the model's tokenizer."""
+        changes = {"precision": mode.precision, "kv_dtype": mode.kv_dtype}
+        if mode.checkpoint:
+            changes["tokenizer"] = str(self.settings.tokenizer_folder(self.model_path))
+        return self.settings.model_copy(update=changes)
 
     def path_of(self, mode: Mode) -> Path:
         return self.checkpoints.get(mode.name, self.model_path)

@@ -72,7 +72,8 @@ def judge(case: Case) -> Verdict:
     passed, rejected = sift(case)
     tied = leaders(case, passed)
     base = next((row for row in tied if row.name == case.reference), None)
-    chosen = None if base and len(tied) > 1 else closest(case, tied)
+    is_open = len(tied) > 1 and (base is not None or not all(is_told(case, tied[0], row) for row in tied[1:]))
+    chosen = None if is_open else closest(case, tied)
     for row in passed:
         if row not in tied:
             rejected[row.name] = behind(case, tied[0], row)
@@ -88,8 +89,8 @@ def judge(case: Case) -> Verdict:
         )
     elif chosen is None:
         headline = (
-            f"For {case.place}: nothing is established to be ahead of {case.reference} and good enough; this "
-            f"run cannot tell {listed(names)} apart."
+            f"For {case.place}: nothing is established. Of what is good enough, this run cannot tell "
+            f"{listed(names)} apart in speed."
         )
     else:
         headline = f"For {case.place}: deploy {chosen.name}."
@@ -149,6 +150,13 @@ def leaders(case: Case, rows: Sequence[Row]) -> list[Row]:
             if row is not best and effect(figure, case.ratio(best, row, figure, level)) != "better"
         ]
     return tied
+
+
+def is_told(case: Case, one: Row, other: Row) -> bool:
+    """Is the difference of two modes known with an interval? Not from one repeat."""
+    figure, level = case.figures[-1]
+    found = case.ratio(one, other, figure, level)
+    return found is not None and found.low is not None
 
 
 def closest(case: Case, tied: Sequence[Row]) -> Row | None:
@@ -252,7 +260,11 @@ def costs(case: Case, chosen: Row) -> list[str]:
 
 def sureness(case: Case, chosen: Row | None) -> list[str]:
     """What the intervals can carry, and what would have to be measured to be surer."""
-    said = [case.null.said] if case.null else ["the null comparison was not measured"]
+    repeats = max((row.num_repeats for row in case.rows), default=0)
+    said = [
+        f"every figure is the mean of {repeats} engines" if repeats > 1 else "every figure is of one engine"
+    ]
+    said.append(case.null.said if case.null else "the null comparison was not measured")
     own = case.null.row.ratio(SPEED, case.throughput_level) if case.null else None
     if own is not None:
         said.append(f"the same weights measured twice differ in tokens/s by {percent_of(own)}")

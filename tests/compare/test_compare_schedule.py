@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from service.compare.mode import Advance, Finished, Job
 from service.compare.options import CompareOptions, parse_levels
 from service.compare.report import Report, shipped_schema
 from service.errors import HalftoneError, PrecisionError, SettingError, ShortageError, SystemProblem
@@ -148,6 +149,24 @@ def test_a_reference_that_does_not_fit_has_quality_and_no_speed(fake: Compare, t
     assert report.verdict.deploy == "nf4"
     assert report.verdict.rejected["bf16"] == first.error
     assert "needs 16.1 GB, has 8.0 GB" in (tmp_path / "report/report.html").read_text()
+
+
+def test_a_checkpoint_of_its_own_is_served_with_the_models_tokenizer(
+    fake: Compare, model_path: Path, tmp_path: Path
+) -> None:
+    started: dict[str, tuple[Path, str, str]] = {}
+
+    class Noting(FakeTurns):
+        async def measure(self, job: Job, advance: Advance) -> Finished:
+            settings = job.plan.settings_of(job.mode)
+            started[job.mode.name] = (job.plan.path_of(job.mode), settings.tokenizer, settings.kv_dtype)
+            return await super().measure(job, advance)
+
+    own = tmp_path / "own"
+    own.mkdir()
+    fake(Noting(), f"bf16,awq={own}", checkpoints={"awq": own})
+    assert started["bf16"] == started["bf16 again"] == (model_path, "", "auto")
+    assert started["awq"] == (own, str(model_path), "auto")
 
 
 def test_where_nothing_starts_there_are_reasons_alone(fake: Compare) -> None:

@@ -200,6 +200,7 @@ def test_nothing_is_deployed_where_intervals_overlap_with_the_reference() -> Non
     assert verdict.deploy == ""
     assert set(verdict.tied) == {"bf16", "int8"}
     assert "cannot tell" in verdict.headline
+    assert any("mean of 3 engines" in said for said in verdict.sureness)
 
 
 def test_modes_that_speed_cannot_tell_apart_are_told_apart_by_what_is_known() -> None:
@@ -246,6 +247,9 @@ def test_one_run_establishes_nothing() -> None:
         return Interval(estimate=1.3, low=None, high=None, n=1)
 
     assert judge(replace(case(*rows), ratio=once)).deploy == ""
+    # nor without the reference, which may not fit
+    others = (rows[1], msgspec.structs.replace(rows[1], mode=Mode(name="fp8", precision="fp8")))
+    assert judge(replace(case(*others), ratio=once)).deploy == ""
 
 
 def test_failures_and_other_servers_are_no_candidates() -> None:
