@@ -243,6 +243,7 @@ def account(
             "file": str(options.trace),
             "sha256": trace.sha256,
             "num_requests": len(trace.requests),
+            "shares_beginnings": any(request.hash_ids for request in workload.trace),
             "num_too_long": len(trace.requests) - len(workload.trace),
         },
         "ignore_eos": workload.ignore_eos,

@@ -34,7 +34,7 @@ class Level:
         if self.kind == "closed":
             return f"{self.concurrency} stream{'s' if self.concurrency > 1 else ''}"
         if self.kind == "trace":
-            return "trace" if self.speed == 1 else f"trace, {self.speed:g} times as fast"
+            return "trace" if self.speed == 1 else f"trace x{self.speed:g}"
         return f"{self.rate_per_s:g} requests/s" + (", even" if self.kind == "constant" else "")
 
     @property

@@ -129,12 +129,14 @@ def times(result: dict[str, Any]) -> Table:
 def doubts(result: dict[str, Any]) -> list[str]:
     """What makes a figure wrong, or less than it seems."""
     said = []
+    trace = result["workload"]["trace"]
     for level in result["levels"]:
         figures, label = level["figures"], level["label"]
         said += [f"{label}: {count} x {error}" for error, count in figures["errors"].items()]
         if figures["num_short"]:
             said.append(f"{label}: {figures['num_short']} answers are shorter than what was asked for")
-        if figures["cached_tokens"] > CACHED_SHARE * figures["prompt_tokens"]:
+        shares = trace and trace["shares_beginnings"]
+        if figures["cached_tokens"] > CACHED_SHARE * figures["prompt_tokens"] and not shares:
             share = figures["cached_tokens"] / figures["prompt_tokens"]
             said.append(
                 f"{label}: {100 * share:.0f} % of the prompts' tokens came from the server's prefix cache; "
@@ -212,6 +214,14 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     if any("events" in figures["counted_by"] for figures in levels):
         said.append("the server sends no usage; each event with a text counts as one token")
+    if trace and trace["shares_beginnings"]:
+        cached, prompt = (
+            sum(figures[name] for figures in levels) for name in ("cached_tokens", "prompt_tokens")
+        )
+        said.append(
+            f"requests begin alike as in the trace; {100 * cached / max(1, prompt):.0f} % of the prompts' "
+            "tokens came from the server's prefix cache"
+        )
     brought = [figures["tokens_per_event"] for figures in levels if "usage" in figures["counted_by"]]
     if brought:
         said.append(

@@ -28,7 +28,7 @@ def test_constant_arrivals_are_even_whatever_the_seed() -> None:
 def test_a_trace_is_replayed_at_its_speed() -> None:
     level = Level("trace", recorded_s=(0.0, 1.0, 6.0), speed=2)
     assert level.due_s(3, seed=1) == (0, 0.5, 3)
-    assert level.label == "trace, 2 times as fast"
+    assert level.label == "trace x2"
     assert level.arrivals == {"kind": "trace", "speed": 2, "recorded_s": 6.0}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_server import full_answer, run_against
+from scripted_server import event, full_answer, run_against, sse, usage_of
 
 SMALL = ("--output-tokens", "5", "--input-tokens", "4", "--clients", "1")
 
@@ -139,6 +139,23 @@ def test_a_trace_is_replayed_with_its_lengths_and_times(
     assert result["workload"]["trace"]["num_too_long"] == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "1 of the trace's 4 requests are longer than the model's window" in said
+
+
+def test_what_a_trace_shares_is_no_reason_to_doubt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reuse of its beginnings is what the trace asks for; elsewhere it is a prompt that came before."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 4, "output_length": 5, "hash_ids": [1]}\n' * 2)
+
+    def cached(request: dict[str, Any]) -> bytes:
+        return sse(event("a", finish="length"), {"choices": [], "usage": usage_of(5, prompt=4, cached=3)})
+
+    flags = ["--trace", str(path), "--warmup", "0"]
+    assert run_against(cached, tmp_path / "o", *flags)[0] == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "begin alike as in the trace; 75 % of the prompts' tokens came from" in said
+    assert "another `--seed`" not in said
 
 
 @pytest.mark.parametrize(
