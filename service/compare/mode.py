@@ -241,7 +241,8 @@ async def evaluate(job: Job, host: Host, advance: Advance) -> Quality:
         reference=reference.precision,
         # the weights that divergence is from are the model's, whatever this mode serves
         reference_path=str(job.plan.model_path) if job.mode.checkpoint else "",
-        prompts=job.prompts if job.mode != reference else (),
+        # of the reference too: where its decode parts from its own prefill is the floor of the others' figure
+        prompts=job.prompts,
         greedy_tokens=GREEDY_TOKENS,
         progress=lambda message: advance("quality", message.done / max(message.total, 1)),
     )

@@ -112,7 +112,9 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.field(default_factory=dict)
     )
     top1: Annotated[Interval | None, described("top1_agreement with its interval")] = None
-    greedy: Annotated[Greedy | None, described("Null: of the reference itself, or not measured")] = None
+    greedy: Annotated[
+        Greedy | None, described("Of the reference: what rounding alone parts. Null: not measured")
+    ] = None
 
 
 class Purchase(msgspec.Struct, frozen=True, kw_only=True):

@@ -56,7 +56,8 @@ def explanations(report: Report) -> list[str]:
         *(
             [
                 "Same answer: greedy answers equal to the reference's as far as was looked; below, the "
-                "median number of tokens before the first that differs."
+                "median number of tokens before the first that differs. In the reference's own row: where "
+                "its decode parts from its prefill, by rounding alone."
             ]
             if any(row.quality and row.quality.greedy for row in report.rows)
             else []
