@@ -103,8 +103,8 @@ def figures(made: Made, streams: int, rate_per_s: float, repeats: int, *, relati
     crowd = 1.0 if relative else 1 + (rate_per_s / speed / 12) ** 4 + streams / 40
     spread = made.spread * (1.5 if relative else 1.0)
 
-    def of(value: float) -> Interval:
-        return interval(value if not relative else 1.0, spread, repeats)
+    def good(of_speed: float) -> float:
+        return rate_per_s / (1 + (rate_per_s / of_speed / 11) ** 6)
 
     def latency(seconds: float) -> Interval:
         return interval((1.0 if relative else seconds * crowd) / speed, spread, repeats)
@@ -113,7 +113,9 @@ def figures(made: Made, streams: int, rate_per_s: float, repeats: int, *, relati
     found = {
         "output_tokens_per_s": interval(tokens_per_s * speed, spread, repeats),
         "requests_per_s": interval(tokens_per_s * speed / (1 if relative else 128), spread, repeats),
-        "goodput_per_s": of(rate_per_s / (1 + (rate_per_s / speed / 11) ** 6)) if rate_per_s else None,
+        "goodput_per_s": interval(good(speed) / (good(1.0) if relative else 1.0), spread, repeats)
+        if rate_per_s
+        else None,
         "joules_per_output_token": interval((1.0 if relative else 1.9 / load**0.5) / speed, spread, repeats),
         "joules_per_token": interval((1.0 if relative else 0.9 / load**0.5) / speed, spread, repeats),
     }
