@@ -118,6 +118,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     client_cpu_share: Annotated[float, described("Of one core, taken by the load generator itself")]
     client_lag_p99_s: Annotated[float, described("How late the load generator woke up")]
     raw: Annotated[str, described("File beside the report with every request's timestamps")]
+    disagreements: Annotated[
+        list[str], described("Where the server's own counts and the generator's are more than 5 % apart")
+    ] = []
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True):

@@ -121,6 +121,11 @@ def read_run(raw: Path, turn: Turn, phase: Phase, slo: Slo | None, power: PowerL
         client_cpu_share=client["cpu_share"],
         client_lag_p99_s=(client["lag_s"] or {"p99": 0.0})["p99"],
         raw=f"{raw.parent.name}/{raw.name}",
+        disagreements=[
+            f"{name}: the server counts {100 * figure['difference']:+.1f} %"
+            for name, figure in run["server_check"]["figures"].items()
+            if not figure["agrees"]
+        ],
     )
 
 

@@ -8,6 +8,7 @@ import json
 import random
 from pathlib import Path
 
+from loadtest.check import unchecked
 from loadtest.statistics import Record, summarize
 from service.compare.figures import Interval
 from service.compare.loads import read_run
@@ -41,6 +42,7 @@ def write_raw(raw: Path, phase: Phase, slowness: float = 1.0, noise: float = 0.0
         "monotonic_s": 0.0,
         "summary": summarize(records),
         "client": {"cpu_share": 0.01, "lag_s": None},
+        "server_check": unchecked("no server"),
         "requests": [dataclasses.asdict(record) for record in records],
     }
     raw.write_text(json.dumps({"levels": [{"runs": [run]}]}))

@@ -291,6 +291,16 @@ def test_a_disagreement_of_decode_is_flagged() -> None:
     assert "apart" not in read(report).words.replace("standard errors apart", "")
 
 
+def test_a_run_that_the_server_counts_otherwise_says_so() -> None:
+    report = made_up()
+    (level, *others), rows = report.rows[1].levels, [*report.rows]
+    said = "sum of TTFT, s: the server counts -7.1 %"
+    level = replace(level, runs=[replace(level.runs[0], disagreements=[said]), *level.runs[1:]])
+    rows[1] = replace(rows[1], levels=[level, *others])
+    assert said in read(replace(report, rows=rows)).words
+    assert "the server counts" not in read(report).words
+
+
 def test_an_8_bit_cache_is_told() -> None:
     report = made_up()
     coded = replace(report, rows=[replace(one, kv_dtype="int8") for one in report.rows])
