@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from service import ledger
 from service.compare.figures import Latency
-from service.compare.forms import svg
+from service.compare.forms import rows, svg
 from service.compare.forms.columns import (
     ALL_LATENCIES,
     Cell,
@@ -26,30 +26,6 @@ from service.compare.forms.tables import answer
 from service.compare.forms.words import MILLISECONDS, NO_VERDICT, amount
 from service.compare.forms.words import measured as written
 from service.compare.report import Report, Row
-
-
-@dataclass(frozen=True)
-class Shade:
-    """One part of a stack: lightness alternates, so that neighbours differ on grey paper too."""
-
-    fill: str
-    ink: str
-
-
-SHADES = (
-    Shade("#1f3a52", "#fff"),
-    Shade("#e0a15a", "#000"),
-    Shade("#5f8fb4", "#000"),
-    Shade("#24614c", "#fff"),
-    Shade("#b9d3c6", "#000"),
-    Shade("#6d4b88", "#fff"),
-    Shade("#cdbcdc", "#000"),
-    Shade("#7c4a2a", "#fff"),
-    Shade("#d9d9d4", "#000"),
-    Shade("#4c5257", "#fff"),
-    Shade("#a9b0b5", "#000"),
-    Shade("#8c2f4b", "#fff"),
-)
 
 
 @dataclass(frozen=True)
@@ -93,7 +69,6 @@ def render_page(report: Report) -> str:
     held = [(row, parts_of(row.memory)) for row in report.rows if row.memory]
     return template().render(
         report=report,
-        base=report.reference_row,
         marks={name: Markup(legend(mark)) for name, mark in marks(report).items()},
         columns=shown,
         spans={row.name: spans(row, shown) for row in report.rows},
@@ -119,7 +94,7 @@ def render_page(report: Report) -> str:
         ledger=ledger.PARTS,
         part_names=list(dict.fromkeys(part for _, parts in held for part in parts)),
         num_colours=svg.NUM_COLOURS,
-        shades=SHADES,
+        shades=rows.SHADES,
     )
 
 
@@ -155,14 +130,15 @@ def tiles(report: Report) -> list[Tile]:
     chosen = report.verdict.deploy if report.verdict else ""
     row = next((row for row in report.rows if row.name == chosen), None)
     base = report.reference_row
-    if row is None or base is None:
+    if row is None:
         return []
     found = []
     for column in columns(report):
-        cell, other = column.cell(row), column.cell(base)
+        cell = column.cell(row)
         if column.group == "start" or not cell.is_known or cell.value == NO_VERDICT:
             continue
-        beside = "" if row is base or not other.is_known else other.value
+        other = column.cell(base) if base and base is not row else None
+        beside = other.value if other and other.is_known else ""
         found.append(Tile(column.title, column.unit, beside, cell))
     return found
 

@@ -10,7 +10,7 @@ from service.compare.figures import Interval, effect
 from service.compare.forms.curves import Dot, Point, front
 from service.compare.forms.load_pictures import load_pictures
 from service.compare.forms.notes import goodput_level, level_words
-from service.compare.forms.rows import Bar, Difference, Stack, bars, intervals, stacks
+from service.compare.forms.rows import SHADES, Bar, Difference, Stack, bars, intervals, stacks
 from service.compare.forms.svg import Mark, Picture
 from service.compare.forms.words import (
     PLAIN,
@@ -186,7 +186,12 @@ def place_of(words: str) -> int:
 def large_parts(rows: Sequence[dict[str, int]]) -> list[dict[str, int]]:
     """Parts that nobody could see in any stack become one: there are more of them than letters are read."""
     least = SMALLEST_PART * max(sum(parts.values()) for parts in rows)
-    large = {name for parts in rows for name, size in parts.items() if size >= least}
+    largest: dict[str, int] = {}
+    for parts in rows:
+        for name, size in parts.items():
+            largest[name] = max(size, largest.get(name, 0))
+    named = sorted(largest, key=lambda name: -largest[name])[: len(SHADES) - 1]
+    large = {name for name in named if largest[name] >= least}
     found = []
     for parts in rows:
         shown = {name: size for name, size in parts.items() if name in large}

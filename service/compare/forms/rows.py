@@ -31,6 +31,30 @@ MARK_ROOM = 14
 
 
 @dataclass(frozen=True)
+class Shade:
+    """One part of a stack: lightness alternates, so that neighbours differ on grey paper too."""
+
+    fill: str
+    ink: str
+
+
+SHADES = (
+    Shade("#1f3a52", "#fff"),
+    Shade("#e0a15a", "#000"),
+    Shade("#5f8fb4", "#000"),
+    Shade("#24614c", "#fff"),
+    Shade("#b9d3c6", "#000"),
+    Shade("#6d4b88", "#fff"),
+    Shade("#cdbcdc", "#000"),
+    Shade("#7c4a2a", "#fff"),
+    Shade("#d9d9d4", "#000"),
+    Shade("#4c5257", "#fff"),
+    Shade("#a9b0b5", "#000"),
+    Shade("#8c2f4b", "#fff"),
+)
+
+
+@dataclass(frozen=True)
 class Difference:
     """A difference and its interval; `words` are printed at the line's end."""
 

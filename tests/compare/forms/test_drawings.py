@@ -5,10 +5,11 @@ import re
 import msgspec
 import pytest
 
+from service import ledger
 from service.compare.figures import Interval
 from service.compare.forms.curves import Curve, Dot, Event, Level, Point, apart, curves, front, height_at
 from service.compare.forms.pictures import pictures
-from service.compare.forms.rows import Bar, Difference, bars, intervals
+from service.compare.forms.rows import SHADES, Bar, Difference, bars, intervals
 from service.compare.forms.svg import NUM_COLOURS, Mark, log_ticks, number, shortened, ticks
 from service.compare.forms.words import amount, signed
 from tests.compare.made_up import GRID, TEN, made_up
@@ -201,3 +202,15 @@ def test_an_objective_is_drawn_at_its_height() -> None:
         drawn, legend = attribute(svg, "y1", "level")
         assert high < drawn < low < legend
         assert "SLO: 200 ms" in svg
+
+
+def test_there_is_a_shade_for_every_part_that_is_drawn() -> None:
+    report = made_up()
+    memory = report.rows[0].memory
+    assert memory is not None
+    many = msgspec.structs.replace(memory, parts={part.name: 1_000_000_000 for part in ledger.PARTS})
+    rows = [msgspec.structs.replace(report.rows[0], memory=many), *report.rows[1:]]
+    (picture, *_) = pictures(msgspec.structs.replace(report, rows=rows))["memory"]
+    places = {int(place) for place in re.findall(r'class="part p(\d+)"', picture.svg)}
+    assert places == set(range(len(SHADES)))
+    assert "smaller parts" in picture.svg

@@ -227,6 +227,11 @@ def test_a_reference_to_deploy_costs_what_others_save() -> None:
     assert "same answer % of greedy" not in words[: words.index("Why")]
 
 
+def test_a_mode_to_deploy_has_its_figures_where_the_reference_does_not_fit() -> None:
+    words = read(large_reference(made_up())).words
+    assert "weights GB 9.08 peak GB 13.6 tokens/s 1,973 goodput" in words[: words.index("Why")]
+
+
 def test_an_unfinished_run_has_no_verdict_and_names_what_it_lacks() -> None:
     words = read(replace(with_failures(made_up()), not_measured=["nf4", "awq"])).words
     assert "No verdict: the run is not complete" in words
