@@ -82,10 +82,16 @@ def judge(case: Case) -> Verdict:
     if not tied:
         headline = f"No mode can be deployed from what was measured: {case.place}."
     elif not case.judges_quality:
-        ahead = f"{names[0]} is" if len(names) == 1 else f"{listed(names)}, which cannot be told apart, are"
+        figure = DECIDING[case.figures[-1][0]]
+        if len(names) == 1:
+            found = f"{names[0]} is ahead in {figure}"
+        elif len(tied) < len(passed):
+            found = f"{listed(names)} are ahead in {figure}, and cannot be told apart"
+        else:
+            found = f"{listed(names)} cannot be told apart in {figure}"
         headline = (
-            f"For {case.place}: {ahead} ahead in {DECIDING[case.figures[-1][0]]}. The weights are random, so "
-            "there is no verdict on quality, and none on what to deploy."
+            f"For {case.place}: {found}. The weights are random, so there is no verdict on quality, and none "
+            "on what to deploy."
         )
     elif chosen is None:
         headline = (

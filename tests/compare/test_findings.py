@@ -225,6 +225,9 @@ def test_random_weights_deploy_nothing() -> None:
     assert "nf4 is ahead" in verdict.headline
     assert "random" in verdict.headline
     assert not any("perplexity" in cost for cost in verdict.costs)
+    alike = judge(case(row("bf16", 1.0), row("nf4", 1.01), judges_quality=False))
+    assert "cannot be told apart in tokens/s" in alike.headline
+    assert "ahead" not in alike.headline
 
 
 def test_a_service_level_decides_first() -> None:
