@@ -104,6 +104,8 @@ def walk(shapes: Shapes, sizes: Iterable[int]) -> None:
     steps = Steps(shapes)
     steps.prompts(PROMPT_TOKENS)
     steps.prompts(PROMPT_TOKENS, behind=LONG_TOKENS)
+    if steps.scales is not None and not shapes.deterministic:
+        steps.prompts_in_place()
     if shapes.deterministic:
         steps.prompts(MANY_TOKENS)
     if shapes.int8 or shapes.linears == "fp8":
@@ -144,6 +146,20 @@ class Steps:
         deterministic = self.shapes.deterministic
         plan = plan_attention(tables, [0, num_tokens], [length], 0, deterministic=deterministic)
         self.layers(num_tokens, plan)
+
+    def prompts_in_place(self) -> None:
+        """Attention of prompts that see too much of a coded cache for its pages to be copied."""
+        from service.kernels.coded_attention.triton import COPIED_TOKENS, coded_attention
+        from service.kernels.paged_attention.plan import plan_attention
+
+        assert self.scales is not None
+        context_tokens = self.max_blocks * BLOCK_TOKENS
+        num_prompts = COPIED_TOKENS // context_tokens + 1
+        tables = empty(num_prompts, self.max_blocks, dtype=torch.int32)
+        plan = plan_attention(tables, [*range(num_prompts + 1)], [context_tokens] * num_prompts, 0)
+        config = self.shapes.config
+        q = self.activations(num_prompts, config.num_heads, config.head_dim)
+        coded_attention(q, self.keys, self.values, self.scales, plan, config.attention_scale)
 
     def decode(self, num_rows: int) -> None:
         from service.kernels.paged_attention.plan import decode_plan

@@ -11,6 +11,8 @@ from service import device as devices
 from service.engine.engine import Engine, Limits
 from service.engine.shortage import MIB, shortage
 from service.errors import PrecisionError
+from service.kernels.coded_attention import workspace_bytes
+from service.kernels.kv_codes import is_coded
 from service.messages import NO_MEMORY, Sampling, Submit
 from service.model.batch import BLOCK_TOKENS
 from service.model.decoder import DecoderLayer
@@ -42,6 +44,7 @@ def warm_up(model: ModelInstance, num_tokens: int, num_requests: int) -> Engine:
     kv = model.new_kv(num_tokens // BLOCK_TOKENS + 2)
     limits = Limits(num_tokens + 1, num_tokens, min(num_requests, num_tokens), model.config.vocab_size)
     engine = Engine(model, kv, limits, model.device, deterministic=model.decoder.deterministic)
+    touch_workspace(model)
     ids = count()
     engine.add(Submit(next(ids), [0] * (num_tokens - 1), Sampling(2, top_p=0.5, ignore_eos=True)))
     run(engine, model)
@@ -53,6 +56,14 @@ def warm_up(model: ModelInstance, num_tokens: int, num_requests: int) -> Engine:
     touch_kernels(model, num_tokens, num_requests)
     devices.synchronize(model.device)
     return engine
+
+
+def touch_workspace(model: ModelInstance) -> None:
+    """Attention over 8-bit codes may need more behind a long prefix than in a largest step without one."""
+    if is_coded(model.kv_dtype):
+        config = model.config
+        num_bytes = workspace_bytes(config.num_kv_heads, config.head_dim, model.dtype, model.device)
+        torch.empty(num_bytes, dtype=torch.uint8, device=model.device)
 
 
 @torch.inference_mode()

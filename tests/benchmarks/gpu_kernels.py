@@ -20,6 +20,7 @@ from torch import Tensor
 from service.kernels import launch
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.coded_attention import triton as coded
+from service.kernels.decode_splits.triton import PROGRAMS
 from service.kernels.dense_linear import dense_linear
 from service.kernels.dense_linear import triton as linear
 from service.kernels.fixed_linear import triton as fixed
@@ -134,7 +135,7 @@ def decode(rows: int, keys: list[Tensor], values: list[Tensor], sweep: bool) -> 
     for shape in ATTENTION_SHAPES if sweep else ():
         attention.decode_shape = lambda *_, found=shape: found
         for splits in (1, 2, 4, 8, 16, 32):
-            if rows * KV_HEADS * splits <= 4 * attention.PROGRAMS:
+            if rows * KV_HEADS * splits <= 4 * PROGRAMS:
                 got = microseconds(attend(splits))
                 show(rows, f"decode {shape} splits {splits}", got, num_bytes)
     attention.decode_shape = usual
@@ -207,9 +208,6 @@ def kv8_prefill(chunk: int, earlier: int, sweep: bool) -> None:
 
         def timed(cache: Coded = cache) -> float:
             plan = plan_attention(tables, [0, chunk], [chunk + earlier], 0)
-            # copied to the device before the capture, which could not
-            for module in (attention, coded):
-                plan.tiles(module.prefill_shape(HEAD_DIM, HALF)[0] // (HEADS // KV_HEADS))
             return microseconds(lambda i: cache.attend(i, q, plan), 4)
 
         def written(i: int, cache: Coded = cache) -> Tensor:
@@ -218,11 +216,16 @@ def kv8_prefill(chunk: int, earlier: int, sweep: bool) -> None:
             return rotary_kv(qkv, cos, sin, positions, slots, None, None, 1e-5, *caches)
 
         show(chunk, f"prefill behind {earlier} in {cache.name}", timed())
+        usual_tokens = coded.COPIED_TOKENS
+        for tokens, way in ((0, "in place"), (1 << 20, "copied")) if is_coded(dtype) else ():
+            coded.COPIED_TOKENS = tokens
+            show(chunk, f"prefill behind {earlier} in {cache.name}, {way}", timed())
+        coded.COPIED_TOKENS = 0
         usual = coded.prefill_shape
         for shape in CODED_PREFILL_SHAPES if sweep and is_coded(dtype) else ():
             coded.prefill_shape = lambda *_, found=shape: found
             show(chunk, f"prefill behind {earlier} in {cache.name} {shape}", timed())
-        coded.prefill_shape = usual
+        coded.prefill_shape, coded.COPIED_TOKENS = usual, usual_tokens
         if not earlier:
             show(chunk, f"rotary_kv into {cache.name}", microseconds(written, 4))
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from service.engine.engine import Engine
 from service.engine.startup import start
-from service.kernels.coded_attention import coded_attention
+from service.kernels.coded_attention import coded_attention, workspace_bytes
+from service.kernels.coded_attention import triton as kernels
 from service.kernels.kv_codes import dequantized, quantized
 from service.kernels.paged_attention import AttentionPlan, decode_plan, plan_attention
 from service.kernels.rotary_kv import coded, rotary_kv
@@ -93,6 +94,7 @@ def test_decode(
 @CODES
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype", "window", "softcap"), SHAPES)
 def test_mixed_batch(
+    monkeypatch: pytest.MonkeyPatch,
     heads: int,
     kv_heads: int,
     head_dim: int,
@@ -101,13 +103,29 @@ def test_mixed_batch(
     softcap: float,
     codes: torch.dtype,
 ) -> None:
-    """Decode rows, whole prompts, chunks behind a prefix, one long chunk."""
+    """Decode rows, whole prompts, chunks behind a prefix, one long chunk; codes copied, and read in place."""
     lengths = [5, 700, 1, 40, 1030, 2, 512, 1500]
     chunks = [1, 1, 1, 40, 1030, 2, 100, 17]
     cache = CodedCache(lengths, kv_heads, head_dim, dtype, codes)
     starts = [sum(chunks[:i]) for i in range(len(chunks) + 1)]
     q = torch.randn(starts[-1], heads, head_dim, device=CUDA).to(dtype)
-    cache.check(q, plan_attention(cache.tables, starts, lengths, 3), starts, window, softcap)
+    for copied_tokens in (sum(lengths[3:]), 0):
+        monkeypatch.setattr(kernels, "COPIED_TOKENS", copied_tokens)
+        cache.check(q, plan_attention(cache.tables, starts, lengths, 3), starts, window, softcap)
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_RMS)
+def test_prompts_take_the_workspace_that_was_told(dtype: torch.dtype) -> None:
+    lengths = [kernels.COPIED_TOKENS // 2, kernels.COPIED_TOKENS // 2]
+    cache = CodedCache(lengths, 2, 64, dtype, torch.int8)
+    q = torch.randn(6, 4, 64, device=CUDA).to(dtype)
+    plan = plan_attention(cache.tables, [0, 3, 6], lengths, 0)
+    cache.attend(q, plan, 0, 0.0)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    cache.attend(q, plan, 0, 0.0)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert 0 <= taken - workspace_bytes(2, 64, dtype, CUDA) < 1 << 16
 
 
 @CODES

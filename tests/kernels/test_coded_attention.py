@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from service.kernels.coded_attention import coded_attention, coded_attention_kernel
+from service.kernels.coded_attention import coded_attention, coded_attention_kernel, workspace_bytes
 from service.kernels.paged_attention import decode_plan, plan_attention
 from tests.kernels.coded_pages import CodedPages
 from tests.kernels.interpreter import interpreted
@@ -79,8 +79,11 @@ SHAPES = pytest.mark.parametrize(
 
 @SHAPES
 @pytest.mark.parametrize("wild", [False, True])
+@pytest.mark.parametrize("copied_tokens", [0, sum(LENGTHS[NUM_DECODE:])], ids=["in_place", "copied"])
 def test_mixed_batch_equals_reference(
     kernels: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    copied_tokens: int,
     kv_heads: int,
     group: int,
     head_dim: int,
@@ -95,6 +98,7 @@ def test_mixed_batch_equals_reference(
     starts = [sum(CHUNKS[:i]) for i in range(len(CHUNKS) + 1)]
     q = torch.randn(starts[-1], kv_heads * group, head_dim).to(dtype)
     want = pages.reference(q, starts, LENGTHS, window, softcap)
+    monkeypatch.setattr(kernels, "COPIED_TOKENS", copied_tokens)
     for attention in (kernels.coded_attention, coded_attention):
         plan = plan_attention(pages.tables, starts, LENGTHS, NUM_DECODE)
         got = attention(
@@ -104,6 +108,42 @@ def test_mixed_batch_equals_reference(
         # a CPU rounds what codes mean to bfloat16, and its weights too
         is_rounded = attention is coded_attention and dtype == torch.bfloat16
         assert relative_rms(got, want) < TOLERANCE[dtype] * (3 if is_rounded else 1)
+
+
+@CODES
+def test_what_a_prompt_says_does_not_depend_on_the_way_its_codes_take(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, codes: torch.dtype
+) -> None:
+    """Sums in float32 alone differ, of codes copied and read in place, of a prompt whole and cut."""
+    length = 90
+    pages = CodedPages([length], 1, 64, torch.float32, codes, seed=4, wild=True)
+    q = torch.randn(length, 4, 64)
+    want = pages.reference(q, [0, length], [length])
+    for copied_tokens in (50, length):
+        monkeypatch.setattr(kernels, "COPIED_TOKENS", copied_tokens)
+        for cuts in ([0, length], [0, 1, 38, 65, length]):
+            parts = []
+            for begin, stop in pairwise(cuts):
+                plan = plan_attention(pages.tables, [0, stop - begin], [stop], 0)
+                caches = pages.keys, pages.values, pages.scales
+                parts.append(kernels.coded_attention(q[begin:stop].contiguous(), *caches, plan, 0.125))
+            assert relative_rms(torch.cat(parts), want) < TOLERANCE[torch.float32]
+
+
+@CODES
+@pytest.mark.parametrize("copied_tokens", [0, 3], ids=["in_place", "copied"])
+def test_small_values_keep_their_digits(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, copied_tokens: int, codes: torch.dtype
+) -> None:
+    """The first query sees one token alone, with a scale below float16's normal numbers."""
+    pages = CodedPages([3], 1, 64, torch.float16, codes, seed=6, wild=True)
+    q = torch.randn(3, 4, 64).to(torch.float16)
+    monkeypatch.setattr(kernels, "COPIED_TOKENS", copied_tokens)
+    plan = plan_attention(pages.tables, [0, 3], [3], 0)
+    got = kernels.coded_attention(q, pages.keys, pages.values, pages.scales, plan, 0.125)
+    want = pages.reference(q, [0, 3], [3])
+    for row in range(3):
+        assert relative_rms(got[row], want[row]) < TOLERANCE[torch.float16]
 
 
 @CODES
@@ -118,6 +158,10 @@ def test_large_queries_in_bfloat16(kernels: ModuleType, codes: torch.dtype) -> N
     want = pages.reference(q.float() * 8, [0, 1, 2, 3], lengths)
     for row in range(3):
         assert relative_rms(out[row], want[row]) < TOLERANCE[torch.bfloat16]
+    prompts = plan_attention(pages.tables, [0, 1, 2, 3], lengths, 0)
+    got = kernels.coded_attention(q, pages.keys, pages.values, pages.scales, prompts, 1.0)
+    for row in range(3):
+        assert relative_rms(got[row], want[row]) < TOLERANCE[torch.bfloat16]
 
 
 @CODES
@@ -143,8 +187,10 @@ def test_a_broken_token_is_seen(kernels: ModuleType, part: int) -> None:
     out = torch.zeros_like(q)
     plan = decode_plan(pages.tables, torch.tensor([20, 20], dtype=torch.int32))
     kernels.decode(q, pages.keys, pages.values, pages.scales, plan, out, 0.125, 0, 0.0)
-    assert bool(out[0].isnan().all())
-    assert bool(out[1].isfinite().all())
+    prompts = plan_attention(pages.tables, [0, 1, 2], [20, 20], 0)
+    for got in (out, kernels.coded_attention(q, pages.keys, pages.values, pages.scales, prompts, 0.125)):
+        assert bool(got[0].isnan().all())
+        assert bool(got[1].isfinite().all())
 
 
 @CODES
@@ -188,6 +234,10 @@ def test_deterministic_rows_are_the_same_in_every_company(
     whole = attended([0, length])
     assert relative_rms(whole, pages.reference(q, [0, length], [length], window)) < TOLERANCE[torch.float16]
     assert torch.equal(attended([0, 1, 38, 64, 65, 129, length]), whole)
+
+
+def test_only_a_gpu_takes_a_workspace() -> None:
+    assert workspace_bytes(8, 128, torch.float16, torch.device("cpu")) == 0
 
 
 def test_the_name_says_that_a_cpu_dequantizes() -> None:

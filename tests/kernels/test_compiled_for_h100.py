@@ -21,6 +21,7 @@ from service.kernels.dense_linear.triton import STAGES, TILE_IN, TILE_OUT, strea
 from service.kernels.fixed_linear.triton import FEW, MANY, fixed_kernel
 from service.kernels.fp8_linear import plan as fp8_plan, triton as fp8
 from service.kernels.int8_linear import plan as int8_plan, triton as int8
+from service.kernels.kv_codes.triton import unpack_kernel
 from service.kernels.paged_attention.triton import decode_kernel, prefill_kernel
 from service.kernels.rotary_kv.triton import rotary_kv_kernel
 from service.kernels.sample_likely.triton import collect_kernel, settle_kernel, weigh_kernel
@@ -58,6 +59,11 @@ def coded_decode(number, codes):
     shape = {"CODES": number, "TILE": 128, "SPLITS": 4, "LEAST": 0, "ROWS": 16}
     return ptx(coded_decode_kernel, coded | shape, 4, 3, codes)
 
+def unpack(number, codes):
+    shape = {"CODES": number, "KV_HEADS": 8, "DIM": 128, "PAGE": 16, "PAIRS": 1024, "IS_DEPENDENT": True}
+    types = {"firsts_ptr": "*i32", "num_decode": "i32", "scale_copies_ptr": "*bf16"}
+    return ptx(unpack_kernel, shape, 4, 3, codes, **types)
+
 def rotary(number, codes):
     shape = {"ROTATES": True, "NORMS": True, "CODES": number, "Q_HEADS": 32, "KV_HEADS": 8, "DIM": 128}
     shape |= {"PAGE": 16, "COLUMNS": 64, "HEADS": 8, "IS_DEPENDENT": True}
@@ -92,7 +98,10 @@ print(json.dumps({
     "coded_prefill": ptx(
         coded_prefill_kernel, coded | {"CODES": 1, "FIXED": False, "ROWS": 128}, 8, 3, "*i8"
     ),
-    "prefill": ptx(prefill_kernel, heads | {"FIXED": False, "ROWS": 128}, 8, 3),
+    "prefill": ptx(prefill_kernel, heads | {"FIXED": False, "SCALED": False, "ROWS": 128}, 8, 3),
+    "scaled_prefill": ptx(prefill_kernel, heads | {"FIXED": False, "SCALED": True, "ROWS": 64}, 4, 2),
+    "unpack": unpack(1, "*i8"),
+    "unpack_fp8": unpack(2, "*fp8e4nv"),
     "stream": ptx(stream_kernel, tiles | {"BIASED": False, "SPLITS": 4, "ROWS": 16}, 4, STAGES),
     "fixed": fixed(FEW, True),
     "fixed_many": fixed(MANY, False),
@@ -123,6 +132,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("coded_decode_fp8", "mma.sync"),
         ("coded_prefill", "wgmma.mma_async"),
         ("prefill", "wgmma.mma_async"),
+        ("scaled_prefill", "wgmma.mma_async"),
         ("stream", "wgmma.mma_async"),
         ("fixed", "wgmma.mma_async"),
         ("fixed_many", "wgmma.mma_async"),
@@ -136,7 +146,7 @@ def test_tensor_cores_and_wide_copies(ptx: dict[str, str], kernel: str, product:
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", ptx[kernel])
     assert copies.count("0x10") >= 16
     narrow = {"0x4"} if "decode" in kernel or "prefill" in kernel else set()
-    if kernel == "coded_prefill":  # codes of a prompt's values, 8 bytes
+    if kernel in ("coded_prefill", "scaled_prefill"):  # codes of a prompt's values; two tokens' scales
         narrow.add("0x8")
     assert set(copies) <= {"0x10", *narrow}
 
@@ -161,6 +171,13 @@ def test_codes_become_operands_in_registers(ptx: dict[str, str], kernel: str) ->
     assert ("cvt.rn.f16x2.e4m3x2" in text) is (kernel == "coded_decode_fp8")
 
 
+@pytest.mark.parametrize("kernel", ["unpack", "unpack_fp8"])
+def test_pages_are_unpacked_16_bytes_at_a_time(ptx: dict[str, str], kernel: str) -> None:
+    """Keys' and values' loads, and twice as many stores each."""
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx[kernel])) == 2
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx[kernel])) == 4
+
+
 def test_codes_are_made_where_k_and_v_are_written(ptx: dict[str, str]) -> None:
     """E4M3 by the instruction that stays finite, with a bfloat16 scale; other caches know nothing of it."""
     assert "cvt.rn.satfinite.e4m3x2.f32" in ptx["rotary_fp8"]
@@ -183,8 +200,8 @@ PREFETCHING = ("stream", "int8", "fp8")
 @pytest.mark.parametrize(
     "kernel",
     [
-        "decode", "coded_decode", "prefill", "coded_prefill", "rotary", "rotary_int8", "fixed", "fixed_many",
-        "norm", *PREFETCHING,
+        "decode", "coded_decode", "prefill", "coded_prefill", "scaled_prefill", "unpack", "rotary",
+        "rotary_int8", "fixed", "fixed_many", "norm", *PREFETCHING,
     ],
 )  # fmt: skip
 def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], kernel: str) -> None:

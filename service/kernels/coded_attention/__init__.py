@@ -4,8 +4,9 @@ decoder --AttentionPlan--> coded_attention --> y. The plan is paged_attention's,
 row's result may depend on. Prompts read their own keys and values as codes too, those of the same step
 included: so a token's result does not depend on how its prompt was cut or what was cached.
 
-`triton.py` serves CUDA. Elsewhere the pages of a step's sequences are dequantized in the order of their
-tables, to the type of the queries, and paged_attention serves over these: right, not fast.
+`triton.py` serves CUDA, where it unpacks the pages of prompts first, unless they are many. Elsewhere the
+pages of a step's sequences are dequantized in the order of their tables, to the type of the queries, and
+paged_attention serves over these: right, not fast.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from service.kernels.kv_codes import dequantized
 from service.kernels.paged_attention import AttentionPlan, attention_kernel, paged_attention
 
-__all__ = ["coded_attention", "coded_attention_kernel"]
+__all__ = ["coded_attention", "coded_attention_kernel", "workspace_bytes"]
 
 if torch.cuda.is_available():
     from service.kernels.coded_attention import triton as cuda
@@ -43,6 +44,14 @@ def coded_attention(
 
     keys, values = gathered(key_cache, 0), gathered(value_cache, 1)
     return paged_attention(q, keys, values, plan.over_gathered(), scale, window, softcap)
+
+
+def workspace_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Most that prompts take while a CUDA device attends to them, with queries of this type, beside less than
+    a page a prompt; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    return cuda.COPIED_TOKENS * kv_heads * 2 * (head_dim * dtype.itemsize + torch.bfloat16.itemsize)
 
 
 def coded_attention_kernel(

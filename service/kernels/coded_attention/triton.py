@@ -8,6 +8,11 @@ where it otherwise would be any number.
 
 Codes are finite wherever they lie, so nothing is masked but scores and scales: a masked copy costs
 registers.
+
+Prompts would unpack all codes before them anew in every tile of queries, between the copies and the
+products that wait for them. So their pages are unpacked once, a layer at a time, and paged_attention's own
+kernel serves over these copies. Only behind many tokens, whose copies would take memory, does one here read
+codes in place, and for deterministic plans: which way another goes depends on the step's other prompts.
 """
 
 import torch
@@ -15,18 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from service.kernels.kv_codes.triton import codes_of, halves
+from service.kernels.decode_splits.triton import FIXED_LEAST_TOKENS, FIXED_SPLITS, combine_kernel, splits_of
+from service.kernels.kv_codes.triton import codes_of, halves, scales_of, unpack_kernel
 from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
+from service.kernels.paged_attention import triton as paged
 from service.kernels.paged_attention.plan import AttentionPlan
-from service.kernels.paged_attention.triton import (
-    FIXED_LEAST_TOKENS,
-    FIXED_SPLITS,
-    cap,
-    combine_kernel,
-    splits_of,
-)
+from service.kernels.paged_attention.triton import cap
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+COPIED_TOKENS = 8192  # of a step's prompts and what they see of the cache; 0: codes are always read in place
 
 
 @triton.jit
@@ -79,11 +81,7 @@ def attend(  # type: ignore[no-untyped-def]
         k_even, k_odd = halves(keys, CODES)
         scores = tl.dot(q_even, tl.trans(k_even.to(q_even.dtype)), input_precision="ieee")
         scores = tl.dot(q_odd, tl.trans(k_odd.to(q_odd.dtype)), scores, input_precision="ieee")
-        # two bfloat16, which are the upper halves of float32
-        k_scales = (both << 16).to(tl.float32, bitcast=True)
-        v_scales = (both >> 16 << 16).to(tl.float32, bitcast=True)
-        # their log2 within 0.09: exponent, and mantissa as if it were its own logarithm
-        v_logs = (both >> 16).to(tl.float32) * (1 / 128) - 127
+        k_scales, v_scales, v_logs = scales_of(both)
         if DIVIDED:
             scores *= divisors[:, None]
         if CAPPED:
@@ -213,8 +211,8 @@ def coded_prefill_kernel(  # type: ignore[no-untyped-def]
 ):
     await_predecessor(IS_DEPENDENT)
     divided: tl.constexpr = q_ptr.dtype.element_ty == tl.bfloat16
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
+    tile = tl.program_id(1)
     sequence = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)
     start = tl.load(starts_ptr + sequence)
@@ -257,14 +255,14 @@ def decode_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Keys in a tile, warps, stages of its pipeline."""
     if dtype == torch.float32:
         return 32, 4, 1
-    return (128, 4, 3) if head_dim <= 128 else (64, 4, 3)
+    return (128, 4, 2) if head_dim <= 128 else (64, 4, 3)
 
 
 def prefill_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Rows (queries times heads of a group), keys in a tile, warps, stages."""
     if dtype == torch.float32:
         return 32, 32, 8, 1
-    return (128, 64, 8, 3) if head_dim <= 128 else (64, 32, 8, 2)
+    return (128, 128, 8, 2) if head_dim <= 128 else (64, 32, 8, 2)
 
 
 def coded_attention(
@@ -282,7 +280,9 @@ def coded_attention(
     if plan.num_decode:
         decode(q, key_cache, value_cache, scales, plan, out, scale, window, softcap)
     if plan.num_decode < plan.num_sequences:
-        prefill(q, key_cache, value_cache, scales, plan, out, scale, window, softcap)
+        is_copied = not plan.deterministic and sum(plan.prompt_lengths) <= COPIED_TOKENS
+        serve = prefill_over_copies if is_copied else prefill
+        serve(q, key_cache, value_cache, scales, plan, out, scale, window, softcap)
     return out
 
 
@@ -353,10 +353,42 @@ def prefill(
     tiles = plan.tiles(rows // group)
     launch(
         coded_prefill_kernel,
-        (tiles.shape[0], kv_heads),
+        (kv_heads, tiles.shape[0]),  # all heads of late queries first, as in paged_attention
         (q, key_cache, value_cache, scales, plan.block_tables, plan.lengths, plan.starts, tiles, out),
         (plan.block_tables.shape[1], window, scale, softcap),
         (codes, group, kv_heads, head_dim, page, softcap > 0, plan.deterministic, rows, half, tile),
         num_warps=warps,
         num_stages=stages,
     )
+
+
+def prefill_over_copies(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    scales: Tensor,
+    plan: AttentionPlan,
+    out: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """As `prefill`. Codes are exact in the type of q, and scales are copied as they are."""
+    _, kv_heads, page, head_dim = key_cache.shape
+    over_copies = plan.over_copies(page)
+    pages = [cdiv(length, page) for length in plan.prompt_lengths]
+    shape = sum(pages), kv_heads, page
+    key_copies, value_copies = q.new_empty(*shape, head_dim), q.new_empty(*shape, head_dim)
+    scale_copies = scales.new_empty(*shape, 2)
+    tables, firsts = plan.block_tables, over_copies.block_tables
+    launch(
+        unpack_kernel,
+        (max(pages), len(pages), kv_heads),
+        (
+            key_cache, value_cache, scales, tables, plan.lengths, firsts,
+            key_copies, value_copies, scale_copies,
+        ),
+        (tables.shape[1], plan.num_decode),
+        (codes_of(key_cache.dtype), kv_heads, head_dim, page, next_power_of_2(page * head_dim // 2)),
+    )  # fmt: skip
+    paged.prefill(q, key_copies, value_copies, over_copies, out, scale, window, softcap, scale_copies)

@@ -1,4 +1,5 @@
-"""Codes of K and V inside Triton kernels: made where rotary_kv writes, read where coded_attention multiplies.
+"""Codes of K and V inside Triton kernels: made where rotary_kv writes, read where coded_attention multiplies,
+or unpacked for prompts before that.
 
 Reading goes by pairs: two codes of neighbouring dimensions are one int16, which tensor cores' loads bring,
 transposed or not, straight from shared memory to where the float16 operands belong. A register holds two
@@ -9,6 +10,8 @@ multiplied there: K's scale belongs to a column of the scores, V's to a column o
 import torch
 import triton
 import triton.language as tl
+
+from service.kernels.launch import await_predecessor
 
 INT8, FP8 = tl.constexpr(1), tl.constexpr(2)  # CODES of a kernel; 0: values as they are
 LEAST_SCALE = tl.constexpr(2.0**-60)
@@ -53,6 +56,73 @@ def halves(pairs, CODES: tl.constexpr):  # type: ignore[no-untyped-def]
             FP8_HALVES, "=r,=r,r", [pairs], TWO_HALVES, is_pure=True, pack=2
         )
     return even, odd
+
+
+@triton.jit
+def scales_of(both):  # type: ignore[no-untyped-def]
+    """int32, a token's two bfloat16 -> K's scale and V's as float32, and log2 of V's within 0.09."""
+    # bfloat16 is the upper half of float32
+    k_scales = (both << 16).to(tl.float32, bitcast=True)
+    v_scales = (both >> 16 << 16).to(tl.float32, bitcast=True)
+    # exponent, and mantissa as if it were its own logarithm
+    v_logs = (both >> 16).to(tl.float32) * (1 / 128) - 127
+    return k_scales, v_scales, v_logs
+
+
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["max_blocks", "num_decode"],
+    do_not_specialize_on_alignment=["tables_ptr", "lengths_ptr", "firsts_ptr"],
+)
+def unpack_kernel(  # type: ignore[no-untyped-def]
+    keys_ptr,  # codes [blocks, KV_HEADS, PAGE, DIM]
+    values_ptr,
+    scales_ptr,  # bfloat16 [blocks, KV_HEADS, PAGE, 2]
+    tables_ptr,  # int32 [S, max_blocks]
+    lengths_ptr,  # int32 [S]
+    firsts_ptr,  # int32 [S], first copy of each; its others lie behind it
+    key_copies_ptr,  # [copies, KV_HEADS, PAGE, DIM]
+    value_copies_ptr,
+    scale_copies_ptr,  # bfloat16 [copies, KV_HEADS, PAGE, 2]
+    max_blocks,
+    num_decode,
+    CODES: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAIRS: tl.constexpr,  # of a page and head, rounded up
+    IS_DEPENDENT: tl.constexpr,
+):
+    """A page of one head."""
+    await_predecessor(IS_DEPENDENT)
+    page = tl.program_id(0)
+    sequence = tl.program_id(1) + num_decode
+    kv_head = tl.program_id(2)
+    if page * PAGE < tl.load(lengths_ptr + sequence):
+        block = tl.load(tables_ptr + sequence.to(tl.int64) * max_blocks + page).to(tl.int64)
+        copy = (tl.load(firsts_ptr + sequence) + page).to(tl.int64)
+        source = (block * KV_HEADS + kv_head) * PAGE
+        target = (copy * KV_HEADS + kv_head) * PAGE
+        tokens = tl.arange(0, PAGE)
+        both = tl.load(scales_ptr.to(tl.pointer_type(tl.int32)) + source + tokens)
+        tl.store(scale_copies_ptr.to(tl.pointer_type(tl.int32)) + target + tokens, both)
+        pairs = tl.arange(0, PAIRS)
+        inside = pairs < PAGE * DIM // 2
+        at = source * (DIM // 2) + pairs
+        keys = tl.load(keys_ptr.to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0)
+        values = tl.load(values_ptr.to(tl.pointer_type(tl.int16)) + at, mask=inside, other=0)
+        store_unpacked(key_copies_ptr + target * DIM, keys, CODES, DIM, PAGE, PAIRS)
+        store_unpacked(value_copies_ptr + target * DIM, values, CODES, DIM, PAGE, PAIRS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_unpacked(  # type: ignore[no-untyped-def]
+    copies_ptr, pairs, CODES: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, PAIRS: tl.constexpr
+):
+    even, odd = halves(pairs, CODES)
+    # through float32, exactly, for bfloat16 has no shorter way
+    codes = tl.interleave(even.to(tl.float32), odd.to(tl.float32)).to(copies_ptr.dtype.element_ty)
+    places = tl.arange(0, 2 * PAIRS)
+    tl.store(copies_ptr + places, codes, mask=places < PAGE * DIM)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

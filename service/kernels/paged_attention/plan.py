@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class AttentionPlan:
     _gathered: dict[int, Gathered] = field(default_factory=dict)
     _tiles: dict[int, Tensor] = field(default_factory=dict)
     _over_gathered: list["AttentionPlan"] = field(default_factory=list)  # one or none
+    _over_copies: list["AttentionPlan"] = field(default_factory=list)  # likewise
 
     @property
     def num_sequences(self) -> int:
@@ -38,11 +40,26 @@ class AttentionPlan:
             tables = torch.arange(
                 self.block_tables.numel(), dtype=torch.int32, device=self.block_tables.device
             )
-            plan = replace(
-                self, block_tables=tables.view(self.block_tables.shape), _gathered={}, _over_gathered=[]
-            )
-            self._over_gathered.append(plan)
+            self._over_gathered.append(self.over(tables.view(self.block_tables.shape)))
         return self._over_gathered[0]
+
+    def over(self, block_tables: Tensor) -> "AttentionPlan":
+        """The same where pages lie elsewhere."""
+        return replace(self, block_tables=block_tables, _gathered={}, _over_gathered=[], _over_copies=[])
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Keys of each sequence behind the decode."""
+        return self.context_lengths[self.num_decode :]
+
+    def over_copies(self, block_tokens: int) -> "AttentionPlan":
+        """The same over copies of the pages of all sequences behind the decode, one behind another from page
+        0 on; tables [S, 1] tell the first page of each. Made once a step."""
+        if not self._over_copies:
+            pages = [-(-length // block_tokens) for length in self.prompt_lengths]
+            firsts = [0] * self.num_decode + [0, *accumulate(pages[:-1])]
+            self._over_copies.append(self.over(on_device(firsts, self.lengths.device)[:, None]))
+        return self._over_copies[0]
 
     @cached_property
     def apart(self) -> tuple["AttentionPlan", "AttentionPlan"]:
@@ -65,7 +82,7 @@ class AttentionPlan:
     @cached_property
     def longest_prompt(self) -> int:
         """Keys of the longest sequence behind the decode; 0 where there is none, or no lists."""
-        return max(self.context_lengths[self.num_decode :], default=0)
+        return max(self.prompt_lengths, default=0)
 
     def gathered(self, window: int, kv_heads: int, block_tokens: int, dtype: torch.dtype) -> Gathered:
         """What a decode that gathers its pages needs of this window, made once a step: `gather_plan`."""

@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from service.kernels.decode_splits.triton import FIXED_LEAST_TOKENS, FIXED_SPLITS, combine_kernel, splits_of
+from service.kernels.kv_codes.triton import scales_of
 from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
 from service.kernels.paged_attention.plan import AttentionPlan
 
-PROGRAMS = 528  # four for each multiprocessor of an H100: what its registers let run at once
-MAX_SPLITS = 32
 SHORT_PROMPT_TOKENS = 2048  # with what is in the cache already
-FIXED_SPLITS, FIXED_LEAST_TOKENS = 16, 256  # of a deterministic decode: as many splits, of at least so much
 
 
 @triton.jit
@@ -107,69 +106,53 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             tl.store(logs_ptr + heads * SPLITS + split, highest + tl.log2(total), mask=is_head)
 
 
-@triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["window"], do_not_specialize_on_alignment=["lengths_ptr"]
-)
-def combine_kernel(  # type: ignore[no-untyped-def]
-    parts_ptr,  # float32 [S, HEADS, SPLITS, DIM]
-    logs_ptr,  # float32 [S, HEADS, SPLITS]
-    lengths_ptr,  # int32 [S]
-    out_ptr,  # [S, HEADS, DIM]
-    window,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LEAST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-    IS_DEPENDENT: tl.constexpr,
-):
-    """The splits of one head, weighed by the softmax of their logs; which of them exist, the length tells."""
-    await_predecessor(IS_DEPENDENT)
-    row = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths_ptr + row // HEADS)
-    first = tl.maximum(tl.where(window > 0, length - window, 0), 0)
-    num_tiles = tl.cdiv(length, TILE) - first // TILE
-    splits = tl.arange(0, SPLITS)
-    used = splits * tl.maximum(tl.cdiv(num_tiles, SPLITS), LEAST) < num_tiles
-    dims = tl.arange(0, WIDTH)
-    is_dim = dims < DIM
-    logs = tl.load(logs_ptr + row * SPLITS + splits, mask=used, other=float("-inf"))
-    parts = tl.load(
-        parts_ptr + (row * SPLITS + splits)[:, None] * DIM + dims[None, :],
-        mask=used[:, None] & is_dim[None, :],
-        other=0.0,
-    )
-    highest = tl.maximum(tl.max(logs, 0), -1e30)  # finite for a padded row, which has no split at all
-    weights = tl.exp2(logs - highest)
-    total = tl.sum(weights, 0)
-    result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + row * DIM + dims, result.to(out_ptr.dtype.element_ty), mask=is_dim)
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def attend(  # type: ignore[no-untyped-def]
     q, highest, total, result, begin, end, positions,
-    keys_ptr, values_ptr, table_ptr, kv_head, window, scale, softcap,
-    MASKED: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    keys_ptr, values_ptr, scales_ptr, table_ptr, kv_head, window, scale, softcap,
+    MASKED: tl.constexpr, SCALED: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     CAPPED: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries over the keys `begin..end`; MASKED where some query does not see all of them."""
+    """A tile of queries over the keys `begin..end`; MASKED where some query does not see all of them.
+
+    SCALED: of codes, whose scales coded_attention/triton explains. The table has the first page alone, the
+    others lie behind it: a key's place is known before anything is read.
+    """
     dims = tl.arange(0, WIDTH)
+    if SCALED:
+        first = (tl.load(table_ptr).to(tl.int64) * KV_HEADS + kv_head) * PAGE
+        keys_ptr += first * DIM
+        values_ptr += first * DIM
+        scales_ptr = scales_ptr.to(tl.pointer_type(tl.int32)) + first
     for tile in range(begin, end, TILE):
         tokens = tile + tl.arange(0, TILE)
-        if MASKED:
-            block = tl.load(table_ptr + tokens // PAGE, mask=tokens < end, other=0).to(tl.int64)
+        if SCALED:
+            place = tokens // PAGE * (KV_HEADS * PAGE) + tokens % PAGE
+            at = (place * DIM)[:, None] + dims[None, :]
         else:
-            block = tl.load(table_ptr + tokens // PAGE).to(tl.int64)
-        at = ((block * KV_HEADS + kv_head) * (PAGE * DIM) + (tokens % PAGE) * DIM)[:, None] + dims[None, :]
+            if MASKED:
+                block = tl.load(table_ptr + tokens // PAGE, mask=tokens < end, other=0).to(tl.int64)
+            else:
+                block = tl.load(table_ptr + tokens // PAGE).to(tl.int64)
+            at = (block * KV_HEADS + kv_head) * (PAGE * DIM) + (tokens % PAGE) * DIM
+            at = at[:, None] + dims[None, :]
         inside = (dims < DIM)[None, :] & (tokens < end)[:, None] if MASKED else (dims < DIM)[None, :]
         if MASKED or WIDTH != DIM:
             keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
         else:
             keys = tl.load(keys_ptr + at)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
-        if CAPPED:
+        if SCALED:
+            if MASKED:
+                both = tl.load(scales_ptr + place, mask=tokens < end, other=0)
+            else:
+                both = tl.load(scales_ptr + place)
+            k_scales, v_scales, v_logs = scales_of(both)
+            if CAPPED:
+                scores = cap(scores * (k_scales * scale)[None, :], softcap) * 1.4426950408889634
+            else:
+                scores *= (k_scales * (scale * 1.4426950408889634))[None, :]
+        elif CAPPED:
             scores = cap(scores * scale, softcap) * 1.4426950408889634
         else:
             scores *= scale * 1.4426950408889634
@@ -177,7 +160,10 @@ def attend(  # type: ignore[no-untyped-def]
             seen = tokens[None, :] <= positions[:, None]
             seen &= (window <= 0) | (tokens[None, :] > positions[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        if SCALED:
+            new_highest = tl.maximum(highest, tl.max(scores + v_logs[None, :], 1))
+        else:
+            new_highest = tl.maximum(highest, tl.max(scores, 1))
         if MASKED:
             # a query whose window begins behind this tile has seen no key yet
             new_highest = tl.maximum(new_highest, -1e30)
@@ -188,6 +174,8 @@ def attend(  # type: ignore[no-untyped-def]
         else:
             values = tl.load(values_ptr + at)
         total = total * shrink + tl.sum(weights, 1)
+        if SCALED:
+            weights *= v_scales[None, :]
         result = result * shrink[:, None]
         result = tl.dot(weights.to(values.dtype), values, result, input_precision="ieee")
         highest = new_highest
@@ -202,7 +190,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     q_ptr,  # [T, KV_HEADS * GROUP, DIM]
     keys_ptr,  # [blocks, KV_HEADS, PAGE, DIM]
     values_ptr,
-    tables_ptr,  # int32 [S, max_blocks]
+    scales_ptr,  # bfloat16 [blocks, KV_HEADS, PAGE, 2] if SCALED
+    tables_ptr,  # int32 [S, max_blocks]; if SCALED [S, 1], first blocks
     lengths_ptr,  # int32 [S]
     starts_ptr,  # int32 [S + 1]
     tiles_ptr,  # int32 [tiles, 2], AttentionPlan.tiles(ROWS // GROUP)
@@ -217,14 +206,15 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     CAPPED: tl.constexpr,
     FIXED: tl.constexpr,  # one loop over the keys, whatever the tile's queries are
+    SCALED: tl.constexpr,  # keys and values are codes, each sequence's in blocks one behind another
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
     await_predecessor(IS_DEPENDENT)
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
+    tile = tl.program_id(1)
     sequence = tl.load(tiles_ptr + 2 * tile)
     first = tl.load(tiles_ptr + 2 * tile + 1)
     start = tl.load(starts_ptr + sequence)
@@ -248,23 +238,17 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         clear = tl.where(window > 0, begin, (earlier + first + 1) // TILE * TILE)
         highest, total, result = attend(
             q, highest, total, result, begin, clear, positions,
-            keys_ptr, values_ptr, table_ptr, kv_head, window, scale, softcap,
-            False, KV_HEADS, DIM, PAGE, CAPPED, WIDTH, TILE,
+            keys_ptr, values_ptr, scales_ptr, table_ptr, kv_head, window, scale, softcap,
+            False, SCALED, KV_HEADS, DIM, PAGE, CAPPED, WIDTH, TILE,
         )  # fmt: skip
         begin = clear
     highest, total, result = attend(
         q, highest, total, result, begin, end, positions,
-        keys_ptr, values_ptr, table_ptr, kv_head, window, scale, softcap,
-        True, KV_HEADS, DIM, PAGE, CAPPED, WIDTH, TILE,
+        keys_ptr, values_ptr, scales_ptr, table_ptr, kv_head, window, scale, softcap,
+        True, SCALED, KV_HEADS, DIM, PAGE, CAPPED, WIDTH, TILE,
     )  # fmt: skip
     result = result / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out_ptr + heads[:, None] * DIM + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def splits_of(rows: int, kv_heads: int, max_tokens: int, tile: int) -> int:
-    """A power of two: as many programs as run at once, no more splits than the longest context has tiles."""
-    wanted = min(MAX_SPLITS, PROGRAMS // (rows * kv_heads), max_tokens // tile)
-    return 1 << max(wanted, 1).bit_length() - 1
 
 
 def decode_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -362,8 +346,10 @@ def prefill(
     scale: float,
     window: int,
     softcap: float,
+    scales: Tensor | None = None,
 ) -> None:
-    """The rows of q behind the plan's decode -> the same rows of out."""
+    """The rows of q behind the plan's decode -> the same rows of out. `scales`: caches hold codes in the
+    type of q, and tables the first block of each sequence (coded_attention)."""
     _, heads, head_dim = q.shape
     _, kv_heads, page, _ = key_cache.shape
     is_short = not plan.deterministic and plan.longest_prompt <= SHORT_PROMPT_TOKENS
@@ -372,12 +358,19 @@ def prefill(
     rows = max(rows, next_power_of_2(group))
     tiles = plan.tiles(rows // group)
     width = next_power_of_2(head_dim)
+    # all heads of late queries go first, else the last head's begin when most multiprocessors are done
     launch(
         prefill_kernel,
-        (tiles.shape[0], kv_heads),
-        (q, key_cache, value_cache, plan.block_tables, plan.lengths, plan.starts, tiles, out),
+        (kv_heads, tiles.shape[0]),
+        (
+            q, key_cache, value_cache, key_cache if scales is None else scales,
+            plan.block_tables, plan.lengths, plan.starts, tiles, out,
+        ),
         (plan.block_tables.shape[1], window, scale, softcap),
-        (group, kv_heads, head_dim, page, softcap > 0, plan.deterministic, rows, width, tile),
+        (
+            group, kv_heads, head_dim, page, softcap > 0, plan.deterministic, scales is not None,
+            rows, width, tile,
+        ),
         num_warps=warps,
         num_stages=stages,
-    )
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""How a decode's context is split among programs of a CUDA device, and its parts joined: `triton.py`."""
