@@ -41,7 +41,6 @@ class BatchDefaults:
     # of max_batch_tokens, while few decode and while a crowd waits: engine/scheduler
     few_share: float = 1.0
     crowd_factor: int = 1
-    row_tile: int = 1  # rows that kernels of many rows compute at once
 
 
 def resolve(asked: Literal["auto", "cuda", "cpu"]) -> torch.device:
@@ -106,7 +105,7 @@ def device_uuid(device: torch.device) -> str:
 
 def batch_defaults(device: torch.device) -> BatchDefaults:
     """A step stays short enough for the others to stream on; a GPU needs a wide one to be busy."""
-    return BatchDefaults(1024, 256, 0.75, 2, 256) if device.type == "cuda" else BatchDefaults(512, 64)
+    return BatchDefaults(1024, 256, 0.75, 2) if device.type == "cuda" else BatchDefaults(512, 64)
 
 
 def runs_behind(device: torch.device) -> bool:

@@ -48,7 +48,6 @@ class Limits:
     vocab_size: int
     few_batch_tokens: int = 0  # of a step while few decode; 0: as ever
     crowd_batch_tokens: int = 0  # of a step while a crowd waits; 0: as ever
-    row_tile: int = 1  # rows of a step with prompts that cost as much as fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,6 @@ class Engine:
             prefix_cache,
             limits.few_batch_tokens,
             limits.crowd_batch_tokens,
-            limits.row_tile,
         )
         self.runner = Runner(
             model,

@@ -23,8 +23,6 @@ MAX_SCORED_TOKENS = 256
 # A crowd: prompts for so many steps wait, of at least half as many requests as decode.
 CROWD_STEPS = 48
 FEW = 8  # a step has room for so many times those who decode
-# Beside so many that decode, whose own steps have room, a prompt's last tokens are not worth a tile.
-LEAST_COMPANY = 8
 
 
 @dataclass(slots=True)
@@ -77,18 +75,13 @@ class Scheduler:
         prefix_cache: bool = True,
         few_batch_tokens: int = 0,
         crowd_batch_tokens: int = 0,
-        row_tile: int = 1,
     ) -> None:
-        """`few_batch_tokens`: of a step while few decode; `crowd_batch_tokens`: while a crowd waits; or 0.
-
-        `row_tile`: of a step with prompts, rows that cost as much as fewer.
-        """
+        """The last two, of a step while few decode and while a crowd waits: 0 is as ever."""
         assert 1 <= max_batch_requests <= max_batch_tokens
         self.cache = cache
         self.max_batch_tokens = max_batch_tokens
         self.few_batch_tokens = few_batch_tokens or max_batch_tokens
         self.crowd_batch_tokens = max(crowd_batch_tokens, max_batch_tokens)
-        self.row_tile = row_tile
         self.prefix_cache = prefix_cache
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -181,7 +174,6 @@ class Scheduler:
             candidates += self.waiting
         if not candidates or budget <= 0:
             return
-        budget = self._whole_tiles(plan.num_decode_tokens, budget, candidates)
         oldest = min(candidates, key=lambda request: request.arrival)
         candidates.remove(oldest)
         candidates.sort(key=lambda request: (request.num_uncomputed_tokens, request.arrival))
@@ -237,13 +229,6 @@ class Scheduler:
                     return self.crowd_batch_tokens
         is_few = 0 < FEW * num_decoding <= self.max_batch_tokens
         return self.few_batch_tokens if is_few else self.max_batch_tokens
-
-    def _whole_tiles(self, num_decoding: int, budget: int, candidates: list[Request]) -> int:
-        """The budget, less what little would begin another tile: the next step's decode has room for it."""
-        num_prompt = min(budget, sum(request.num_uncomputed_tokens for request in candidates))
-        rest = (num_decoding + num_prompt) % self.row_tile
-        is_little = num_decoding >= LEAST_COMPANY and 2 * rest <= min(self.row_tile, num_prompt)
-        return num_prompt - rest if is_little else budget
 
     def _sharable_hashes(self, request: Request) -> list[bytes]:
         """Hashes of the blocks it may take from others: at least its last token is always computed."""

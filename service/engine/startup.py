@@ -36,7 +36,7 @@ from service.model.batch import BLOCK_TOKENS, PagedKV
 from service.model.checkpoint import TensorSource
 from service.model.instance import ModelInstance, Progress
 from service.model.random_weights import RandomWeights, save_random
-from service.precision.base import Backend
+from service.precision.base import Activation, Backend
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,9 @@ def start(
             save_random(source, Path(config.tokenizer or source.path), Path(config.save), stages)
     likelihood = LikelihoodCheck.of(source, Path(config.tokenizer or source.path))
     dtype = DTYPES.get(config.dtype) or backend.activation_dtype(device, source.dtype)
-    max_batch_tokens, max_batch_requests, few_batch_tokens, crowd_batch_tokens = batch_limits(config, device)
+    max_batch_tokens, max_batch_requests, few_batch_tokens, crowd_batch_tokens = batch_limits(
+        config, device, backend.activation
+    )
     is_gpu = devices.runs_behind(device)
     ahead: KernelsAhead | None = None
     if is_gpu:
@@ -145,7 +147,6 @@ def start(
         model.config.vocab_size,
         few_batch_tokens,
         crowd_batch_tokens,
-        devices.batch_defaults(device).row_tile,
     )
     eos_token_ids = frozenset(model.config.eos_token_ids)
     engine = Engine(
@@ -210,7 +211,9 @@ def load(
         )
 
 
-def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int, int, int]:
+def batch_limits(
+    config: EngineConfig, device: torch.device, activation: Activation
+) -> tuple[int, int, int, int]:
     """-> tokens and requests of one step, and its tokens while few decode and while a crowd waits.
 
     Each request that decodes needs a token of the budget; a budget that was set holds for all of them.
@@ -225,7 +228,9 @@ def batch_limits(config: EngineConfig, device: torch.device) -> tuple[int, int, 
         )
     if config.max_batch_tokens:
         return tokens, requests, tokens, tokens
-    return tokens, requests, int(tokens * defaults.few_share), tokens * defaults.crowd_factor
+    # products of 8-bit numbers take half the time: a whole step of them is no longer than that share of one
+    few_share = defaults.few_share if activation == "16bit" else 1.0
+    return tokens, requests, int(tokens * few_share), tokens * defaults.crowd_factor
 
 
 def engine_info(

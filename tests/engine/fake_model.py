@@ -103,7 +103,6 @@ def fake_engine(
     deterministic: bool = False,
     few_batch_tokens: int = 0,
     crowd_batch_tokens: int = 0,
-    row_tile: int = 1,
 ) -> Engine:
     limits = Limits(
         max_context_tokens or (num_blocks - 1) * BLOCK_TOKENS,
@@ -112,7 +111,6 @@ def fake_engine(
         VOCAB_SIZE + 1,
         few_batch_tokens,
         crowd_batch_tokens,
-        row_tile,
     )
     engine = Engine(
         model or FakeModel(),

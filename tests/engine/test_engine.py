@@ -292,28 +292,6 @@ def test_steps_are_shorter_while_few_decode() -> None:
         assert max(found) == (32 if 0 < decoding <= 8 else 64) or decoding == max(sizes)
 
 
-def test_prompts_do_not_begin_a_tile_of_rows_for_their_last_tokens() -> None:
-    """Beside eight that decode 72 tokens are 80 rows: 64, and 16 beside the next step's decode."""
-    sizes = {}
-    for row_tile in (1, 64):
-        engine = fake_engine(num_blocks=200, max_batch_tokens=256, max_batch_requests=16, row_tile=row_tile)
-        client = Client()
-        for index in range(8):
-            engine.add(Submit(index, prompt(2, index), Sampling(60, ignore_eos=True)))
-        for _ in range(4):
-            client.take(engine.step())
-        for index, length in ((8, 72), (9, 40)):
-            engine.add(Submit(index, prompt(length, index), Sampling(1, ignore_eos=True)))
-            for _ in range(6):
-                client.take(engine.step())
-        client.run(engine)
-        steps = [step.stats for step in client.steps if step.stats.num_prefill_tokens]
-        sizes[row_tile] = [stats.num_prefill_tokens for stats in steps][-4:]
-        assert len(client.endings) == 10
-    assert sizes[64][-3:] == [56, 16, 40], "48 rows are most of a tile"
-    assert sizes[1][-2:] == [72, 40]
-
-
 def test_no_crowd_where_many_decode() -> None:
     engine = fake_engine(num_blocks=400, max_batch_tokens=16, max_batch_requests=16, crowd_batch_tokens=64)
     client = Client()
