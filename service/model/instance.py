@@ -144,8 +144,7 @@ class ModelInstance:
         fixed = self.decoder.deterministic
         attends = "cuda.decode_attention of decodes, " if self.decodes() else ""
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
-        makes_rows = first.qkv_proj.makes_rows and first.down_proj.makes_rows
-        made = "triton.int8_rows" if makes_rows and self.device.type == "cuda" else ""
+        made = first.down_proj.makes_rows if first.qkv_proj.makes_rows and self.device.type == "cuda" else ""
         return names | {
             "lm_head": self.decoder.head.kernel,
             "attention": attends + attention(self.dtype, self.device, head_dim, group, fixed),

@@ -19,8 +19,8 @@ MB = 1_000_000
 BLOCK_TOKENS = 16
 STATE_WORDS, STATE_EXTRA_WORDS = 12, 1  # int32 of a request's row, besides its block table
 FACTOR_BYTES, BIAS_BYTES = 16, 300 * (8 + 4)  # of a row's penalties, besides a count of each token
-# allowances: for a CUDA context and the code of kernels, 792 to 794 MB on an H100 in five precisions; on a CPU
-# for interpreter, torch and its libraries, which take 270 to 360 MB by precision
+# allowances: for a CUDA context and the code of kernels, 792 to 794 MB on an H100 in five precisions; on a
+# CPU for interpreter, torch and its libraries, which take 270 to 360 MB by precision
 OUTSIDE_BYTES, CPU_OUTSIDE_BYTES = 790 * MB, 310 * MB
 WORKSPACE_BYTES = 45 * MB  # cuBLAS's 32 MiB on an H100, partial sums of ours
 ROUNDING_BYTES = 1 << 20  # of a large tensor, on average: the allocator takes 2 MiB at a time
@@ -99,8 +99,8 @@ def gpu_parts(config: ModelConfig, width: int, token_bytes: int, serving: Servin
         "workspace": WORKSPACE_BYTES,
         # logits of all rows as they come, and in float32
         "graphs": requests * (vocabulary * (width + 4) + row) + kernels * GRAPH_NODE_BYTES,
-        # the cache of the first steps is too small for anything of the real one; K, V and four linears of each
-        # layer are rounded up
+        # the cache of the first steps is too small for anything of the real one; K, V and four linears of
+        # each layer are rounded up
         "allocator_slack": serving.step_tokens * token_bytes + 6 * config.num_layers * ROUNDING_BYTES,
         "outside_torch": OUTSIDE_BYTES,
     }

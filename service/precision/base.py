@@ -54,7 +54,7 @@ class QuantLinear(nn.Module, ABC):
     chosen_by_rows: bool = False  # a library has many kernels for it, and picks one by the number of rows
     row_invariant: bool = False  # a row's result, bit for bit, does not depend on the others of its call
 
-    makes_rows: bool = False  # on CUDA its own kernels compute the norm or the gate before it too
+    makes_rows: str = ""  # the kernel that on CUDA computes the norm or the gate before it too
     outlier_counts: Tensor | None = None  # int64 [2]: numbers multiplied in 16 bits so far, and all
 
     @abstractmethod

@@ -41,7 +41,8 @@ class FP8Linear(QuantLinear):
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.bound = native.linear(self.codes, scales, bias) if self.is_native else None
-        self.chosen_by_rows = self.makes_rows = codes.is_cuda
+        self.chosen_by_rows = codes.is_cuda
+        self.makes_rows = "triton.fp8_rows" if codes.is_cuda else ""
         self.kernel_rows = KERNEL_ROWS if codes.is_cuda else ()
 
     def forward(self, x: Tensor) -> Tensor:

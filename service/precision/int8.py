@@ -91,7 +91,7 @@ class Int8Linear(QuantLinear):
         counts = torch.zeros(2, dtype=torch.int64, device=group.device)
         if group.device.type == "cuda" and is_ours:
             self.outlier_counts = counts
-        self.makes_rows = self.by_row and is_ours
+        self.makes_rows = "triton.int8_rows" if self.by_row and is_ours else ""
         self.rule = OutlierRule(threshold, self.by_row, counts)
         self.register_buffer("steps", scales / 127 if has_tiles else None)
         self.tiles: w8_linear.Tiles | None = None
