@@ -16,6 +16,7 @@ from service.compare.forms.words import (
     NOTHING,
     PLAIN,
     SIGNS,
+    UNTOLD,
     Unit,
     amount,
     change,
@@ -71,6 +72,7 @@ class Column:
 
 
 EMPTY = Cell(NOTHING)
+PEAK_NOISE = 0.02  # what allocators keep differs from one start of the same engine to the next
 MAIN_LATENCIES = (("ttft", "p95"), ("itl", "p95"))
 ALL_LATENCIES = tuple(product(("ttft", "itl", "tpot", "e2e"), ("p50", "p95", "p99")))
 
@@ -117,15 +119,15 @@ def speed_column(title: str, unit: str, figure: str, level: str, read_in: Unit) 
 
 
 def weights_cell(report: Report, row: Row, unit: Unit) -> Cell:
-    return bytes_cell(report, row, unit, "weight_bytes")
+    return bytes_cell(report, row, unit, "weight_bytes", 0.0)
 
 
 def peak_cell(report: Report, row: Row, unit: Unit) -> Cell:
-    return bytes_cell(report, row, unit, "peak_bytes")
+    return bytes_cell(report, row, unit, "peak_bytes", PEAK_NOISE)
 
 
-def bytes_cell(report: Report, row: Row, unit: Unit, name: str) -> Cell:
-    """Bytes are counted, not sampled: every difference is one."""
+def bytes_cell(report: Report, row: Row, unit: Unit, name: str, noise: float) -> Cell:
+    """Bytes are counted, not sampled: a difference of more than the share `noise` is one."""
     if row.memory is None:
         return EMPTY
     size: int = getattr(row.memory, name)
@@ -133,8 +135,10 @@ def bytes_cell(report: Report, row: Row, unit: Unit, name: str) -> Cell:
     if base is None or base.memory is None or base.name == row.name:
         return Cell(measured(size, unit))
     other: int = getattr(base.memory, name)
-    found: Effect = "better" if size < other else "worse" if size > other else "undecided"
-    return Cell(measured(size, unit), exact_change(size, other), effect=found)
+    said = exact_change(size, other)
+    if abs(size - other) <= noise * other:
+        return Cell(measured(size, unit), said if size == other else f"{UNTOLD} {said}", effect="undecided")
+    return Cell(measured(size, unit), said, effect="better" if size < other else "worse")
 
 
 def divergence_cell(report: Report, row: Row) -> Cell:

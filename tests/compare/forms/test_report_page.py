@@ -193,6 +193,20 @@ def test_a_change_within_its_interval_is_told_apart_from_an_established_one() ->
     assert '<small class="undecided">~ +0.2 %</small><small class="ends">−0.2 to +0.6</small>' in page
 
 
+def test_a_peak_that_is_a_little_lower_is_not_better() -> None:
+    """0.1 % of a process's memory was once told as established."""
+    report = made_up()
+    memory, base = report.rows[1].memory, report.rows[0].memory
+    assert memory is not None
+    assert base is not None
+    near = replace(
+        memory, peak_bytes=int(base.peak_bytes * 0.999), weight_bytes=int(base.weight_bytes * 0.999)
+    )
+    page = render_page(replace(report, rows=[report.rows[0], replace(report.rows[1], memory=near)]))
+    assert '20.6<small class="undecided">~ −0.1 %</small>' in page
+    assert '16.0<small class="better">−0.1 % ✓</small>' in page
+
+
 def test_noise_is_a_row_of_its_own() -> None:
     words = read(made_up()).words
     assert "noise bf16 against itself 1,436 ~ +0.4 %" in words
