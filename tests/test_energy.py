@@ -76,7 +76,7 @@ def test_a_cpu_has_none_and_the_library_is_not_loaded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)  # an import would be an error
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "service.energy"):
         assert EnergyMeter.open("") is None
     assert "CPU" in caplog.text
 

@@ -253,16 +253,18 @@ def test_what_is_not_the_variant_s_is_not_launched(library: Driver) -> None:
 
 
 def test_steps_that_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those with prompts, deterministic ones, and all where there is no such GPU."""
+    """Prompts alone, deterministic steps, and all where there is no such GPU."""
     tables = torch.zeros(2, 4, dtype=torch.int32)
     steps = {
         "decode": plan_attention(tables, [0, 1, 2], [5, 9], 2),
-        "prompt": plan_attention(tables, [0, 1, 9], [5, 9], 1),
+        "mixed": plan_attention(tables, [0, 1, 9], [5, 9], 1),
+        "prompts": plan_attention(tables, [0, 2, 9], [5, 9], 0),
     }
     assert serving(LLAMA, steps["decode"]) is None
     monkeypatch.setattr("service.kernels.decode_attention.absence", lambda: "")
     lengths: Any = SimpleNamespace(device=torch.device("cuda"))
     there = {name: replace(step, lengths=lengths) for name, step in steps.items()}
     assert serving(LLAMA, there["decode"]) == row_for(plan(LLAMA), 2).variant
-    assert serving(LLAMA, there["prompt"]) is None
+    assert serving(LLAMA, there["mixed"]) == row_for(plan(LLAMA), 1).variant
+    assert serving(LLAMA, there["prompts"]) is None
     assert serving(LLAMA, replace(there["decode"], deterministic=True)) is None
