@@ -109,3 +109,15 @@ def write_checkpoint(folder: Path, kind: Kind, template: str | None = None) -> P
         json.dumps({"vocab_size": tokenizer.get_vocab_size() + 8, "eos_token_id": 2})
     )
     return folder
+
+
+def write_bare_model(folder: Path) -> Path:
+    """A byte-level tokenizer without merges, and as much of a config as the fake engine reads."""
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: id for id, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 256, "eos_token_id": 0}))
+    return folder

@@ -10,7 +10,6 @@ mode is found.
 
 import argparse
 import io
-import json
 import os
 import sys
 import tempfile
@@ -18,7 +17,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from service.api.app import create_app
 from service.compare.job import run_compare
@@ -26,21 +24,10 @@ from service.compare.modes import parse_modes
 from service.compare.options import CompareOptions, parse_levels
 from service.compare.report import Report, Row
 from service.config import load_settings
+from tests.tiny_tokenizers import write_bare_model
 
 FAKE_ENGINE = (sys.executable, str(Path(__file__).resolve().parents[1] / "fake_engine.py"))
 FIGURES = (("output_tokens_per_s", "closed-4"), ("tpot_p50_s", "closed-4"), ("e2e_p50_s", "closed-4"))
-
-
-def write_model(folder: Path) -> Path:
-    """A byte-level tokenizer without merges, and as much of a config as the fake engine reads."""
-    folder.mkdir()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: id for id, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 256, "eos_token_id": 0}))
-    return folder
 
 
 def comparison(folder: Path, seed: int) -> Report:
@@ -86,7 +73,7 @@ def main() -> None:
     beyond = dict.fromkeys(FIGURES, 0)
     found = dict.fromkeys(FIGURES, 0)
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder) / "model")
+        write_bare_model(Path(folder) / "model")
         for seed in range(options.comparisons):
             started_s = time.monotonic()
             report = comparison(Path(folder), seed)

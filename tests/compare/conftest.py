@@ -1,7 +1,6 @@
 """A model folder that the fake engine and the real front can serve, and runs of compare over it."""
 
 import io
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from service.api.app import create_app
 from service.compare.job import run_compare
@@ -17,6 +15,7 @@ from service.compare.modes import parse_modes, parse_server
 from service.compare.options import CompareOptions, parse_levels
 from service.compare.report import Report
 from service.config import load_settings
+from tests.tiny_tokenizers import write_bare_model
 
 FAKE_ENGINE = (sys.executable, str(Path(__file__).resolve().parent.parent / "fake_engine.py"))
 
@@ -25,16 +24,7 @@ Compare = Callable[..., Report]
 
 @pytest.fixture
 def model_path(tmp_path: Path) -> Path:
-    """A byte-level tokenizer without merges, and as much of a config as the fake engine reads."""
-    folder = tmp_path / "tiny-model"
-    folder.mkdir()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: id for id, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 256, "eos_token_id": 0}))
-    return folder
+    return write_bare_model(tmp_path / "tiny-model")
 
 
 @pytest.fixture
