@@ -12,7 +12,7 @@ from service.cli.compare import device_of, read_options
 from service.compare.options import defaults
 from service.config import load_settings
 from service.errors import SettingError
-from tests.benchmarks.null_comparison import write_model
+from tests.tiny_tokenizers import write_bare_model
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         seen.update(modes=modes, options=options, **more)
         return SimpleNamespace(rows=[])
 
-    model = write_model(tmp_path / "model")
+    model = write_bare_model(tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"")
     monkeypatch.setattr(command, "run_compare", noted)
     monkeypatch.delenv("HALFTONE_KV_DTYPE", raising=False)
@@ -60,7 +60,7 @@ def test_without_flags_the_device_decides(asked: Any) -> None:
 
 
 def test_an_own_checkpoint_is_found_and_held_against_the_model(asked: Any, tmp_path: Path) -> None:
-    own = write_model(tmp_path / "own")
+    own = write_bare_model(tmp_path / "own")
     (own / "model.safetensors").write_bytes(b"")
     assert asked("--precisions", f"bf16,awq={own}")["checkpoints"] == {"awq": own}
 
