@@ -218,7 +218,7 @@ def make_router(server: Server) -> APIRouter:
 
         @router.get("/metrics")
         async def scrape() -> Response:
-            return Response(residents.render_metrics(), headers={"content-type": CONTENT_TYPE})
+            return Response(await residents.render_metrics(), headers={"content-type": CONTENT_TYPE})
 
     return router
 

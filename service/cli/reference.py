@@ -37,6 +37,9 @@ Counters and histograms are those of the time in which their precision was serve
 precision goes on with another set, and comes back to the first where it was. Gauges are of now, so that a
 precision which is not served has none.
 
+A scrape reads the GPU's energy and power in a thread, so that no stream waits for the driver. Where that does
+not answer in half a second the page goes without power, and its joules follow with the next answer.
+
 | metric | type | unit | further labels | meaning |
 |---|---|---|---|---|
 """

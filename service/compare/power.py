@@ -2,6 +2,8 @@
 between.
 
 mode.measure() --PowerLog.running()--> loads.read_run() --joules_between()--> Energy
+
+Streams pass through the event loop that this runs on, so that a reading, of milliseconds, is a thread's work.
 """
 
 import asyncio
@@ -27,35 +29,41 @@ class PowerLog:
 
     async def watch_idle(self) -> None:
         """Takes `idle_watts`: the mean over a second in which nothing is asked."""
-        before, start_s = self._meter.joules(), time.monotonic()
+        start_s, before = await asyncio.to_thread(self._now)
         await asyncio.sleep(IDLE_S)
-        self.idle_watts = (self._meter.joules() - before) / (time.monotonic() - start_s)
+        end_s, after = await asyncio.to_thread(self._now)
+        self.idle_watts = (after - before) / (end_s - start_s)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Reads while the block runs, at its beginning and at its end."""
-        self._read()
-        reading = asyncio.create_task(self._read_on())
+        await self._read()
+        ended = asyncio.Event()
+        reading = asyncio.create_task(self._read_until(ended))
         try:
             yield
         finally:
-            reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reading
-            self._read()
+            ended.set()
+            await reading
 
     def joules_between(self, start_s: float, end_s: float) -> float:
         """Of a window inside what was read; linear between two readings."""
         return self._joules_at(end_s) - self._joules_at(start_s)
 
-    async def _read_on(self) -> None:
-        while True:
-            await asyncio.sleep(PERIOD_S)
-            self._read()
+    async def _read_until(self, ended: asyncio.Event) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), PERIOD_S)
+            await self._read()
 
-    def _read(self) -> None:
-        self._times_s.append(time.monotonic())
-        self._joules.append(self._meter.joules())
+    async def _read(self) -> None:
+        time_s, joules = await asyncio.to_thread(self._now)
+        self._times_s.append(time_s)
+        self._joules.append(joules)
+
+    def _now(self) -> tuple[float, float]:
+        """(monotonic seconds, joules), in a thread."""
+        return time.monotonic(), self._meter.joules()
 
     def _joules_at(self, time_s: float) -> float:
         place = bisect_left(self._times_s, time_s)

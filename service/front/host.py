@@ -255,7 +255,7 @@ def metrics_app(residents: Residents) -> ASGIApp:
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
         found = scope["path"] == "/metrics" and scope["method"] in ("GET", "HEAD")
-        body = residents.render_metrics() if found else b"only GET /metrics is here\n"
+        body = await residents.render_metrics() if found else b"only GET /metrics is here\n"
         headers = [
             (b"content-type", CONTENT_TYPE.encode() if found else b"text/plain; charset=utf-8"),
             (b"content-length", str(len(body)).encode()),

@@ -105,8 +105,9 @@ class Residents:
         """Requests that have no end yet."""
         return sum(resident.client.num_open for resident in self.all)
 
-    def render_metrics(self) -> bytes:
+    async def render_metrics(self) -> bytes:
         """The body of /metrics, of type CONTENT_TYPE."""
+        await asyncio.gather(*(resident.metrics.read_energy() for resident in self.all))
         return render([resident.metrics for resident in self.all], self._compat)
 
     # --- for the host --------------------------------------------------------------------------

@@ -6,19 +6,15 @@ The engine sends deltas with its steps, so counters live here and outlive it. A 
 all the streams that shared a step, never once a token.
 """
 
-import logging
 from collections.abc import Sequence
 from math import exp
 from typing import Literal
 
 from service import __version__
-from service.energy import EnergyMeter
-from service.errors import DeviceError
 from service.messages import ERROR_KINDS, EngineInfo, Evaluated, StepStats
 from service.metrics import exposition, vllm
 from service.metrics.counts import Counts, Labels
-
-logger = logging.getLogger(__name__)
+from service.metrics.energy_account import EnergyAccount
 
 Compat = Literal["none", "vllm"]
 
@@ -39,8 +35,7 @@ class Metrics:
         self._was_ready = False
         self._kv_capacity_tokens = 0
         self._queue_limit = 0
-        self._meter: EnergyMeter | None = None
-        self._joules: float | None = None  # of the meter when it was last read
+        self._energy: EnergyAccount | None = None  # while an engine serves from a GPU
         self._count_in(Counts(model, precision))
 
     # --- a request's life ----------------------------------------------------------------------
@@ -143,13 +138,13 @@ class Metrics:
 
     def engine_ready(self, info: EngineInfo) -> None:
         """A loaded engine said what it serves."""
+        self._end_energy()
         if not self._was_ready:  # what has been counted so far was asked of this one
             self._was_ready = True
             del self._of_precision[self._counts.precision]
             self._counts.precision = info.precision
             self._of_precision[info.precision] = self._counts
         elif info.precision != self._counts.precision:
-            self._close_meter()
             self._counts.forget_gauges()
             self._count_in(self._of_precision.get(info.precision) or Counts(self._model, info.precision))
         counts = self._counts
@@ -175,7 +170,8 @@ class Metrics:
         counts.set("halftone_kv_block_tokens", info.kv_block_tokens)
         counts.set("halftone_requests_limit", info.max_batch_requests, "batch")
         counts.set("halftone_requests_limit", self._queue_limit, "queue")
-        self._open_meter(info.device_uuid)
+        if info.device_uuid:
+            self._energy = EnergyAccount(counts, info.device_uuid)
 
     def queue_limit(self, num_requests: int) -> None:
         """Most requests that the front lets be open at once."""
@@ -200,7 +196,7 @@ class Metrics:
             for kv_state in ("used", "reusable"):
                 counts.set("halftone_kv_cache_tokens", 0, kv_state)
             counts.replace("halftone_memory_bytes", {})
-            self._close_meter()
+            self._end_energy()
 
     def engine_restarted(self) -> None:
         """An engine is started in the place of one that is gone."""
@@ -218,9 +214,13 @@ class Metrics:
         return dict(self._counts.scalars[name])
 
     def counts(self) -> list[Counts]:
-        """Of each precision that has been served, energy up to now included."""
-        self._read_meter()
+        """Of each precision that has been served."""
         return list(self._of_precision.values())
+
+    async def read_energy(self) -> None:
+        """Before a scrape: the counts hold the GPU's energy up to now."""
+        if self._energy is not None:
+            await self._energy.read()
 
     def render(self, compat: Compat = "none") -> bytes:
         """The body of /metrics, of type CONTENT_TYPE, of a server with this one engine."""
@@ -243,34 +243,10 @@ class Metrics:
         self._step_tokens = counts.histogram("halftone_step_tokens")
         self._batch_size = counts.histogram("halftone_batch_size")
 
-    def _open_meter(self, device_uuid: str) -> None:
-        self._close_meter()
-        self._meter, self._joules = EnergyMeter.open(device_uuid), None
-        self._read_meter()
-
-    def _read_meter(self) -> None:
-        """What the GPU took since the last reading is this precision's."""
-        if self._meter is None:
-            return
-        try:
-            joules, watts = self._meter.joules(), self._meter.watts()
-        except DeviceError as error:
-            logger.warning("energy figures end: %s", error.message)
-            self._meter.close()
-            self._meter = None
-            self._counts.scalars["halftone_power_watts"].clear()
-            return
-        before = joules if self._joules is None else self._joules
-        self._counts.add("halftone_energy_joules_total", joules - before)
-        self._counts.set("halftone_power_watts", watts)
-        self._joules = joules
-
-    def _close_meter(self) -> None:
-        self._read_meter()
-        if self._meter is not None:
-            self._meter.close()
-            self._meter = None
-        self._counts.scalars["halftone_power_watts"].clear()
+    def _end_energy(self) -> None:
+        if self._energy is not None:
+            self._energy.close()
+            self._energy = None
 
 
 def render(all_metrics: Sequence[Metrics], compat: Compat = "none") -> bytes:

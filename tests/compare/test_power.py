@@ -1,6 +1,7 @@
 """Joules of a window from readings around it, with a meter made by hand."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -16,11 +17,13 @@ class Clock:
 
     def __init__(self) -> None:
         self.now_s = 0.0
+        self.readers: set[int] = set()
 
     def monotonic(self) -> float:
         return self.now_s
 
     def joules(self) -> float:
+        self.readers.add(threading.get_ident())
         joules = 50 * self.now_s + 150 * max(0.0, self.now_s - 3)
         self.now_s += 1
         return joules
@@ -63,6 +66,19 @@ def test_idle_power_is_the_mean_over_a_while(clock: Clock) -> None:
     log = PowerLog(clock)  # type: ignore[arg-type]
     asyncio.run(log.watch_idle())
     assert log.idle_watts == pytest.approx(50)
+
+
+def test_streams_do_not_wait_for_a_reading(clock: Clock) -> None:
+    log = PowerLog(clock)  # type: ignore[arg-type]
+
+    async def watch() -> None:
+        await log.watch_idle()
+        async with log.running():
+            await asyncio.sleep(0)
+
+    asyncio.run(watch())
+    assert clock.readers
+    assert threading.get_ident() not in clock.readers
 
 
 def test_a_device_without_a_counter_has_no_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ async def test_one_that_dies_does_not_touch_the_other() -> None:
         await second.client.wait_for("down")
         assert first.client.state == "ready"
         await second.client.wait_ready()
-        page = residents.render_metrics().decode()
+        page = (await residents.render_metrics()).decode()
         assert 'engine_restarts_total{model="demo",precision="nf4"} 1.0' in page
         assert 'engine_restarts_total{model="demo",precision="bf16"} 0.0' in page
         assert page.count("# TYPE halftone_engine_up gauge") == 1

@@ -4,10 +4,8 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.energy import EnergyMeter
-from service.errors import DeviceError
 from service.messages import ENGINE_DIED, ERROR_KINDS, EngineInfo, Evaluated, StepStats
-from service.metrics import Metrics, render, server
+from service.metrics import Metrics, render
 from service.metrics.catalogue import TOKEN_SECONDS
 from service.metrics.counts import Histogram
 
@@ -25,13 +23,13 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return samples(metrics.render()).get((name, frozenset(wanted.items())))
 
 
-def info(precision: str = "nf4", device_uuid: str = "") -> EngineInfo:
+def info(precision: str = "nf4") -> EngineInfo:
     return EngineInfo(
         model_path="/nowhere", architecture="Fake", precision=precision, dtype="bf16", kv_dtype="bf16",
         device="cpu", device_name="fake", torch_version="none", num_parameters=1, vocab_size=10,
         max_context_tokens=64, kv_tokens=640, kv_block_tokens=16, max_batch_tokens=32, max_batch_requests=4,
         eos_token_ids=[], kernels={}, memory_bytes={"weights.codes": 5}, weight_bytes=5, load_seconds={},
-        peak_load_bytes=9, device_uuid=device_uuid,
+        peak_load_bytes=9,
     )  # fmt: skip
 
 
@@ -109,66 +107,6 @@ def test_quality_is_that_of_the_last_evaluation() -> None:
     metrics.evaluated(answer)
     assert value(metrics, "halftone_quality_divergence_nats") == 0.0123
     assert value(metrics, "halftone_quality_agreement_ratio") == 0.97
-
-
-class Meter(EnergyMeter):
-    """Says what it is told to."""
-
-    def __init__(self) -> None:
-        self.total, self.power, self.is_lost, self.is_closed = 5e6, 300.0, False, False
-
-    def joules(self) -> float:
-        if self.is_lost:
-            raise DeviceError("GPU is lost")
-        return self.total
-
-    def watts(self) -> float:
-        return self.power
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-@pytest.fixture
-def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
-    fake = Meter()
-    monkeypatch.setattr(server.EnergyMeter, "open", lambda uuid: fake if uuid else None)
-    return fake
-
-
-def test_each_precision_counts_the_energy_of_its_own_time(meter: Meter) -> None:
-    metrics = Metrics("demo", "auto")
-    metrics.engine_ready(info("nf4", "GPU-1"))
-    assert value(metrics, "halftone_energy_joules_total") == 0  # not what the card took since it was made
-    meter.total += 40
-    assert value(metrics, "halftone_energy_joules_total") == 40
-    assert value(metrics, "halftone_power_watts") == 300
-    meter.total += 2
-    metrics.engine_state("down")
-    assert meter.is_closed
-    meter.total += 1000  # nothing of ours
-    metrics.engine_ready(info("bf16", "GPU-1"))
-    meter.total += 7
-    assert value(metrics, "halftone_energy_joules_total") == 42
-    assert value(metrics, "halftone_energy_joules_total", precision="bf16") == 7
-    assert value(metrics, "halftone_power_watts") is None
-    assert value(metrics, "halftone_power_watts", precision="bf16") == 300
-
-
-def test_without_a_gpu_there_is_no_energy_rather_than_none_used(meter: Meter) -> None:
-    metrics = Metrics("demo", "auto")
-    metrics.engine_ready(info())
-    assert value(metrics, "halftone_energy_joules_total") is None
-    assert value(metrics, "halftone_power_watts") is None
-
-
-def test_a_lost_gpu_does_not_take_the_page_with_it(meter: Meter) -> None:
-    metrics = Metrics("demo", "auto")
-    metrics.engine_ready(info(device_uuid="GPU-1"))
-    meter.is_lost = True
-    assert value(metrics, "halftone_power_watts") is None
-    assert value(metrics, "halftone_energy_joules_total") == 0
-    assert meter.is_closed
 
 
 def test_limits_stand_beside_what_they_bound() -> None:
