@@ -1,6 +1,7 @@
 """The memory ledger's parts, named once for /metrics, /version, reports, dashboards and plans.
 
 engine/ledger, plan/ --{part: bytes}--> whoever shows memory; no torch here
+bytes of a KV cache --kv_tokens_in, requests_in--> what they hold, for plans and reports alike
 
 The parts of one engine are disjoint, and together they are what its process holds of the device: of a GPU's
 memory, or, on a CPU, of the machine's.
@@ -8,6 +9,9 @@ memory, or, on a CPU, of the machine's.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
+
+BLOCK_TOKENS = 16  # requests hold a KV cache by whole blocks
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,16 @@ def weight_bytes(parts: Mapping[str, int]) -> int:
 def kv_bytes(parts: Mapping[str, int]) -> int:
     """Of the KV cache, used or not: what is reserved."""
     return group_bytes(parts, "kv")
+
+
+def kv_tokens_in(num_bytes: float, token_bytes: float) -> int:
+    """Tokens that requests can hold in so much memory; the engine's block 0, for padding, is beside it."""
+    return max(int(num_bytes // (BLOCK_TOKENS * token_bytes)), 0) * BLOCK_TOKENS
+
+
+def requests_in(kv_tokens: int, request_tokens: float) -> int:
+    """Requests of `request_tokens`, prompt and answer, that so many tokens hold at once."""
+    return kv_tokens // BLOCK_TOKENS // ceil(request_tokens / BLOCK_TOKENS)
 
 
 def group_bytes(parts: Mapping[str, int], group: str) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.ledger import PARTS, group_bytes, kv_bytes, weight_bytes
+from service.ledger import PARTS, group_bytes, kv_bytes, kv_tokens_in, requests_in, weight_bytes
 
 
 def test_parts_are_named_once_and_explained() -> None:
@@ -20,3 +20,11 @@ def test_groups_are_whole_words(group: str, expected: int) -> None:
     }  # fmt: skip
     assert group_bytes(parts, group) == expected
     assert (weight_bytes(parts), kv_bytes(parts)) == (11, 700)
+
+
+def test_a_cache_is_held_by_whole_blocks() -> None:
+    assert kv_tokens_in(1000.0, 10) == 96  # of 100
+    assert kv_tokens_in(-1.0, 10) == 0
+    assert requests_in(96, 32.0) == 3
+    assert requests_in(96, 32.5) == 2  # a third block each
+    assert requests_in(96, 97.0) == 0

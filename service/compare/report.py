@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from service import ledger
 from service.compare.figures import CONFIDENCE, Interval, Level, described
 
 FORMAT = "halftone-report/2"
@@ -118,13 +119,17 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Purchase(msgspec.Struct, frozen=True, kw_only=True):
-    """What the bytes that a mode frees against the reference would buy at an equal memory budget."""
+    """What a mode holds more than the reference in the memory of the reference's weights and KV cache."""
 
     freed_bytes: Annotated[int, described("Weight bytes of the reference less those of this mode")]
     kv_bytes_per_token: float
-    more_kv_tokens: Annotated[int, described("freed_bytes / kv_bytes_per_token; negative: it costs room")]
+    more_kv_tokens: Annotated[
+        int, described("Tokens of KV cache in that memory, less the reference's; negative: it costs room")
+    ]
     request_tokens: Annotated[float, described("Prompt and answer of a request of this load, mean")]
-    more_requests: Annotated[int, described("more_kv_tokens / request_tokens: open at the same time")]
+    more_requests: Annotated[
+        int, described("Requests open at the same time in that memory, less the reference's")
+    ]
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True):
@@ -367,15 +372,21 @@ def purchase(row: Row, reference: Row | None, request_tokens: float) -> Purchase
     """What `row`'s saving buys against `reference`; None for the reference and where there is none."""
     if reference is None or reference.name == row.name or not (row.memory and reference.memory):
         return None
-    freed = reference.memory.weight_bytes - row.memory.weight_bytes
-    per_token = row.memory.kv_bytes_per_token
-    more_tokens = int(freed / per_token)
+    mine, theirs = row.memory, reference.memory
+    freed = theirs.weight_bytes - mine.weight_bytes
+    room = freed + theirs.kv_tokens * theirs.kv_bytes_per_token
+    tokens = ledger.kv_tokens_in(room, mine.kv_bytes_per_token)
+    more_requests = (
+        ledger.requests_in(tokens, request_tokens) - ledger.requests_in(theirs.kv_tokens, request_tokens)
+        if request_tokens
+        else 0
+    )
     return Purchase(
         freed_bytes=freed,
-        kv_bytes_per_token=per_token,
-        more_kv_tokens=more_tokens,
+        kv_bytes_per_token=mine.kv_bytes_per_token,
+        more_kv_tokens=tokens - theirs.kv_tokens,
         request_tokens=request_tokens,
-        more_requests=int(more_tokens / request_tokens) if request_tokens else 0,
+        more_requests=more_requests,
     )
 
 

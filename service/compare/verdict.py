@@ -227,13 +227,13 @@ def because(case: Case, chosen: Row | None, tied: Sequence[Row]) -> list[str]:
 
 def freed(case: Case, row: Row) -> list[str]:
     """What its bytes buy; exact, so it needs no interval."""
-    if row.purchase is None or row.purchase.freed_bytes <= 0:
-        return []
     bought = row.purchase
+    if bought is None or bought.more_kv_tokens <= 0:
+        return []
+    frees = f"frees {bought.freed_bytes / 1e6:,.0f} MB of weights and " if bought.freed_bytes > 0 else ""
     return [
-        f"{row.name} frees {bought.freed_bytes / 1e6:,.0f} MB of weights against {case.reference}: room for "
-        f"{bought.more_kv_tokens:,d} more tokens of KV cache, {bought.more_requests:,d} more requests of "
-        "this load"
+        f"{row.name} {frees}holds {bought.more_kv_tokens:,d} more tokens of KV cache, "
+        f"{bought.more_requests:,d} more requests of this load, in the memory that {case.reference} takes"
     ]
 
 

@@ -9,14 +9,13 @@ gives the KV cache a share of what is free once everything else is there.
 
 from dataclasses import dataclass
 
-from service.ledger import PARTS, kv_bytes
+from service.ledger import BLOCK_TOKENS, PARTS, kv_bytes, kv_tokens_in
 from service.model.config import ModelConfig
 from service.model.sizes import Head, kv_token_bytes, rotary_bytes, weight_parts
 from service.plan.devices import Device
 from service.precision import Precision
 
 MB = 1_000_000
-BLOCK_TOKENS = 16
 STATE_WORDS, STATE_EXTRA_WORDS = 12, 1  # int32 of a request's row, besides its block table
 FACTOR_BYTES, BIAS_BYTES = 16, 300 * (8 + 4)  # of a row's penalties, besides a count of each token
 # allowances: for a CUDA context and the code of kernels, 792 to 794 MB on an H100 in five precisions; on a
@@ -74,9 +73,10 @@ def estimate(
     block_bytes = BLOCK_TOKENS * token_bytes
     # the rows of requests are made behind the cache, so they are no part of what it leaves
     free = device.memory_bytes - sum(parts.values())
-    blocks = int(free * serving.kv_memory_fraction) // block_bytes
     if serving.kv_tokens:
         blocks = -(-serving.kv_tokens // BLOCK_TOKENS)
+    else:
+        blocks = kv_tokens_in(int(free * serving.kv_memory_fraction), token_bytes) // BLOCK_TOKENS
     fits = blocks >= 2 and blocks * block_bytes <= free
     kv_tokens = blocks * BLOCK_TOKENS if fits else 0
     context_tokens = min(positions, kv_tokens or positions)

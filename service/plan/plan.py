@@ -10,11 +10,11 @@ import msgspec
 
 from service.disk import megabytes
 from service.errors import PrecisionError
-from service.ledger import weight_bytes
+from service.ledger import BLOCK_TOKENS, requests_in, weight_bytes
 from service.model.layout import layer_groups
 from service.model.sizes import all_linears, for_model, group_size_of
 from service.plan.devices import Device
-from service.plan.estimate import BLOCK_TOKENS, Estimate, Serving, estimate
+from service.plan.estimate import Estimate, Serving, estimate
 from service.plan.question import DEFAULT_CONTEXT_TOKENS, Question
 from service.plan.roofline import roofline
 from service.plan.shape import Shape
@@ -134,7 +134,7 @@ def plan_mode(
     mode.weight_bytes, mode.total_bytes = weight_bytes(found.parts), found.total_bytes
     mode.bits_per_weight = bits_per_weight(precision, shape)
     mode.kv_token_bytes, mode.kv_tokens = found.kv_token_bytes, found.kv_tokens
-    mode.max_requests = found.kv_tokens // BLOCK_TOKENS // context_blocks
+    mode.max_requests = requests_in(found.kv_tokens, question.context_tokens)
     asked_tokens = question.concurrency * context_blocks * BLOCK_TOKENS
     mode.needed_bytes = needed(found, asked_tokens, serving)
     mode.holds_all = mode.max_requests >= question.concurrency

@@ -230,6 +230,7 @@ def row(made: Made, reference: Made, repeats: int = 3) -> Row:
     kv_bytes = int(20_000 * KV_BYTES_PER_TOKEN * (1.0 if made.kv_dtype == "auto" else 0.52))
     per_token = kv_bytes / 20_000
     freed = int((reference.gigabytes - made.gigabytes) * 1e9)
+    more_kv_tokens = int((freed + 20_000 * KV_BYTES_PER_TOKEN) / per_token) - 20_000
     knee_rate = 8.0 if speed_at(made, 8) > 1.2 else 4.0
     return Row(
         mode=Mode(name=made.name, precision=made.name.split(" ")[0], kv_dtype=made.kv_dtype),
@@ -272,9 +273,9 @@ def row(made: Made, reference: Made, repeats: int = 3) -> Row:
         else Purchase(
             freed_bytes=freed,
             kv_bytes_per_token=per_token,
-            more_kv_tokens=int(freed / per_token),
+            more_kv_tokens=more_kv_tokens,
             request_tokens=328.0,
-            more_requests=int(freed / per_token / 328),
+            more_requests=more_kv_tokens // 328,
         ),
         dtype="bf16",
         kv_dtype="bf16" if made.kv_dtype == "auto" else made.kv_dtype,

@@ -10,10 +10,10 @@ import pytest
 from service import cores
 from service.compare.environment import environment
 from service.compare.quality import agreement_of
-from service.compare.report import Apart, Report, purchase, schema, shipped_schema
+from service.compare.report import Apart, Report, schema, shipped_schema
 from service.errors import HalftoneError
 from service.messages import Evaluated, Paired
-from tests.compare.made_up import KV_BYTES_PER_TOKEN, MODES, Made, failed, made_up, row, too_large
+from tests.compare.made_up import MODES, failed, made_up, too_large
 
 KINDS = {
     "all measured": made_up(),
@@ -33,22 +33,6 @@ def test_reports_keep_the_shipped_schema(kind: str) -> None:
     for broken in ({**good, "rows": [{"name": "x"}]}, {**good, "complete": "yes"}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(broken, shipped_schema())
-
-
-def test_what_freed_bytes_buy() -> None:
-    base, small, large = (
-        row(Made(name, size), MODES[0]) for name, size in (("bf16", 16), ("nf4", 6), ("fp32", 32))
-    )
-    bought = purchase(small, base, 400.0)
-    assert bought is not None
-    assert bought.freed_bytes == 10_000_000_000
-    assert bought.kv_bytes_per_token == KV_BYTES_PER_TOKEN
-    assert bought.more_kv_tokens == 76_293
-    assert bought.more_requests == 190
-    assert purchase(base, base, 400.0) is None
-    larger = purchase(large, base, 400.0)
-    assert larger is not None
-    assert larger.more_kv_tokens == -122_070
 
 
 @pytest.mark.parametrize(

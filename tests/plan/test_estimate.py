@@ -12,8 +12,9 @@ from tiny_models import SHAPE
 from service.engine.penalties import Penalties
 from service.engine.startup import start
 from service.engine.state import DeviceState
-from service.ledger import PARTS, kv_bytes, weight_bytes
+from service.ledger import BLOCK_TOKENS, PARTS, kv_bytes, weight_bytes
 from service.messages import EngineConfig
+from service.model.batch import BLOCK_TOKENS as ENGINE_BLOCK_TOKENS
 from service.model.instance import ModelInstance
 from service.model.random_weights import Draw, RandomWeights
 from service.model.sizes import for_model, kv_token_bytes, rotary_bytes, weight_parts
@@ -62,6 +63,7 @@ def test_a_plan_is_the_ledger_of_its_engine(tmp_path: Path, precision: str) -> N
     serving = Serving(5, 512, 0.9, kv_tokens=512, max_context_tokens=asked.max_context_tokens)
     planned = estimate(config, mode, asked.kv_dtype, MACHINE, serving)
     assert planned.kv_tokens == 512
+    assert BLOCK_TOKENS == ENGINE_BLOCK_TOKENS
     assert counted(planned.parts) == counted(held)
 
 

@@ -212,8 +212,8 @@ def bought(report: Report, drawn: dict[str, Mark]) -> Picture | None:
     svg = bars(found, "tokens of KV cache", "What the saving buys")
     request = next(row.purchase.request_tokens for row in report.rows if row.purchase)
     caption = (
-        f"At equal memory: weights saved against {report.reference}, spent on KV cache. A request of this "
-        f"traffic takes {request:,.0f} tokens. More is better."
+        f"In the memory of {report.reference}'s weights and KV cache: tokens of KV cache beyond its own. A "
+        f"request of this traffic takes {request:,.0f} tokens. More is better."
     )
     return Picture("What the saving buys", svg, caption)
 
