@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+import msgspec
 import pytest
 
 from service.api.app import create_app
@@ -23,8 +24,8 @@ from service.config import load_settings
 from service.energy import EnergyMeter
 from service.front.host import Host
 from service.front.supervisor import ENGINE_COMMAND
-from service.messages import StepStats
-from service.metrics import server as metrics_server
+from service.messages import EngineInfo, StepStats
+from service.metrics import Metrics
 from tests.deploy.panels_of import ALERTS, alerts, filled, panels
 from tests.deploy.real_prometheus import Prometheus, program, scraping
 from tests.front_thread import running
@@ -72,6 +73,11 @@ class Meter(EnergyMeter):
         pass
 
 
+def on_gpu(info: EngineInfo) -> EngineInfo:
+    """As the front hears it of an engine on a GPU: there is energy to read."""
+    return msgspec.structs.replace(info, device_uuid="GPU-1")
+
+
 @dataclass
 class Server:
     host: Host
@@ -98,7 +104,9 @@ def serving(hosts: dict[str, Callable[[], Host]], folder: Path) -> Iterator[Obse
     program("prometheus")  # before anything slow
     with contextlib.ExitStack() as exits:
         patch = exits.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(metrics_server.EnergyMeter, "open", lambda device_uuid: Meter())
+        patch.setattr(EnergyMeter, "open", lambda device_uuid: Meter())
+        ready = Metrics.engine_ready
+        patch.setattr(Metrics, "engine_ready", lambda self, info: ready(self, on_gpu(info)))
         servers = {
             precision: Server(*exits.enter_context(running(make_host, TIMEOUT_S)))
             for precision, make_host in hosts.items()
