@@ -142,6 +142,12 @@ def upload(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def upload_into(array: npt.NDArray[np.generic], target: Tensor) -> None:
+    """As `upload`, into a tensor that stays where it is."""
+    tensor = torch.from_numpy(array)
+    target.copy_(tensor.pin_memory() if target.device.type == "cuda" else tensor, non_blocking=True)
+
+
 class Readback:
     """Tensors on their way to the host; work that is given to the device later may overwrite them."""
 

@@ -94,6 +94,7 @@ class Engine:
             limits.max_batch_requests,
             limits.max_context_tokens,
             limits.vocab_size,
+            max(limits.max_batch_tokens, limits.crowd_batch_tokens),
             deterministic,
         )
         self._requests: dict[int, Request] = {}

@@ -1,11 +1,15 @@
-"""Decode steps captured once for each batch size: to replay one costs the host a single call.
+"""Steps captured once for each size: to replay one costs the host a single call.
 
 runner --step, forward--> Graph --replay--> token ids, logits
+       '--mixed---------> MixedGraph --fill, replay--> logits
 
-Sizes grow by eight; what is left of a size is padding. All graphs share one pool of memory, which is safe
-because only one of them runs at a time, and because what a step gives is copied away before the next begins.
+Sizes of decode steps grow by eight, all captured before anybody waits; those of steps with prompts are more
+than are ever needed, so each is captured by the first step that has it. What is left of a size is padding.
+All graphs share one pool of memory, which is safe because only one of them runs at a time, and because what
+a step gives is copied away before the next begins.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +20,17 @@ from torch import Tensor
 
 from service import device as devices
 from service.engine.decode_step import DecodeStep
+from service.engine.mixed_step import MixedInputs, MixedShape, MixedStep, MixedSteps
 from service.engine.sampler import Variant
 from service.engine.state import DeviceState
 from service.errors import DeviceError
 
+logger = logging.getLogger(__name__)
+
 # the full one also serves rows that only have temperatures: the kernels of the filters end at once for them,
 # predicted to cost 5 to 14 us a step, where a third graph for each size would cost every start a second
 CAPTURED: tuple[Variant, ...] = ("full", "greedy")
+MOST_MIXED = 64  # of some 2 MB each, for a model of 32 layers
 
 
 def batch_sizes(max_requests: int) -> list[int]:
@@ -42,6 +50,17 @@ class Graph:
 
 
 @dataclass(frozen=True, slots=True)
+class MixedGraph:
+    step: MixedStep
+    captured: devices.Captured
+
+    def replay(self, inputs: MixedInputs) -> Tensor:
+        """-> [rows that are asked for, vocab], overwritten by the next replay of any graph."""
+        self.step.fill(inputs)
+        return self.captured.replay()[: len(inputs.logit_rows)]
+
+
+@dataclass(frozen=True, slots=True)
 class GraphMemory:
     """What all graphs together hold: bytes."""
 
@@ -51,31 +70,44 @@ class GraphMemory:
 
 
 class Graphs:
-    """Whole steps are captured when this is made; `progress` is told how many of how many exist.
+    """Whole decode steps are captured when this is made, and the largest with prompts; `progress` is told how
+    many of how many exist.
 
     A step of which more is asked than a token replays the forward pass alone, captured when first needed.
     """
 
-    def __init__(self, step: DecodeStep, state: DeviceState, progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        step: DecodeStep,
+        state: DeviceState,
+        progress: Callable[[int, int], None],
+        mixed_steps: MixedSteps | None = None,
+    ) -> None:
+        """Without `mixed_steps` no step with prompts is captured."""
         self._step = step
         self._state = state
         sizes = batch_sizes(state.padding)
         self._size_of = np.searchsorted(sizes, np.arange(sizes[-1] + 1))
         self._sizes = sizes
         self._graphs: dict[tuple[int, Variant | None], Graph] = {}
+        self._mixed_steps = mixed_steps
+        self._mixed: dict[MixedShape, MixedGraph] = {}
         self._pool = devices.GraphPool()
         self._logits: Tensor | None = None
         self.memory = GraphMemory()
         before = self._held()
-        total = len(sizes) * len(CAPTURED)
+        total = len(sizes) * len(CAPTURED) + (mixed_steps is not None)
         progress(0, total)
         # the largest first: its buffers are cut into those of all others
+        if mixed_steps:
+            self._capture_mixed(mixed_steps.make(mixed_steps.largest), is_known=False)
+            progress(1, total)
         for size in reversed(sizes):
             for variant in CAPTURED:
                 # a draw's kernels serve every size, and a forward pass is the same under both draws
                 is_known = size < sizes[-1] and variant != CAPTURED[0]
                 self._capture(size, variant, partial(step, size, variant), is_known=is_known)
-                progress(len(self._graphs), total)
+                progress(len(self._graphs) + len(self._mixed), total)
         self._account(before)
 
     def step(self, num_rows: int, variant: Variant) -> Graph:
@@ -91,14 +123,35 @@ class Graphs:
             self._account(before)
         return self._graphs[size, None]
 
+    def mixed(self, inputs: MixedInputs) -> MixedGraph | None:
+        """None where a step with prompts is to run kernel by kernel."""
+        if self._mixed_steps is None or (shape := self._mixed_steps.shape_of(inputs)) is None:
+            return None
+        if shape not in self._mixed:
+            if len(self._mixed) == MOST_MIXED:
+                return None
+            before = self._held()
+            try:
+                self._capture_mixed(self._mixed_steps.make(shape), is_known=True)
+            except DeviceError as error:
+                logger.warning("steps with prompts run kernel by kernel from now on: %s", error)
+                self._mixed_steps = None
+                return None
+            self._account(before)
+        return self._mixed[shape]
+
     def _size(self, num_rows: int) -> int:
         return self._sizes[self._size_of[num_rows]]
 
     def _forward(self, size: int) -> Tensor:
-        logits = self._step.logits(size, [])
-        if self._logits is None:  # one for all sizes: in the pool each graph would keep its own
-            self._logits = torch.empty(self._sizes[-1], logits.shape[1], device=logits.device)
-        return self._logits[:size].copy_(logits)
+        return self._keep(self._step.logits(size, []))
+
+    def _keep(self, logits: Tensor) -> Tensor:
+        """-> float32. One tensor for all sizes: in the pool each graph would keep its own."""
+        if self._logits is None:
+            most = self._mixed_steps.largest.num_logits if self._mixed_steps else self._sizes[-1]
+            self._logits = torch.empty(most, logits.shape[1], device=logits.device)
+        return self._logits[: len(logits)].copy_(logits)
 
     def _held(self) -> tuple[int, int, int]:
         device = self._state.device
@@ -120,12 +173,20 @@ class Graphs:
         """On padding alone: block 0 takes what it writes. `is_known`: all its kernels have been launched."""
         self._state.select(np.empty(0, np.int64), size)
         self._state.flush()
+        told = f"the decode step of {size} requests ({variant or 'forward'})"
+        self._graphs[size, variant] = Graph(size, self._captured(run, told, is_known))
+
+    @torch.inference_mode()
+    def _capture_mixed(self, step: MixedStep, *, is_known: bool) -> None:
+        told = f"the step of {step.shape.num_rows} rows with prompts"
+        captured = self._captured(lambda: self._keep(step()), told, is_known)
+        self._mixed[step.shape] = MixedGraph(step, captured)
+
+    def _captured(self, run: Callable[[], Tensor], told: str, is_known: bool) -> devices.Captured:
         try:
-            captured = self._pool.capture(run, is_known=is_known)
+            return self._pool.capture(run, is_known=is_known)
         except Exception as error:
             raise DeviceError(
-                f"the decode step of {size} requests ({variant or 'forward'}) cannot be captured as a CUDA "
-                f"graph: {type(error).__name__}: {error}",
+                f"{told} cannot be captured as a CUDA graph: {type(error).__name__}: {error}",
                 hint="`--cuda-graphs off` runs it kernel by kernel, which is slower",
             ) from error
-        self._graphs[size, variant] = Graph(size, captured)

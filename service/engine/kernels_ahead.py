@@ -170,7 +170,9 @@ class Steps:
         tables = empty(state_rows, self.max_blocks, dtype=torch.int32)
         rows = empty(num_rows, dtype=torch.int32)
         _, _, _, lengths, blocks = read_rows(fields, tables, rows, BLOCK_TOKENS)
-        self.layers(num_rows, decode_plan(blocks, lengths, deterministic=self.shapes.deterministic))
+        starts = empty(num_rows + 1, dtype=torch.int32)  # which counts on a GPU: see `drawn`
+        plan = decode_plan(blocks, lengths, starts, deterministic=self.shapes.deterministic)
+        self.layers(num_rows, plan)
         logits = self.head(num_rows)
         drawn = self.drawn(logits.float(), fields, rows)
         for token_ids in (self.greedy(logits), *drawn):

@@ -3,7 +3,7 @@
 engine --chunks--> Runner.launch --> Pending --collect--> StepResult
 
 `launch` gives the device its work and waits for nothing. A step in which every request decodes is a
-DecodeStep on what lies on the device already; one with parts of prompts in it is put together here, its
+DecodeStep on what lies on the device already; one with parts of prompts in it is told by MixedInputs, its
 decoding rows first, whose tokens the host may not know yet.
 """
 
@@ -18,20 +18,23 @@ from service import device as devices
 from service.engine.alone import draw_alone, logprobs_alone
 from service.engine.decode_step import DecodeStep, Model, sampling_rows
 from service.engine.graphs import Graph, Graphs
+from service.engine.mixed_step import MixedInputs, MixedSteps
 from service.engine.penalties import Penalties
 from service.engine.request import Request
 from service.engine.results import Asked, Pending, Scored
 from service.engine.sampler import Variant, draw, logprobs
 from service.engine.scheduler import Chunk
-from service.engine.state import LAST_TOKEN, DeviceState, Ints
+from service.engine.state import DeviceState, Ints
+from service.kernels.kv_codes import is_coded
 from service.messages import Sampling
-from service.model.batch import PagedKV, StepBatch
+from service.model.batch import PagedKV
 
 VARIANTS: tuple[Variant, ...] = ("greedy", "temperature", "full")
 
 
 class Runner:
-    """Runs steps of a model over one KV cache; `max_context_tokens` bounds a request's block table."""
+    """Runs steps of a model over one KV cache; `max_context_tokens` bounds a request's block table,
+    `max_step_tokens` is what a step has at most."""
 
     def __init__(
         self,
@@ -41,6 +44,7 @@ class Runner:
         max_batch_requests: int,
         max_context_tokens: int,
         vocab_size: int,
+        max_step_tokens: int,
         deterministic: bool = False,
     ) -> None:
         self.model = model
@@ -52,6 +56,9 @@ class Runner:
         # a GPU's kernels look at each row alone anyhow
         self._draw = draw_alone if deterministic and not devices.runs_behind(device) else draw
         self.decode_step = DecodeStep(model, kv, self.state, self.penalties, self._draw)
+        self.mixed_steps: MixedSteps | None = None
+        if not is_coded(kv.keys[0].dtype):  # whose prompts' attention is planned by lengths on the host
+            self.mixed_steps = MixedSteps(model, kv, self.state, max_step_tokens, max_batch_requests)
         self.graphs: Graphs | None = None
         # by row, what decides which variant of a step serves it
         self._variants = np.zeros(max_batch_requests, np.int64)
@@ -65,17 +72,19 @@ class Runner:
 
     @torch.inference_mode()
     def rehearse(self) -> None:
-        """The largest decode step, on padding: what its buffers take."""
+        """The largest steps that are captured, on padding: what their buffers take."""
         self.state.select(np.empty(0, np.int64), self.state.padding)
         self.state.flush()
         self.decode_step(self.state.padding, "full")
+        if self.mixed_steps:
+            self.mixed_steps.make(self.mixed_steps.largest)().float()
 
     def capture(self, progress: Callable[[int, int], None] = lambda *_: None) -> None:
-        """From now on a step in which every request decodes is replayed, if it has a graph.
+        """From now on a step is replayed if it has a graph.
 
         Raises DeviceError where the model's kernels cannot be captured.
         """
-        self.graphs = Graphs(self.decode_step, self.state, progress)
+        self.graphs = Graphs(self.decode_step, self.state, progress, self.mixed_steps)
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Pending:
@@ -121,49 +130,17 @@ class Runner:
         self.state.flush()
         wanted = wanted_logits(chunks)
         drawn_rows = rows[wanted.drawn]
-        counts = np.array([chunk.num_tokens for chunk in chunks], np.int64)
-        ends = counts.cumsum()
-        positions = np.repeat(stops - ends, counts) + np.arange(ends[-1])
-        token_ids = [0] * num_decode
-        for chunk in chunks[num_decode:]:
-            token_ids += chunk.request.tokens[chunk.start : chunk.stop]
-        columns = [
-            np.array(token_ids, np.int64),
-            positions,
-            self.state.slots(np.repeat(rows, counts), positions),
-            rows,
-            stops,
-            np.append(0, ends),
-            np.array(wanted.rows, np.int64),
-            np.array(wanted.drawn_rows, np.int64),
-            drawn_rows,
-            stops[wanted.drawn],
-        ]
-        packed = devices.upload(np.concatenate(columns), self.device)
-        tokens, places, slots, on_rows, lengths, starts, logit_rows, picked, drawing, drawn_stops = (
-            packed.split([len(column) for column in columns])
-        )
-        if num_decode:
-            tokens[:num_decode] = self.state.fields[:, LAST_TOKEN].index_select(0, on_rows[:num_decode])
-        batch = StepBatch(
-            token_ids=tokens,
-            positions=places,
-            slots=slots,
-            query_starts=[0, *ends.tolist()],
-            context_lengths=stops.tolist(),
-            block_tables=self.state.tables_for(int(stops.max())).index_select(0, on_rows),
-            num_decode=num_decode,
-            logit_rows=logit_rows,
-            lengths=lengths.to(torch.int32),
-            starts=starts.to(torch.int32),
-        )
-        logits = self.model.forward(batch, self.kv)
+        inputs = MixedInputs.of(chunks, rows, stops, num_decode, wanted.rows, self.state)
+        graph = self.graphs.mixed(inputs) if self.graphs and not wanted.scored else None
+        logits = graph.replay(inputs) if graph else self.model.forward(inputs.batch(self.state), self.kv)
         if not wanted.rows:
             return Pending(self.device, len(chunks), [], None)
         logits = logits.float()
         scored = [self._score(logits[start:stop], chunks[i], i) for i, start, stop in wanted.scored]
         if not wanted.drawn:
             return Pending(self.device, len(chunks), [], None, None, scored)
+        columns = drawn_rows, stops[wanted.drawn], np.array(wanted.drawn_rows, np.int64)
+        drawing, drawn_stops, picked = devices.upload(np.stack(columns), self.device)
         if scored:
             logits = logits.index_select(0, picked)
         suppressed = self._suppressed([chunks[i] for i in wanted.drawn], drawn_rows, stops[wanted.drawn])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from service.kernels.kv_codes import is_coded
+from service.kernels.paged_attention import PromptTiles
 
 BLOCK_TOKENS = 16
 
@@ -24,10 +25,14 @@ class StepBatch:
     block_tables: Tensor  # int32 [S, max blocks], rows padded with 0
     num_decode: int  # the first `num_decode` sequences have one new token each
     logit_rows: Tensor  # int64 [R], rows of which logits are wanted, ascending
-    # The lists' contents as tensors, where the device has them. A decode step whose tensors change between
-    # replays has no `context_lengths`: it is empty.
+    # The lists' contents as tensors, where the device has them. A step whose tensors change between replays
+    # has no `context_lengths`: it is empty. Beyond its own rows and sequences it has padding then.
     lengths: Tensor | None = None  # int32 [S]
     starts: Tensor | None = None  # int32 [S + 1]
+    logit_slots: Tensor | None = (
+        None  # int64 [R], of `slots` those of the rows wanted, where some are padding
+    )
+    tiles: PromptTiles | None = None  # where there are prompts among what changes
 
 
 class PagedKV:

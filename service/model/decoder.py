@@ -7,7 +7,7 @@ shares an input. What is the same for every layer of a step is computed once, in
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,13 @@ from service.kernels.coded_attention import coded_attention
 from service.kernels.dense_linear import pack_weight
 from service.kernels.gated_silu import gated_silu
 from service.kernels.int8_rows import Live
-from service.kernels.paged_attention import AttentionPlan, decode_plan, paged_attention, plan_attention
+from service.kernels.paged_attention import (
+    AttentionPlan,
+    decode_plan,
+    mixed_plan,
+    paged_attention,
+    plan_attention,
+)
 from service.kernels.rotary_kv import rotary_kv
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 from service.model.config import ModelConfig
@@ -42,6 +48,7 @@ class Step:
     sin: Tensor
     attention: AttentionPlan
     decode: decode_attention.Variant | None  # does rotary and attention of decodes at once, if anything
+    out: Tensor | None = None  # [T, heads, head_dim], where every layer's attention goes that has padding
 
 
 def decode_shape(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype) -> decode_attention.Shape:
@@ -76,6 +83,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.config = config
         self.index = index
+        self.live = live
         self.deterministic = deterministic
         self.window = config.windows[index]
         self.rotary = config.rotary[index]
@@ -113,6 +121,7 @@ class DecoderLayer(nn.Module):
         x = self._attend(x, step)
         if wanted is not None:
             hidden, x = hidden.index_select(0, wanted), x.index_select(0, wanted)
+            self.live.slots = step.batch.logit_slots
             if not len(wanted):
                 return hidden, None
         if observe:
@@ -130,34 +139,42 @@ class DecoderLayer(nn.Module):
         config, plan, kv = self.config, step.attention, step.kv
         width = config.num_heads * config.head_dim
         if step.decode is None:
-            return self._attend_in_turn(qkv, step, plan).reshape(-1, width)
+            return self._attended(self._rotated(qkv, step), step, plan, step.out).view(-1, width)
         count, prompts = plan.num_decode, None
         if count < plan.num_sequences:
             plan, prompts = plan.apart
-        out = qkv.new_empty(len(qkv), config.num_heads, config.head_dim)
+        out = step.out
+        if out is None:
+            out = qkv.new_empty(len(qkv), config.num_heads, config.head_dim)
+        # of a captured step all rows, before the decode, which then writes K and V of its own once more
+        q = None if prompts is None else self._rotated(qkv, step, prompts.first_row)
         cos, sin = (step.cos, step.sin) if self.rotary else (None, None)
         decode_attention.decode_attention(
             step.decode, qkv[:count], cos, sin, self.q_norm, self.k_norm, config.norm_eps,
             kv.keys[self.index], kv.values[self.index], plan, config.attention_scale, self.window,
             out=out[:count],
         )  # fmt: skip
-        if prompts is not None:
-            self._attend_in_turn(qkv, step, prompts, count, out[count:])
+        if prompts is not None and q is not None:
+            # of a captured step after the decode, which writes zeros where nobody decodes
+            self._attended(q, step, prompts, out[prompts.first_row :])
         return out.view(-1, width)
 
-    def _attend_in_turn(
-        self, qkv: Tensor, step: Step, plan: AttentionPlan, first: int = 0, out: Tensor | None = None
-    ) -> Tensor:
-        """Rotary embedding, then attention, of the rows from `first` on, which `plan` is of."""
-        config, kv = self.config, step.kv
-        keys, values, scales = kv.keys[self.index], kv.values[self.index], kv.scales[self.index]
-        cos, sin = (step.cos, step.sin) if self.rotary else (None, None)
-        norms, eps = (self.q_norm, self.k_norm), config.norm_eps
-        scale, window = config.attention_scale, self.window
-        positions, slots = step.batch.positions, step.batch.slots
+    def _rotated(self, qkv: Tensor, step: Step, first: int = 0) -> Tensor:
+        """-> q of the rows from `first` on, [rows, heads, head_dim]; their K and V are in the cache."""
+        kv, positions, slots = step.kv, step.batch.positions, step.batch.slots
         if first:
             qkv, positions, slots = qkv[first:], positions[first:], slots[first:]
-        q = rotary_kv(qkv, cos, sin, positions, slots, *norms, eps, keys, values, scales)
+        cos, sin = (step.cos, step.sin) if self.rotary else (None, None)
+        return rotary_kv(
+            qkv, cos, sin, positions, slots, self.q_norm, self.k_norm, self.config.norm_eps,
+            kv.keys[self.index], kv.values[self.index], kv.scales[self.index],
+        )  # fmt: skip
+
+    def _attended(self, q: Tensor, step: Step, plan: AttentionPlan, out: Tensor | None) -> Tensor:
+        """-> [rows, heads, head_dim], in `out` if it is given and nothing is coded."""
+        kv, config = step.kv, self.config
+        keys, values, scales = kv.keys[self.index], kv.values[self.index], kv.scales[self.index]
+        scale, window = config.attention_scale, self.window
         if scales is None:
             return paged_attention(q, keys, values, plan, scale, window, out=out)
         return coded_attention(q, keys, values, scales, plan, scale, window)
@@ -247,8 +264,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[T, hidden] -> the residual stream and what is to be added to it, of the rows `wanted` if given."""
         delta: Tensor | None = None
-        # only a step without padding has rows that nobody wants
-        self.live.slots = step.batch.slots if wanted is None else None
+        self.live.slots = step.batch.slots
         last = len(self.layers) - 1
         try:
             for index, layer in enumerate(self.layers):
@@ -283,8 +299,16 @@ class Decoder(nn.Module):
 
     def prepare(self, batch: StepBatch, kv: PagedKV) -> Step:
         """What the layers of this step share; a layer alone is `decoder.layers[i](hidden, delta, step)`."""
-        shape = decode_shape(self.config, self.dtype, kv.keys[0].dtype)
-        return plan_step(batch, kv, self.cos, self.sin, self.deterministic, shape)
+        config = self.config
+        shape = decode_shape(config, self.dtype, kv.keys[0].dtype)
+        step = plan_step(batch, kv, self.cos, self.sin, self.deterministic, shape)
+        if batch.tiles is None:
+            return step
+        # rows of padding are written by nobody, and what they hold must be numbers: one tensor for all layers
+        out = self.embedding.weight.new_zeros(
+            len(batch.positions), config.num_heads, config.head_dim, dtype=self.dtype
+        )
+        return replace(step, out=out)
 
 
 def plan_step(
@@ -299,9 +323,7 @@ def plan_step(
 
     `shape`: of decodes, which one kernel may then serve.
     """
-    if batch.lengths is not None and not batch.context_lengths:
-        plan = decode_plan(batch.block_tables, batch.lengths, batch.starts, deterministic=deterministic)
-    else:
+    if batch.lengths is None or batch.starts is None or batch.context_lengths:
         plan = plan_attention(
             batch.block_tables,
             batch.query_starts,
@@ -311,6 +333,12 @@ def plan_step(
             batch.starts,
             deterministic=deterministic,
         )
+    elif batch.tiles:
+        plan = mixed_plan(
+            batch.block_tables, batch.lengths, batch.starts, batch.num_decode, batch.tiles, deterministic
+        )
+    else:
+        plan = decode_plan(batch.block_tables, batch.lengths, batch.starts, deterministic=deterministic)
     return Step(batch, kv, cos, sin, plan, decode_attention.serving(shape, plan) if shape else None)
 
 

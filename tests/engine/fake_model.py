@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -18,6 +19,7 @@ from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 VOCAB_SIZE = 29
 UNSAID = VOCAB_SIZE  # an id that prompts may hold, but no logits speak for
 CPU = torch.device("cpu")
+TILE_QUERIES = 4  # of a kernel that this model has not
 DEPTH = 0  # of engines whose maker does not say
 
 
@@ -39,26 +41,25 @@ class FakeModel:
     def forward(self, batch: StepBatch, kv: PagedKV) -> Tensor:
         self.batches.append(batch)
         pages = kv.keys[0].view(-1)
-        lengths = batch.context_lengths
-        if not lengths:  # as it is captured: only then may there be padding
-            assert batch.lengths is not None
-            lengths = batch.lengths.tolist()
-            assert all(length == 1 for length, slot in zip(lengths, batch.slots, strict=True) if slot == 0)
-        assert (
-            (batch.slots >= BLOCK_TOKENS)
-            .logical_or(batch.slots == (-1 if batch.context_lengths else 0))
-            .all()
-        ), "block 0 is written"
+        spans = spans_of(batch)
+        covered = {row for span in spans.values() for row in range(span.first, span.end)}
+        padding = [row for row in range(len(batch.token_ids)) if row not in covered]
+        assert not (padding and batch.context_lengths), "only a captured step has padding"
+        assert (batch.slots[padding] == 0).all(), "padding is written outside of block 0"
+        assert (batch.slots[sorted(covered)] >= BLOCK_TOKENS).all(), "block 0 is written"
         assert (batch.token_ids >= 0).all(), "a broken row's token is looked up"
         pages[batch.slots] = batch.token_ids
-        starts = batch.query_starts
-        assert starts[-1] == len(batch.token_ids) == len(batch.positions)
-        assert all(starts[i + 1] - starts[i] == 1 for i in range(batch.num_decode))
+        assert len(batch.token_ids) == len(batch.positions)
+        if batch.tiles:
+            check_tiles(batch.tiles.table(TILE_QUERIES).tolist(), spans, batch.num_decode)
         rows = []
         for row in batch.logit_rows.tolist():
-            sequence = next(i for i in range(len(starts) - 1) if starts[i] <= row < starts[i + 1])
+            if row not in covered:
+                rows.append(torch.zeros(VOCAB_SIZE))
+                continue
+            sequence, span = next((i, span) for i, span in spans.items() if span.first <= row < span.end)
             position = int(batch.positions[row])
-            assert position == lengths[sequence] - (starts[sequence + 1] - row)
+            assert position == span.length - (span.end - row)
             slots = (batch.block_tables[sequence].long() * BLOCK_TOKENS).unsqueeze(1) + torch.arange(16)
             seen = pages[slots.view(-1)[: position + 1]].tolist()
             if self.poison in seen:
@@ -66,6 +67,47 @@ class FakeModel:
             logits = prefix_logits(seen)
             rows.append(torch.full_like(logits, torch.nan) if self.broken in seen else logits)
         return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
+
+
+class Span(NamedTuple):
+    """Rows of a sequence in a step, and its tokens behind the step."""
+
+    first: int
+    end: int
+    length: int
+
+
+def spans_of(batch: StepBatch) -> dict[int, Span]:
+    """By number of the sequence; those that are padding are left out."""
+    starts, lengths = batch.query_starts, batch.context_lengths
+    if not lengths:  # as it is captured
+        assert batch.lengths is not None
+        assert batch.starts is not None
+        starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
+    found = {
+        number: Span(number, number + 1, lengths[number])
+        for number in range(batch.num_decode)
+        if batch.slots[number] >= BLOCK_TOKENS
+        and (batch.context_lengths or batch.tiles is None or lengths[number])
+    }
+    for number in range(batch.num_decode, len(lengths)):
+        if starts[number] < starts[number + 1]:
+            found[number] = Span(starts[number], starts[number + 1], lengths[number])
+    assert batch.context_lengths or all(
+        lengths[number] <= 1 for number in set(range(len(lengths))) - set(found)
+    )
+    return found
+
+
+def check_tiles(tiles: list[list[int]], spans: dict[int, Span], num_decode: int) -> None:
+    """Each query of a prompt is in one tile; what is left is of a sequence that has none."""
+    wanted = [
+        [number, query]
+        for number, span in spans.items()
+        if number >= num_decode
+        for query in range(0, span.end - span.first, TILE_QUERIES)
+    ]
+    assert sorted(tile for tile in tiles if tile[0] in spans) == sorted(wanted)
 
 
 class FakeGraphPool:

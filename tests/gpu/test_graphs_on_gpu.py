@@ -102,6 +102,7 @@ def test_replayed_steps_draw_what_steps_kernel_by_kernel_draw(folder: Path) -> N
     assert replayed.runner.graphs is not None
     assert launched.runner.graphs is None
     assert answers(replayed, submits) == answers(launched, submits)
+    assert len(replayed.runner.graphs._mixed) > 1, "steps with prompts were not replayed"
 
 
 def test_filters_capture_nothing_while_others_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,7 @@ def test_every_size_is_captured_before_ready(folder: Path) -> None:
         model_path=str(folder), precision="fp16", device="cuda", kv_tokens=512, max_batch_requests=20
     )
     start(config, lambda m: told.append((m.done, m.total)) if m.stage == "capture" else None, 0.0)
-    total = len(CAPTURED) * len(batch_sizes(20))
+    total = len(CAPTURED) * len(batch_sizes(20)) + 1  # and the largest step with prompts
     assert told[0] == (0, total)
     assert told[-1] == (total, total)
 

@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from service.kernels.paged_attention import decode_plan, plan_attention
+from service.kernels.paged_attention import PromptTiles, decode_plan, mixed_plan, plan_attention
 from service.kernels.paged_attention.reference import paged_attention_reference
 from tests.kernels.interpreter import interpreted
 from tests.kernels.test_paged_attention import Pages, relative_rms
@@ -94,6 +94,38 @@ def test_mixed_batch_equals_reference(
     )
     assert got.dtype == dtype
     assert relative_rms(got, want) < TOLERANCE[dtype]
+
+
+def test_captured_steps_are_those_of_any_prompts(kernels: ModuleType) -> None:
+    """One plan for several steps, each with places left over; rows that nobody has keep what they held."""
+    num_decode, num_prompts, num_rows, most_blocks = 3, 4, 96, 12
+    nobody = num_decode + num_prompts
+    tiles = PromptTiles(num_rows, num_prompts, nobody, is_long=False, device=torch.device("cpu"))
+    tables = torch.zeros(nobody + 1, most_blocks, dtype=torch.int32)
+    told_lengths, told_starts = (torch.zeros(nobody + more, dtype=torch.int32) for more in (1, 2))
+    plan = mixed_plan(tables, told_lengths, told_starts, num_decode, tiles)
+    steps = [([5, 90, 65, 130], [1, 1, 65, 9]), ([33, 3, 17], [33, 3, 16]), ([7, 150], [1, 90]), ([4], [1])]
+    # kernels ask for their tables in the step that is captured, which is of padding
+    kernels.paged_attention(torch.zeros(num_rows, 2, 64), *[torch.zeros(4, 1, 16, 64)] * 2, plan, 0.125)
+    for seed, (lengths, chunks) in enumerate(steps):
+        count = sum(chunk == 1 for chunk in chunks)
+        pages = Pages(lengths, 1, 64, torch.float32, seed=seed)
+        starts = [sum(chunks[:i]) for i in range(len(chunks) + 1)]
+        tables.zero_(), told_lengths.zero_()
+        sequences = [*range(count), *range(num_decode, num_decode + len(chunks) - count)]
+        tables[sequences, : pages.tables.shape[1]] = pages.tables
+        told_lengths[sequences] = torch.tensor(lengths, dtype=torch.int32)
+        told_starts[num_decode:] = starts[-1]
+        told_starts[num_decode : num_decode + len(chunks) - count] = torch.tensor(starts[count:-1]).int()
+        tiles.fill(num_decode, chunks[count:], lengths[count:])
+        q = torch.randn(num_rows, 2, 64)
+        out = torch.full_like(q, 7.0)
+        kernels.paged_attention(q, pages.keys, pages.values, plan, 0.125, out=out)
+        want = paged_attention_reference(
+            q[: starts[-1]], pages.keys, pages.values, pages.tables, starts, lengths, 0.125
+        )
+        assert relative_rms(out[: starts[-1]], want) < TOLERANCE[torch.float32]
+        assert (out[max(starts[-1], num_decode) :] == 7.0).all()
 
 
 def test_padded_rows_are_harmless(kernels: ModuleType) -> None:

@@ -11,9 +11,25 @@ import torch
 from torch import Tensor
 
 from service.kernels.paged_attention import dense
-from service.kernels.paged_attention.plan import AttentionPlan, decode_plan, plan_attention
+from service.kernels.paged_attention.plan import (
+    SHORT_PROMPT_TOKENS,
+    AttentionPlan,
+    PromptTiles,
+    decode_plan,
+    mixed_plan,
+    plan_attention,
+)
 
-__all__ = ["AttentionPlan", "attention_kernel", "decode_plan", "paged_attention", "plan_attention"]
+__all__ = [
+    "SHORT_PROMPT_TOKENS",
+    "AttentionPlan",
+    "PromptTiles",
+    "attention_kernel",
+    "decode_plan",
+    "mixed_plan",
+    "paged_attention",
+    "plan_attention",
+]
 
 if torch.cuda.is_available():
     from service.kernels.paged_attention import triton as cuda

@@ -1,21 +1,74 @@
 """What every layer's attention of one step shares, computed once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 Gathered = tuple[Tensor, Tensor | None]  # cache rows, additive mask
 
+SHORT_PROMPT_TOKENS = 2048  # with what is in the cache already: other tiles are the fastest up to here
+
+
+class PromptTiles:
+    """Of a captured step, whose prompts change between its replays: their tiles, in as many places as ever.
+
+    `fill` is to be called before each replay, when the kernels have asked for their tables.
+    """
+
+    def __init__(
+        self, num_queries: int, num_prompts: int, nobody: int, is_long: bool, device: torch.device
+    ) -> None:
+        """`nobody`: a sequence without queries, of which the places are that are left. `is_long`: a prompt
+        may have more than SHORT_PROMPT_TOKENS keys."""
+        self.longest_prompt = SHORT_PROMPT_TOKENS + is_long
+        self._num_queries = num_queries
+        self._num_prompts = num_prompts
+        self._nobody = nobody
+        # all tables; made here, for what a captured step makes is made anew by each replay
+        self._pairs = torch.zeros(num_queries + num_prompts, 2, dtype=torch.int32, device=device)
+        self._pairs[:, 0] = nobody
+        self._tables: dict[int, Tensor] = {}
+
+    def table(self, tile_queries: int) -> Tensor:
+        """int32 [tiles, 2], as AttentionPlan.tiles says; it stays where it is."""
+        if tile_queries not in self._tables:
+            begin = sum(map(len, self._tables.values()))
+            end = begin + self._num_queries // tile_queries + self._num_prompts
+            assert end <= len(self._pairs), "kernels of one step ask for too many kinds of tiles"
+            self._tables[tile_queries] = self._pairs[begin:end]
+        return self._tables[tile_queries]
+
+    def fill(self, first: int, counts: list[int], lengths: list[int]) -> None:
+        """Sequences from number `first` on, of so many queries and, these included, keys."""
+        for tile_queries, table in self._tables.items():
+            found = cut(first, counts, lengths, tile_queries)
+            found += [(self._nobody, 0)] * (len(table) - len(found))
+            table.copy_(on_host(found, table.device), non_blocking=True)
+
+
+def cut(first: int, counts: list[int], lengths: list[int], tile_queries: int) -> list[tuple[int, int]]:
+    """Queries, `tile_queries` at a time -> sequence and first query within its chunk.
+
+    Late queries, which see the most keys, come first, so that the longest work is not begun last.
+    """
+    found = [
+        (count - query - length, sequence, query)
+        for sequence, (count, length) in enumerate(zip(counts, lengths, strict=True), first)
+        for query in range(0, count, tile_queries)
+    ]
+    return [(sequence, query) for _, sequence, query in sorted(found)]
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """S sequences, their queries one behind another; the first `num_decode` have one query each.
 
-    The tensors say what the lists say, on the device. A plan that only decodes may have no lists at all:
-    `decode_plan` makes one of tensors whose contents change between replays of a captured step.
+    The tensors say what the lists say, on the device. The plan of a captured step, whose tensors' contents
+    change between replays, has no lists: `decode_plan` and `mixed_plan` make one.
     """
 
     block_tables: Tensor  # int32 [S, max blocks], rows padded with 0
@@ -25,6 +78,8 @@ class AttentionPlan:
     query_starts: list[int]  # `starts`, or empty
     context_lengths: list[int]  # `lengths`, or empty
     deterministic: bool = False  # a row's result depends on its own sequence alone, bit for bit
+    open_tiles: PromptTiles | None = None  # of a captured step with prompts
+    first_row: int = 0  # of the step's rows, that `starts` counts from
     _gathered: dict[int, Gathered] = field(default_factory=dict)
     _tiles: dict[int, Tensor] = field(default_factory=dict)
     _over_gathered: list["AttentionPlan"] = field(default_factory=list)  # one or none
@@ -63,11 +118,18 @@ class AttentionPlan:
 
     @cached_property
     def apart(self) -> tuple["AttentionPlan", "AttentionPlan"]:
-        """The decode, which the device alone knows, and the prompts as if nothing were before them."""
+        """The decode, which the device alone knows, and the prompts as if nothing were before them.
+
+        Of a captured step, whose number of rows that decode changes, the prompts are where they are.
+        """
         count, fixed = self.num_decode, self.deterministic
         decodes = AttentionPlan(
             self.block_tables[:count], self.lengths[:count], self.starts[: count + 1], count, [], [], fixed
         )
+        if self.open_tiles:
+            return decodes, mixed_plan(
+                self.block_tables, self.lengths, self.starts, 0, self.open_tiles, fixed
+            )
         prompts = AttentionPlan(
             self.block_tables[count:],
             self.lengths[count:],
@@ -76,12 +138,16 @@ class AttentionPlan:
             [start - count for start in self.query_starts[count:]],
             self.context_lengths[count:],
             fixed,
+            first_row=count,
         )
         return decodes, prompts
 
     @cached_property
     def longest_prompt(self) -> int:
-        """Keys of the longest sequence behind the decode; 0 where there is none, or no lists."""
+        """Keys of the longest sequence behind the decode; 0 where there is none. Of a captured step's, which
+        may be any, at least on the same side of SHORT_PROMPT_TOKENS."""
+        if self.open_tiles:
+            return self.open_tiles.longest_prompt
         return max(self.prompt_lengths, default=0)
 
     def gathered(self, window: int, kv_heads: int, block_tokens: int, dtype: torch.dtype) -> Gathered:
@@ -102,21 +168,16 @@ class AttentionPlan:
     def tiles(self, tile_queries: int) -> Tensor:
         """The queries behind the decode, `tile_queries` at a time, made once a step.
 
-        -> int32 [tiles, 2], sequence and first query within its chunk; late queries, which see the most
-        keys, come first, so that the longest work is not begun last.
+        -> int32 [tiles, 2], sequence and first query within its chunk, in the order of `cut`.
         """
+        if self.open_tiles:
+            return self.open_tiles.table(tile_queries)
         if tile_queries not in self._tiles:
-            found = []
-            for sequence in range(self.num_decode, self.num_sequences):
-                count = self.query_starts[sequence + 1] - self.query_starts[sequence]
-                length = self.context_lengths[sequence]
-                found += [
-                    (count - first - length, sequence, first) for first in range(0, count, tile_queries)
-                ]
-            pairs = [(sequence, first) for _, sequence, first in sorted(found)]
-            self._tiles[tile_queries] = on_device(
-                [number for pair in pairs for number in pair], self.lengths.device
-            ).view(-1, 2)
+            starts = self.query_starts[self.num_decode :]
+            counts = [end - start for start, end in pairwise(starts)]
+            found = cut(self.num_decode, counts, self.prompt_lengths, tile_queries)
+            flat = [number for pair in found for number in pair]
+            self._tiles[tile_queries] = on_device(flat, self.lengths.device).view(-1, 2)
         return self._tiles[tile_queries]
 
 
@@ -153,10 +214,30 @@ def decode_plan(
     return AttentionPlan(block_tables, lengths, starts, sequences, [], [], deterministic)
 
 
+def mixed_plan(
+    block_tables: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    num_decode: int,
+    tiles: PromptTiles,
+    deterministic: bool = False,
+) -> AttentionPlan:
+    """As `decode_plan`, with prompts behind: int32 [S, max blocks], int32 [S], int32 [S + 1].
+
+    Of a sequence behind the decode `starts` tells the first row and, in the next place, the last + 1; of the
+    first `num_decode` any number: each has the row of its own number, and those of length 0 get zeros.
+    """
+    return AttentionPlan(block_tables, lengths, starts, num_decode, [], [], deterministic, open_tiles=tiles)
+
+
 def on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """int32; the host does not wait for the copy, which from pageable memory would wait for earlier work."""
-    on_cuda = device.type == "cuda"
-    return torch.tensor(numbers, dtype=torch.int32, pin_memory=on_cuda).to(device, non_blocking=True)
+    """int32; the host does not wait for the copy."""
+    return on_host(numbers, device).to(device, non_blocking=True)
+
+
+def on_host(numbers: Sequence[object], device: torch.device) -> Tensor:
+    """int32, on its way to `device`: from pageable memory a copy would wait for earlier work."""
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 
 def gather_plan(

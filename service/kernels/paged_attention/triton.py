@@ -18,9 +18,7 @@ from torch import Tensor
 from service.kernels.decode_splits.triton import FIXED_LEAST_TOKENS, FIXED_SPLITS, combine_kernel, splits_of
 from service.kernels.kv_codes.triton import scales_of
 from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
-from service.kernels.paged_attention.plan import AttentionPlan
-
-SHORT_PROMPT_TOKENS = 2048  # with what is in the cache already
+from service.kernels.paged_attention.plan import SHORT_PROMPT_TOKENS, AttentionPlan
 
 
 @triton.jit

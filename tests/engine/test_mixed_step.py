@@ -1,0 +1,175 @@
+"""Steps with prompts as they are captured: their shapes, their padding, and who goes without."""
+
+import logging
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+import torch
+from fake_model import (
+    CPU,
+    VOCAB_SIZE,
+    Client,
+    FakeCaptured,
+    FakeGraphPool,
+    FakeModel,
+    expected_answer,
+    fake_engine,
+    fake_kv,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from service import device as devices
+from service.engine import graphs as graphs_module
+from service.engine.engine import Engine
+from service.engine.mixed_step import MOST_PROMPTS, MOST_ROWS, MixedSteps, decode_sizes, row_sizes
+from service.engine.state import DeviceState
+from service.kernels.paged_attention import SHORT_PROMPT_TOKENS
+from service.messages import Sampling, Submit
+from service.model.batch import PagedKV
+
+MAX_CONTEXT_TOKENS = 63 * 16  # of a fake engine
+
+
+def shapes_of(engine: Engine) -> set[tuple[int, int, bool]]:
+    assert engine.runner.graphs is not None
+    return set(engine.runner.graphs._mixed)
+
+
+def steps(max_step_tokens: int = 2048, max_requests: int = 256) -> MixedSteps:
+    state = DeviceState(max_requests, 4096, CPU)
+    return MixedSteps(FakeModel(), fake_kv(4), state, max_step_tokens, max_requests)
+
+
+def test_sizes_cover_what_is_asked() -> None:
+    assert row_sizes(2048) == [*range(64, 385, 64), *range(512, 769, 64), 896, 1024, *range(1280, 2049, 256)]
+    assert row_sizes(100) == [64, 128]
+    assert decode_sizes(256) == [0, 16, 64, 256]
+    assert decode_sizes(20) == [0, 16, 20]
+    assert decode_sizes(3) == [0, 3]
+
+
+@given(st.integers(1, 5000), st.integers(1, 600))
+def test_the_largest_shape_holds_every_step(max_step_tokens: int, max_requests: int) -> None:
+    largest = steps(max_step_tokens, max_requests).largest
+    assert largest.num_decode == max_requests
+    assert largest.num_rows >= min(max_step_tokens, MOST_ROWS)
+    assert largest.num_logits < largest.num_rows
+
+
+def test_a_step_of_a_known_shape_is_replayed() -> None:
+    engine = fake_engine(captured=True, max_batch_tokens=128)
+    for number, length in enumerate((70, 65, 100, 120)):
+        engine.add(Submit(number, [number + 1] * length, Sampling(1, temperature=0, ignore_eos=True)))
+        Client().run(engine)
+    assert {(rows, decode) for rows, decode, _ in shapes_of(engine)} == {(128, 0), (128, 8)}
+
+
+def test_long_contexts_have_a_shape_of_their_own() -> None:
+    engine = fake_engine(num_blocks=200, captured=True, max_batch_tokens=4096)
+    for number, length in enumerate((SHORT_PROMPT_TOKENS - 1, SHORT_PROMPT_TOKENS + 1)):
+        submit = Submit(number, [number + 1] * length, Sampling(2, temperature=0, ignore_eos=True))
+        engine.add(submit)
+        client = Client().run(engine)
+        assert client.answers[number] == expected_answer(submit, 3200)[0]
+    assert (2048, 0, False) in shapes_of(engine)
+    assert not any(is_long for _, _, is_long in shapes_of(engine)), "2,049 rows are more than are captured"
+    engine = fake_engine(num_blocks=200, captured=True, max_batch_tokens=1024)
+    engine.add(Submit(1, [1] * (SHORT_PROMPT_TOKENS + 9), Sampling(1, temperature=0, ignore_eos=True)))
+    Client().run(engine)
+    assert {(1024, 0, False), (64, 0, True)} <= shapes_of(engine)
+
+
+def test_many_short_prompts_run_kernel_by_kernel() -> None:
+    count = MOST_PROMPTS + 4
+    engine = fake_engine(200, 128, count, captured=True)
+    before = shapes_of(engine)
+    submits = [Submit(i, [i % 20, 3], Sampling(1, seed=i, ignore_eos=True)) for i in range(count)]
+    for submit in submits:
+        engine.add(submit)
+    client = Client()
+    client.take(engine.step())
+    assert shapes_of(engine) == before
+    client.run(engine)
+    for submit in submits:
+        assert client.answers[submit.id] == expected_answer(submit, MAX_CONTEXT_TOKENS)[0]
+
+
+def test_no_more_shapes_are_captured_than_memory_is_kept_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "MOST_MIXED", 2)
+    engine = fake_engine(captured=True, max_batch_tokens=512)
+    for number, length in enumerate((40, 100, 200, 400)):
+        submit = Submit(number, [number + 1] * length, Sampling(3, seed=1, ignore_eos=True))
+        engine.add(submit)
+        assert Client().run(engine).answers[number] == expected_answer(submit, MAX_CONTEXT_TOKENS)[0]
+    assert len(shapes_of(engine)) == 2
+
+
+def test_a_capture_that_fails_while_serving_is_told_and_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = fake_engine(captured=True, max_batch_tokens=128)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+
+    class Full(FakeGraphPool):
+        def capture(self, run: Callable[[], Tensor], *, is_known: bool = False) -> NoReturn:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphs, "_pool", Full())
+    for number in (1, 2):
+        submit = Submit(number, [number] * 30, Sampling(3, seed=1, ignore_eos=True))
+        engine.add(submit)
+        with caplog.at_level(logging.WARNING):
+            client = Client().run(engine)
+        assert client.answers[number] == expected_answer(submit, MAX_CONTEXT_TOKENS)[0]
+    [record] = caplog.records
+    assert "steps with prompts run kernel by kernel from now on" in record.getMessage()
+    assert "OutOfMemoryError" in record.getMessage()
+
+
+def test_a_coded_cache_has_no_captured_steps_with_prompts() -> None:
+    kv = PagedKV(1, 4, 1, 4, torch.int8, CPU)
+    engine = fake_engine()
+    runner = type(engine.runner)(FakeModel(), kv, CPU, 4, 48, VOCAB_SIZE, 64)
+    assert runner.mixed_steps is None
+
+
+def test_what_a_replay_leaves_is_overwritten_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, sequences and tiles of a larger step are padding in a smaller one of the same shape."""
+    captures = 0
+
+    class Counting(FakeGraphPool):
+        def capture(self, run: Callable[[], Tensor], *, is_known: bool = False) -> FakeCaptured:
+            nonlocal captures
+            captures += 1
+            return super().capture(run)
+
+    engine = fake_engine(captured=True, max_batch_tokens=64)
+    assert engine.runner.graphs is not None
+    monkeypatch.setattr(engine.runner.graphs, "_pool", Counting())
+    monkeypatch.setattr(devices, "GraphPool", None)
+    for number, lengths in enumerate(((20, 20, 20), (50,), (1, 2), (64,), (9, 9))):
+        submits = [
+            Submit(10 * number + i, [number, i] + [7] * length, Sampling(1, seed=i, ignore_eos=True))
+            for i, length in enumerate(lengths)
+        ]
+        for submit in submits:
+            engine.add(submit)
+        client = Client().run(engine)
+        for submit in submits:
+            assert client.answers[submit.id] == expected_answer(submit, MAX_CONTEXT_TOKENS)[0]
+    assert captures <= 2
+
+
+@pytest.mark.parametrize("max_requests", [5, 6])
+def test_what_kernels_read_begins_where_they_are_compiled_for(max_requests: int) -> None:
+    model = FakeModel()
+    fake_engine(model=model, captured=True, max_batch_requests=max_requests)
+    batch = model.batches[0]
+    assert batch.tiles is not None
+    for tensor in (batch.token_ids, batch.positions, batch.slots, batch.logit_rows, batch.logit_slots):
+        assert tensor is not None
+        assert tensor.data_ptr() % 16 == 0
