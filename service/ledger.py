@@ -38,7 +38,7 @@ PARTS = (
     Part("kv.free", "KV cache set aside for requests to come; blocks kept for their prefix are here."),
     Part("activations", "Most that steps took beside all that, as far as the allocator keeps it for them."),
     Part("workspace", "Buffers of kernels: partial sums of ours, cuBLAS's workspace, a CPU's recordings."),
-    Part("graphs", "Captured decode steps: their buffers, and what the driver holds of them."),
+    Part("graphs", "Captured steps: their buffers, and what the driver holds of them."),
     Part(
         "allocator_slack",
         "Kept by the allocator beyond that: rounding, fragments, on a CPU what loading left.",

@@ -149,8 +149,8 @@ class Steps:
 
     def prompts_in_place(self) -> None:
         """Attention of prompts that see too much of a coded cache for its pages to be copied."""
-        from service.kernels.coded_attention.triton import COPIED_TOKENS, coded_attention
-        from service.kernels.paged_attention.plan import plan_attention
+        from service.kernels.coded_attention.triton import coded_attention
+        from service.kernels.paged_attention.plan import COPIED_TOKENS, plan_attention
 
         assert self.scales is not None
         context_tokens = self.max_blocks * BLOCK_TOKENS

@@ -21,8 +21,9 @@ from service import device as devices
 from service.engine.decode_step import Model
 from service.engine.scheduler import Chunk
 from service.engine.state import LAST_TOKEN, DeviceState, Ints
-from service.kernels.paged_attention import SHORT_PROMPT_TOKENS, PromptTiles
-from service.model.batch import PagedKV, StepBatch
+from service.kernels.kv_codes import is_coded
+from service.kernels.paged_attention import COPIED_TOKENS, SHORT_PROMPT_TOKENS, PromptTiles
+from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 
 MOST_PROMPTS = 32  # with a part in a captured step; steps of more are of short prompts
 MOST_ROWS = 2048  # behind more the device is slower than the host anyhow
@@ -167,6 +168,7 @@ class MixedStep:
             nobody=sequences - 1,
             is_long=shape.is_long,
             device=state.device,
+            num_pages=COPIED_TOKENS // BLOCK_TOKENS + MOST_PROMPTS if is_coded(kv.keys[0].dtype) else 0,
         )
         self.clear()
 
@@ -249,12 +251,14 @@ class MixedSteps:
 
     def shape_of(self, inputs: MixedInputs) -> MixedShape | None:
         """None for a step that is too large to be captured."""
-        if inputs.num_tokens > self._row_sizes[-1] or inputs.num_prompts > MOST_PROMPTS:
+        lengths = inputs.lengths[inputs.num_decode :]
+        if inputs.num_tokens > self._row_sizes[-1] or len(lengths) > MOST_PROMPTS:
+            return None
+        if is_coded(self._kv.keys[0].dtype) and lengths.sum() > COPIED_TOKENS:
             return None
         num_decode = next(size for size in self._decode_sizes if size >= inputs.num_decode)
-        longest = int(inputs.lengths[inputs.num_decode :].max())
         num_rows = self._rows_for(inputs.num_tokens, num_decode)
-        return MixedShape(num_rows, num_decode, longest > SHORT_PROMPT_TOKENS)
+        return MixedShape(num_rows, num_decode, bool(lengths.max() > SHORT_PROMPT_TOKENS))
 
     def _rows_for(self, num_tokens: int, num_decode: int) -> int:
         """More than have logits, for the others' part of the last layer is left out."""

@@ -57,7 +57,7 @@ class Runner:
         self._draw = draw_alone if deterministic and not devices.runs_behind(device) else draw
         self.decode_step = DecodeStep(model, kv, self.state, self.penalties, self._draw)
         self.mixed_steps: MixedSteps | None = None
-        if not is_coded(kv.keys[0].dtype):  # whose prompts' attention is planned by lengths on the host
+        if not (deterministic and is_coded(kv.keys[0].dtype)):  # which reads codes in place: it has no copies
             self.mixed_steps = MixedSteps(model, kv, self.state, max_step_tokens, max_batch_requests)
         self.graphs: Graphs | None = None
         # by row, what decides which variant of a step serves it

@@ -171,13 +171,13 @@ class DecoderLayer(nn.Module):
         )  # fmt: skip
 
     def _attended(self, q: Tensor, step: Step, plan: AttentionPlan, out: Tensor | None) -> Tensor:
-        """-> [rows, heads, head_dim], in `out` if it is given and nothing is coded."""
+        """-> [rows, heads, head_dim], in `out` if it is given."""
         kv, config = step.kv, self.config
         keys, values, scales = kv.keys[self.index], kv.values[self.index], kv.scales[self.index]
         scale, window = config.attention_scale, self.window
         if scales is None:
             return paged_attention(q, keys, values, plan, scale, window, out=out)
-        return coded_attention(q, keys, values, scales, plan, scale, window)
+        return coded_attention(q, keys, values, scales, plan, scale, window, out=out)
 
     def _show(self, observe: Observe, group: str, x: Tensor) -> None:
         for path in self.paths[group]:

@@ -26,6 +26,7 @@ ROUNDING_BYTES = 1 << 20  # of a large tensor, on average: the allocator takes 2
 GRAPH_NODE_BYTES = 8_000  # of the driver's, for each kernel of a captured step
 GRAPH_KERNELS_OF_LAYER = 9
 GRAPHS_OF_SIZE = 2  # greedy and drawn
+GRAPH_ROWS, GRAPH_PROMPTS = 2048, 32  # of the largest captured step with prompts
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,14 @@ def gpu_parts(config: ModelConfig, width: int, token_bytes: int, serving: Servin
     requests = serving.max_batch_requests
     sizes = len({size for size in (1, 2, 4, *range(8, requests, 8)) if size < requests} | {requests})
     kernels = sizes * GRAPHS_OF_SIZE * config.num_layers * GRAPH_KERNELS_OF_LAYER
+    logits = (requests + GRAPH_PROMPTS) * vocabulary
     return {
         "activations": max(serving.step_tokens * row, requests * vocabulary * width),
         "workspace": WORKSPACE_BYTES,
-        # logits of all rows as they come, and in float32
-        "graphs": requests * (vocabulary * (width + 4) + row) + kernels * GRAPH_NODE_BYTES,
+        # the largest captured step, and logits of all rows in float32
+        "graphs": max(min(serving.step_tokens, GRAPH_ROWS) * row, logits * width)
+        + logits * 4
+        + kernels * GRAPH_NODE_BYTES,
         # the cache of the first steps is too small for anything of the real one; K, V and four linears of
         # each layer are rounded up
         "allocator_slack": serving.step_tokens * token_bytes + 6 * config.num_layers * ROUNDING_BYTES,

@@ -28,6 +28,7 @@ from service.kernels.gated_silu import gated_silu
 from service.kernels.greedy import greedy
 from service.kernels.kv_codes import is_coded
 from service.kernels.paged_attention import AttentionPlan, decode_plan, paged_attention, plan_attention
+from service.kernels.paged_attention import plan as plans
 from service.kernels.paged_attention import triton as attention
 from service.kernels.rotary_kv import rotary_kv
 from service.kernels.sample import sample
@@ -216,16 +217,16 @@ def kv8_prefill(chunk: int, earlier: int, sweep: bool) -> None:
             return rotary_kv(qkv, cos, sin, positions, slots, None, None, 1e-5, *caches)
 
         show(chunk, f"prefill behind {earlier} in {cache.name}", timed())
-        usual_tokens = coded.COPIED_TOKENS
+        usual_tokens = plans.COPIED_TOKENS
         for tokens, way in ((0, "in place"), (1 << 20, "copied")) if is_coded(dtype) else ():
-            coded.COPIED_TOKENS = tokens
+            plans.COPIED_TOKENS = tokens
             show(chunk, f"prefill behind {earlier} in {cache.name}, {way}", timed())
-        coded.COPIED_TOKENS = 0
+        plans.COPIED_TOKENS = 0
         usual = coded.prefill_shape
         for shape in CODED_PREFILL_SHAPES if sweep and is_coded(dtype) else ():
             coded.prefill_shape = lambda *_, found=shape: found
             show(chunk, f"prefill behind {earlier} in {cache.name} {shape}", timed())
-        coded.prefill_shape, coded.COPIED_TOKENS = usual, usual_tokens
+        coded.prefill_shape, plans.COPIED_TOKENS = usual, usual_tokens
         if not earlier:
             show(chunk, f"rotary_kv into {cache.name}", microseconds(written, 4))
 

@@ -2,8 +2,11 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 from fake_model import (
@@ -24,9 +27,17 @@ from torch import Tensor
 from service import device as devices
 from service.engine import graphs as graphs_module
 from service.engine.engine import Engine
-from service.engine.mixed_step import MOST_PROMPTS, MOST_ROWS, MixedSteps, decode_sizes, row_sizes
+from service.engine.mixed_step import (
+    MOST_PROMPTS,
+    MOST_ROWS,
+    MixedInputs,
+    MixedSteps,
+    decode_sizes,
+    row_sizes,
+)
+from service.engine.runner import Runner
 from service.engine.state import DeviceState
-from service.kernels.paged_attention import SHORT_PROMPT_TOKENS
+from service.kernels.paged_attention import COPIED_TOKENS, SHORT_PROMPT_TOKENS
 from service.messages import Sampling, Submit
 from service.model.batch import PagedKV
 
@@ -130,11 +141,17 @@ def test_a_capture_that_fails_while_serving_is_told_and_stops_nobody(
     assert "OutOfMemoryError" in record.getMessage()
 
 
-def test_a_coded_cache_has_no_captured_steps_with_prompts() -> None:
-    kv = PagedKV(1, 4, 1, 4, torch.int8, CPU)
-    engine = fake_engine()
-    runner = type(engine.runner)(FakeModel(), kv, CPU, 4, 48, VOCAB_SIZE, 64)
-    assert runner.mixed_steps is None
+def test_a_coded_cache_is_copied_for_prompts_of_a_captured_step_or_read_in_place() -> None:
+    kv = PagedKV(1, 1000, 1, 4, torch.int8, CPU)
+    runner_of = partial(Runner, FakeModel(), kv, CPU, 4, 15_984, VOCAB_SIZE, 2048)
+    assert runner_of(deterministic=True).mixed_steps is None, "it reads codes in place"
+    steps = runner_of().mixed_steps
+    assert steps is not None
+    none = np.empty(0, np.int64)
+    for length, shape in ((COPIED_TOKENS, (64, 0, True)), (COPIED_TOKENS + 1, None)):
+        told = np.array([length], np.int64)
+        inputs = MixedInputs(np.zeros(9, np.int64), none, none, none, told, np.array([0, 9]), none, 0)
+        assert steps.shape_of(replace(inputs, rows=np.zeros(1, np.int64))) == shape
 
 
 def test_what_a_replay_leaves_is_overwritten_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from service.engine.engine import Engine
 from service.engine.startup import start
 from service.kernels.coded_attention import coded_attention, workspace_bytes
-from service.kernels.coded_attention import triton as kernels
 from service.kernels.kv_codes import dequantized, quantized
 from service.kernels.paged_attention import AttentionPlan, decode_plan, plan_attention
+from service.kernels.paged_attention import plan as plans
 from service.kernels.rotary_kv import coded, rotary_kv
 from service.messages import EngineConfig, Sampling, Submit
 from tests.engine.test_deterministic import answers as told
@@ -110,13 +110,13 @@ def test_mixed_batch(
     starts = [sum(chunks[:i]) for i in range(len(chunks) + 1)]
     q = torch.randn(starts[-1], heads, head_dim, device=CUDA).to(dtype)
     for copied_tokens in (sum(lengths[3:]), 0):
-        monkeypatch.setattr(kernels, "COPIED_TOKENS", copied_tokens)
+        monkeypatch.setattr(plans, "COPIED_TOKENS", copied_tokens)
         cache.check(q, plan_attention(cache.tables, starts, lengths, 3), starts, window, softcap)
 
 
 @pytest.mark.parametrize("dtype", RELATIVE_RMS)
 def test_prompts_take_the_workspace_that_was_told(dtype: torch.dtype) -> None:
-    lengths = [kernels.COPIED_TOKENS // 2, kernels.COPIED_TOKENS // 2]
+    lengths = [plans.COPIED_TOKENS // 2, plans.COPIED_TOKENS // 2]
     cache = CodedCache(lengths, 2, 64, dtype, torch.int8)
     q = torch.randn(6, 4, 64, device=CUDA).to(dtype)
     plan = plan_attention(cache.tables, [0, 3, 6], lengths, 0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from service.kernels.coded_attention import coded_attention, coded_attention_kernel, workspace_bytes
-from service.kernels.paged_attention import decode_plan, plan_attention
+from service.kernels.paged_attention import PromptTiles, decode_plan, mixed_plan, plan_attention
+from service.kernels.paged_attention import plan as plans
 from tests.kernels.coded_pages import CodedPages
 from tests.kernels.interpreter import interpreted
 from tests.kernels.test_paged_attention import relative_rms
@@ -98,7 +99,7 @@ def test_mixed_batch_equals_reference(
     starts = [sum(CHUNKS[:i]) for i in range(len(CHUNKS) + 1)]
     q = torch.randn(starts[-1], kv_heads * group, head_dim).to(dtype)
     want = pages.reference(q, starts, LENGTHS, window, softcap)
-    monkeypatch.setattr(kernels, "COPIED_TOKENS", copied_tokens)
+    monkeypatch.setattr(plans, "COPIED_TOKENS", copied_tokens)
     for attention in (kernels.coded_attention, coded_attention):
         plan = plan_attention(pages.tables, starts, LENGTHS, NUM_DECODE)
         got = attention(
@@ -111,6 +112,35 @@ def test_mixed_batch_equals_reference(
 
 
 @CODES
+def test_captured_steps_are_those_of_any_prompts(kernels: ModuleType, codes: torch.dtype) -> None:
+    """One plan for several steps, whose pages have places left over."""
+    num_decode, num_prompts, num_rows = 2, 3, 96
+    nobody = num_decode + num_prompts
+    tiles = PromptTiles(num_rows, num_prompts, nobody, False, torch.device("cpu"), num_pages=16)
+    tables = torch.zeros(nobody + 1, 12, dtype=torch.int32)
+    told_lengths, told_starts = (torch.zeros(nobody + more, dtype=torch.int32) for more in (1, 2))
+    plan = mixed_plan(tables, told_lengths, told_starts, num_decode, tiles)
+    for seed, (lengths, chunks) in enumerate((([5, 90, 130], [1, 60, 9]), ([33, 3], [33, 3]), ([7], [1]))):
+        count = sum(chunk == 1 for chunk in chunks)
+        prompts = range(num_decode, num_decode + len(chunks) - count)
+        pages = CodedPages(lengths, 1, 64, torch.float32, codes, seed)
+        starts = [sum(chunks[:i]) for i in range(len(chunks) + 1)]
+        tables.zero_(), told_lengths.zero_()
+        tables[[*range(count), *prompts], : pages.tables.shape[1]] = pages.tables
+        told_lengths[[*range(count), *prompts]] = torch.tensor(lengths, dtype=torch.int32)
+        told_starts[num_decode:] = starts[-1]
+        told_starts[prompts.start : prompts.stop] = torch.tensor(starts[count:-1], dtype=torch.int32)
+        q = torch.randn(num_rows, 2, 64)
+        out = torch.full_like(q, 7.0)
+        for _ in range(2):  # kernels ask for their tables by the first
+            tiles.fill(num_decode, chunks[count:], lengths[count:])
+            kernels.coded_attention(q, pages.keys, pages.values, pages.scales, plan, 0.125, out=out)
+        want = pages.reference(q[: starts[-1]], starts, lengths)
+        assert relative_rms(out[: starts[-1]], want) < TOLERANCE[torch.float32]
+        assert (out[max(starts[-1], num_decode) :] == 7.0).all()
+
+
+@CODES
 def test_what_a_prompt_says_does_not_depend_on_the_way_its_codes_take(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, codes: torch.dtype
 ) -> None:
@@ -120,7 +150,7 @@ def test_what_a_prompt_says_does_not_depend_on_the_way_its_codes_take(
     q = torch.randn(length, 4, 64)
     want = pages.reference(q, [0, length], [length])
     for copied_tokens in (50, length):
-        monkeypatch.setattr(kernels, "COPIED_TOKENS", copied_tokens)
+        monkeypatch.setattr(plans, "COPIED_TOKENS", copied_tokens)
         for cuts in ([0, length], [0, 1, 38, 65, length]):
             parts = []
             for begin, stop in pairwise(cuts):
@@ -138,7 +168,7 @@ def test_small_values_keep_their_digits(
     """The first query sees one token alone, with a scale below float16's normal numbers."""
     pages = CodedPages([3], 1, 64, torch.float16, codes, seed=6, wild=True)
     q = torch.randn(3, 4, 64).to(torch.float16)
-    monkeypatch.setattr(kernels, "COPIED_TOKENS", copied_tokens)
+    monkeypatch.setattr(plans, "COPIED_TOKENS", copied_tokens)
     plan = plan_attention(pages.tables, [0, 3], [3], 0)
     got = kernels.coded_attention(q, pages.keys, pages.values, pages.scales, plan, 0.125)
     want = pages.reference(q, [0, 3], [3])

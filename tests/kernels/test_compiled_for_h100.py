@@ -61,7 +61,7 @@ def coded_decode(number, codes):
 
 def unpack(number, codes):
     shape = {"CODES": number, "KV_HEADS": 8, "DIM": 128, "PAGE": 16, "PAIRS": 1024, "IS_DEPENDENT": True}
-    types = {"firsts_ptr": "*i32", "num_decode": "i32", "scale_copies_ptr": "*bf16"}
+    types = {"pages_ptr": "*i32", "scale_copies_ptr": "*bf16"}
     return ptx(unpack_kernel, shape, 4, 3, codes, **types)
 
 def rotary(number, codes):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from service.kernels.kv_codes import dequantized
-from service.kernels.paged_attention import AttentionPlan, attention_kernel, paged_attention
+from service.kernels.paged_attention import COPIED_TOKENS, AttentionPlan, attention_kernel, paged_attention
 
 __all__ = ["coded_attention", "coded_attention_kernel", "workspace_bytes"]
 
@@ -30,11 +30,13 @@ def coded_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """As paged_attention; caches of codes [block, kv_head, token, head_dim], head_dim even, and their scales,
     bfloat16 [block, kv_head, token, 2]."""
     if q.is_cuda:
-        return cuda.coded_attention(q, key_cache, value_cache, scales, plan, scale, window, softcap)
+        return cuda.coded_attention(q, key_cache, value_cache, scales, plan, scale, window, softcap, out)
     pages = plan.block_tables.flatten().long()
 
     def gathered(cache: Tensor, part: int) -> Tensor:
@@ -43,7 +45,7 @@ def coded_attention(
         return dequantized(codes, scales[..., part].index_select(0, pages), q.dtype)
 
     keys, values = gathered(key_cache, 0), gathered(value_cache, 1)
-    return paged_attention(q, keys, values, plan.over_gathered(), scale, window, softcap)
+    return paged_attention(q, keys, values, plan.over_gathered(), scale, window, softcap, out=out)
 
 
 def workspace_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -51,7 +53,7 @@ def workspace_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype, device: to
     a page a prompt; 0 elsewhere."""
     if device.type != "cuda":
         return 0
-    return cuda.COPIED_TOKENS * kv_heads * 2 * (head_dim * dtype.itemsize + torch.bfloat16.itemsize)
+    return COPIED_TOKENS * kv_heads * 2 * (head_dim * dtype.itemsize + torch.bfloat16.itemsize)
 
 
 def coded_attention_kernel(

@@ -28,7 +28,6 @@ from service.kernels.paged_attention.plan import AttentionPlan
 from service.kernels.paged_attention.triton import cap
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-COPIED_TOKENS = 8192  # of a step's prompts and what they see of the cache; 0: codes are always read in place
 
 
 @triton.jit
@@ -274,14 +273,14 @@ def coded_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See the package."""
-    out = q.new_empty(q.shape)
+    out = q.new_empty(q.shape) if out is None else out
     if plan.num_decode:
         decode(q, key_cache, value_cache, scales, plan, out, scale, window, softcap)
     if plan.num_decode < plan.num_sequences:
-        is_copied = not plan.deterministic and sum(plan.prompt_lengths) <= COPIED_TOKENS
-        serve = prefill_over_copies if is_copied else prefill
+        serve = prefill_over_copies if plan.are_copied else prefill
         serve(q, key_cache, value_cache, scales, plan, out, scale, window, softcap)
     return out
 
@@ -375,20 +374,17 @@ def prefill_over_copies(
 ) -> None:
     """As `prefill`. Codes are exact in the type of q, and scales are copied as they are."""
     _, kv_heads, page, head_dim = key_cache.shape
-    over_copies = plan.over_copies(page)
-    pages = [cdiv(length, page) for length in plan.prompt_lengths]
-    shape = sum(pages), kv_heads, page
+    firsts, pages = plan.copies(page)
+    shape = len(pages), kv_heads, page
     key_copies, value_copies = q.new_empty(*shape, head_dim), q.new_empty(*shape, head_dim)
     scale_copies = scales.new_empty(*shape, 2)
-    tables, firsts = plan.block_tables, over_copies.block_tables
+    tables = plan.block_tables
     launch(
         unpack_kernel,
-        (max(pages), len(pages), kv_heads),
-        (
-            key_cache, value_cache, scales, tables, plan.lengths, firsts,
-            key_copies, value_copies, scale_copies,
-        ),
-        (tables.shape[1], plan.num_decode),
+        (len(pages), kv_heads),
+        (key_cache, value_cache, scales, tables, plan.lengths, pages, key_copies, value_copies, scale_copies),
+        (tables.shape[1],),
         (codes_of(key_cache.dtype), kv_heads, head_dim, page, next_power_of_2(page * head_dim // 2)),
-    )  # fmt: skip
-    paged.prefill(q, key_copies, value_copies, over_copies, out, scale, window, softcap, scale_copies)
+    )
+    copies = key_copies, value_copies, plan.over(firsts)
+    paged.prefill(q, *copies, out, scale, window, softcap, scale_copies)

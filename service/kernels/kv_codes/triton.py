@@ -70,8 +70,8 @@ def scales_of(both):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["max_blocks", "num_decode"],
-    do_not_specialize_on_alignment=["tables_ptr", "lengths_ptr", "firsts_ptr"],
+    do_not_specialize=["max_blocks"],
+    do_not_specialize_on_alignment=["tables_ptr", "lengths_ptr", "pages_ptr"],
 )
 def unpack_kernel(  # type: ignore[no-untyped-def]
     keys_ptr,  # codes [blocks, KV_HEADS, PAGE, DIM]
@@ -79,12 +79,11 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
     scales_ptr,  # bfloat16 [blocks, KV_HEADS, PAGE, 2]
     tables_ptr,  # int32 [S, max_blocks]
     lengths_ptr,  # int32 [S]
-    firsts_ptr,  # int32 [S], first copy of each; its others lie behind it
+    pages_ptr,  # int32 [copies, 2], sequence and page within it
     key_copies_ptr,  # [copies, KV_HEADS, PAGE, DIM]
     value_copies_ptr,
     scale_copies_ptr,  # bfloat16 [copies, KV_HEADS, PAGE, 2]
     max_blocks,
-    num_decode,
     CODES: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -94,12 +93,12 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
 ):
     """A page of one head."""
     await_predecessor(IS_DEPENDENT)
-    page = tl.program_id(0)
-    sequence = tl.program_id(1) + num_decode
-    kv_head = tl.program_id(2)
+    copy = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    sequence = tl.load(pages_ptr + 2 * copy)
+    page = tl.load(pages_ptr + 2 * copy + 1)
     if page * PAGE < tl.load(lengths_ptr + sequence):
         block = tl.load(tables_ptr + sequence.to(tl.int64) * max_blocks + page).to(tl.int64)
-        copy = (tl.load(firsts_ptr + sequence) + page).to(tl.int64)
         source = (block * KV_HEADS + kv_head) * PAGE
         target = (copy * KV_HEADS + kv_head) * PAGE
         tokens = tl.arange(0, PAGE)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from service.kernels.paged_attention import dense
 from service.kernels.paged_attention.plan import (
+    COPIED_TOKENS,
     SHORT_PROMPT_TOKENS,
     AttentionPlan,
     PromptTiles,
@@ -21,6 +22,7 @@ from service.kernels.paged_attention.plan import (
 )
 
 __all__ = [
+    "COPIED_TOKENS",
     "SHORT_PROMPT_TOKENS",
     "AttentionPlan",
     "PromptTiles",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,26 +13,59 @@ Gathered = tuple[Tensor, Tensor | None]  # cache rows, additive mask
 
 SHORT_PROMPT_TOKENS = 2048  # with what is in the cache already: other tiles are the fastest up to here
 
+COPIED_TOKENS = 8192  # of a step's prompts and what they see of the cache, where codes are unpacked for them
+
+
+class Copies(NamedTuple):
+    """Of the pages of all prompts, one behind another."""
+
+    firsts: Tensor  # int32 [S, 1], number of the first of each sequence
+    pages: Tensor  # int32 [copies, 2], sequence and page within it
+
 
 class PromptTiles:
-    """Of a captured step, whose prompts change between its replays: their tiles, in as many places as ever.
+    """Of a captured step, whose prompts change between its replays: what is planned of them, in as many
+    places as ever.
 
-    `fill` is to be called before each replay, when the kernels have asked for their tables.
+    `fill` is to be called before each replay, when the kernels have asked for their tables. They are made
+    here, for what a captured step makes is made anew by each replay.
     """
 
     def __init__(
-        self, num_queries: int, num_prompts: int, nobody: int, is_long: bool, device: torch.device
+        self,
+        num_queries: int,
+        num_prompts: int,
+        nobody: int,
+        is_long: bool,
+        device: torch.device,
+        num_pages: int = 0,
     ) -> None:
-        """`nobody`: a sequence without queries, of which the places are that are left. `is_long`: a prompt
-        may have more than SHORT_PROMPT_TOKENS keys."""
+        """`nobody`: the last sequence, without queries and keys, of which the places are that are left.
+        `is_long`: a prompt may have more than SHORT_PROMPT_TOKENS keys. `num_pages`: of all prompts, at most,
+        where they are copied."""
         self.longest_prompt = SHORT_PROMPT_TOKENS + is_long
         self._num_queries = num_queries
         self._num_prompts = num_prompts
         self._nobody = nobody
-        # all tables; made here, for what a captured step makes is made anew by each replay
         self._pairs = torch.zeros(num_queries + num_prompts, 2, dtype=torch.int32, device=device)
         self._pairs[:, 0] = nobody
         self._tables: dict[int, Tensor] = {}
+        self._copies = Copies(
+            torch.zeros(nobody + 1, 1, dtype=torch.int32, device=device),
+            torch.zeros(num_pages, 2, dtype=torch.int32, device=device),
+        )
+        self._copies.pages[:, 0] = nobody
+        self._page_tokens = 0
+
+    @property
+    def are_copied(self) -> bool:
+        return len(self._copies.pages) > 0
+
+    def copies(self, page_tokens: int) -> Copies:
+        """As AttentionPlan.copies says; it stays where it is."""
+        assert self.are_copied
+        self._page_tokens = page_tokens
+        return self._copies
 
     def table(self, tile_queries: int) -> Tensor:
         """int32 [tiles, 2], as AttentionPlan.tiles says; it stays where it is."""
@@ -48,6 +82,25 @@ class PromptTiles:
             found = cut(first, counts, lengths, tile_queries)
             found += [(self._nobody, 0)] * (len(table) - len(found))
             table.copy_(on_host(found, table.device), non_blocking=True)
+        if self._page_tokens:
+            firsts, pages = paged(first, lengths, self._page_tokens)
+            assert len(pages) <= len(self._copies.pages)
+            pages += [(self._nobody, 0)] * (len(self._copies.pages) - len(pages))
+            firsts += [0] * (len(self._copies.firsts) - len(firsts))
+            for table, told in ((self._copies.firsts.view(-1), firsts), (self._copies.pages, pages)):
+                table.copy_(on_host(told, table.device), non_blocking=True)
+
+
+def paged(first: int, lengths: list[int], page_tokens: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Keys of sequences from number `first` on -> number of the first page of each sequence, those before
+    included, and sequence and number within it of every page."""
+    pages = [
+        (sequence, page)
+        for sequence, length in enumerate(lengths, first)
+        for page in range(-(-length // page_tokens))
+    ]
+    counts = [-(-length // page_tokens) for length in lengths]
+    return [0] * first + [0, *accumulate(counts)][: len(lengths)], pages
 
 
 def cut(first: int, counts: list[int], lengths: list[int], tile_queries: int) -> list[tuple[int, int]]:
@@ -83,7 +136,7 @@ class AttentionPlan:
     _gathered: dict[int, Gathered] = field(default_factory=dict)
     _tiles: dict[int, Tensor] = field(default_factory=dict)
     _over_gathered: list["AttentionPlan"] = field(default_factory=list)  # one or none
-    _over_copies: list["AttentionPlan"] = field(default_factory=list)  # likewise
+    _copies: list[Copies] = field(default_factory=list)  # likewise
 
     @property
     def num_sequences(self) -> int:
@@ -100,21 +153,33 @@ class AttentionPlan:
 
     def over(self, block_tables: Tensor) -> "AttentionPlan":
         """The same where pages lie elsewhere."""
-        return replace(self, block_tables=block_tables, _gathered={}, _over_gathered=[], _over_copies=[])
+        return replace(self, block_tables=block_tables, _gathered={}, _over_gathered=[], _copies=[])
 
     @property
     def prompt_lengths(self) -> list[int]:
         """Keys of each sequence behind the decode."""
         return self.context_lengths[self.num_decode :]
 
-    def over_copies(self, block_tokens: int) -> "AttentionPlan":
-        """The same over copies of the pages of all sequences behind the decode, one behind another from page
-        0 on; tables [S, 1] tell the first page of each. Made once a step."""
-        if not self._over_copies:
-            pages = [-(-length // block_tokens) for length in self.prompt_lengths]
-            firsts = [0] * self.num_decode + [0, *accumulate(pages[:-1])]
-            self._over_copies.append(self.over(on_device(firsts, self.lengths.device)[:, None]))
-        return self._over_copies[0]
+    @property
+    def are_copied(self) -> bool:
+        """Whether prompts' pages may be copied: their keys are at most COPIED_TOKENS, and how many they are
+        may decide for all of them."""
+        if self.open_tiles:
+            return self.open_tiles.are_copied
+        return not self.deterministic and sum(self.prompt_lengths) <= COPIED_TOKENS
+
+    def copies(self, page_tokens: int) -> Copies:
+        """Where copies of all prompts' pages are to lie, made once a step; that `are_copied`."""
+        if self.open_tiles:
+            return self.open_tiles.copies(page_tokens)
+        if not self._copies:
+            firsts, pages = paged(self.num_decode, self.prompt_lengths, page_tokens)
+            device = self.lengths.device
+            flat = [number for pair in pages for number in pair]
+            self._copies.append(
+                Copies(on_device(firsts, device)[:, None], on_device(flat, device).view(-1, 2))
+            )
+        return self._copies[0]
 
     @cached_property
     def apart(self) -> tuple["AttentionPlan", "AttentionPlan"]:
