@@ -23,6 +23,7 @@ FACTOR_BYTES, BIAS_BYTES = 16, 300 * (8 + 4)  # of a row's penalties, besides a 
 OUTSIDE_BYTES, CPU_OUTSIDE_BYTES = 790 * MB, 310 * MB
 WORKSPACE_BYTES = 45 * MB  # cuBLAS's 32 MiB on an H100, partial sums of ours
 ROUNDING_BYTES = 1 << 20  # of a large tensor, on average: the allocator takes 2 MiB at a time
+GRAPH_WORKSPACE_BYTES = 20 * MB  # cuBLAS's again, 32 MiB where it multiplies
 GRAPH_NODE_BYTES = 8_000  # of the driver's, for each kernel of a captured step
 GRAPH_KERNELS_OF_LAYER = 9
 GRAPHS_OF_SIZE = 2  # greedy and drawn
@@ -67,7 +68,7 @@ def estimate(
     parts = weight_parts(config, precision, width, serving.head)
     parts["tables.rotary"] = rotary_bytes(config, positions)
     parts |= (
-        gpu_parts(config, width, token_bytes, serving)
+        gpu_parts(config, precision.name, width, token_bytes, serving)
         if device.is_gpu
         else {"outside_torch": CPU_OUTSIDE_BYTES}
     )
@@ -88,10 +89,15 @@ def estimate(
     return Estimate({part.name: parts.get(part.name, 0) for part in PARTS}, token_bytes, kv_tokens)
 
 
-def gpu_parts(config: ModelConfig, width: int, token_bytes: int, serving: Serving) -> dict[str, int]:
+def gpu_parts(
+    config: ModelConfig, precision: str, width: int, token_bytes: int, serving: Serving
+) -> dict[str, int]:
     """What steps, kernels, captured graphs and the driver take."""
     hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
-    row = width * (3 * inner + 4 * hidden)  # gate, up and their product; residual stream, norm and sum
+    # gate, up and their product; residual stream, norm and sum, q and attention
+    row = width * (3 * inner + 6 * hidden)
+    if precision == "int8":
+        row += inner + hidden  # codes beside the rows that they are of, which outliers are taken from
     requests = serving.max_batch_requests
     sizes = len({size for size in (1, 2, 4, *range(8, requests, 8)) if size < requests} | {requests})
     kernels = sizes * GRAPHS_OF_SIZE * config.num_layers * GRAPH_KERNELS_OF_LAYER
@@ -102,6 +108,7 @@ def gpu_parts(config: ModelConfig, width: int, token_bytes: int, serving: Servin
         # the largest captured step, and logits of all rows in float32
         "graphs": max(min(serving.step_tokens, GRAPH_ROWS) * row, logits * width)
         + logits * 4
+        + GRAPH_WORKSPACE_BYTES
         + kernels * GRAPH_NODE_BYTES,
         # the cache of the first steps is too small for anything of the real one; K, V and four linears of
         # each layer are rounded up

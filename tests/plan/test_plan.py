@@ -56,7 +56,7 @@ def test_the_most_bits_that_hold_what_was_asked(shape: Shape) -> None:
 def test_where_none_holds_it_the_closest_is_named(shape: Shape) -> None:
     plan = planned(shape, "24GiB", concurrency="64")
     assert plan.take == ""
-    assert "`awq` comes closest with 15" in plan.why
+    assert "`int3` comes closest with 15" in plan.why
     assert "--kv-dtype int8" in plan.why
     codes = planned(shape, "24GiB", concurrency="64", kv_dtype="int8")
     assert "--kv-dtype" not in codes.why
