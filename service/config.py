@@ -119,6 +119,11 @@ class Settings(BaseSettings):
         description="On a GPU: capture steps and replay them, decodes before ready, those with prompts as "
         "they come; `off` launches kernel by kernel, as always where a precision cannot be captured.",
     )
+    time_kernels: bool = Field(
+        False,
+        description="Before ready, time each op of a decode step, for /metrics (`halftone_kernel_seconds`) "
+        "and /version.",
+    )
     deterministic: bool = Field(
         False,
         description="A request's tokens and log-probabilities are the same, bit for bit, whatever runs "

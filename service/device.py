@@ -218,11 +218,16 @@ class GraphPool:
 # --- timing ------------------------------------------------------------------------------------
 
 
+def graph_pool(device: torch.device) -> GraphPool | None:
+    """None where nothing is captured."""
+    return GraphPool() if device.type == "cuda" else None
+
+
 def median_s(
-    device: torch.device, run: Callable[[], Tensor], repeats: int, *, is_capturable: bool = True
+    device: torch.device, run: Callable[[], Tensor], repeats: int, pool: GraphPool | None = None
 ) -> float:
     """Seconds of `run`, the median of `repeats` by the device's own clock; on a GPU as one CUDA graph, where
-    that can be. A CPU that is slow at it ends after CPU_TIMING_S."""
+    there is a `pool`. A CPU that is slow at it ends after CPU_TIMING_S."""
     run()
     times: list[float] = []
     if device.type != "cuda":
@@ -232,7 +237,7 @@ def median_s(
             run()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
-    go = GraphPool().capture(run, is_known=True).replay if is_capturable else run
+    go = pool.capture(run, is_known=True).replay if pool else run
     for _ in range(TIMING_WARMUPS):
         go()
     for _ in range(repeats):

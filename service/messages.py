@@ -68,6 +68,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     random_outliers: int = 0
     random_std: float = 0.0
     save: str = ""  # new folder for the random weights as a checkpoint; empty: none
+    time_kernels: bool = False  # each op of a decode step before ready, for EngineInfo.kernel_seconds
     canary: bool = (
         False  # compare with the 16-bit weights before ready; for an engine with another to go back to
     )
@@ -190,6 +191,8 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     random_weights: dict[str, str] = msgspec.field(default_factory=dict)  # seed, ...; empty: trained ones
     deterministic: bool = False
     canary: dict[str, float | str] = msgspec.field(default_factory=dict)  # what it found; empty: not asked
+    # op -> rows of a decode step -> seconds of it in all layers, where they were timed
+    kernel_seconds: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
     device_uuid: str = ""  # as NVML names it; empty: a CPU
     device_bytes: int = 0  # memory of the device, whoever has it
 

@@ -183,6 +183,13 @@ def panels() -> list[Panel]:
             width=12,
         ),
         bars(
+            "A decode step of one row, by op",
+            "s",
+            {"{{precision}} {{op}}": gauge("kernel_seconds", 'rows="1"', by="precision, op", how="max")},
+            "All layers' together, each op timed alone at the start of a server with --time-kernels.",
+            width=12,
+        ),
+        bars(
             "Kernel by layer class",
             "none",
             {

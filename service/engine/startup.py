@@ -20,6 +20,7 @@ from service.engine.engine import Engine, Limits
 from service.engine.graphs import batch_sizes
 from service.engine.independence import check_independence
 from service.engine.kernel_shapes import shapes_of
+from service.engine.kernel_times import kernel_seconds
 from service.engine.kernels_ahead import KernelsAhead
 from service.engine.kv_room import context_tokens, make_kv
 from service.engine.ledger import Ledger
@@ -140,6 +141,7 @@ def start(
         with told_shortage(device, "a check of requests in company"):
             check_independence(model)
     kv = make_kv(config, model, graph_bytes)
+    times = kernel_seconds(model, kv, max_batch_requests) if config.time_kernels else {}
     limits = Limits(
         context_tokens(config, model, kv),
         max_batch_tokens,
@@ -166,6 +168,7 @@ def start(
     ledger = Ledger(model, kv, engine, step_bytes, used_before)
     info = engine_info(config, model, kv, engine, stages.seconds, ledger.parts(), peak_load_bytes)
     info.canary = canary
+    info.kernel_seconds = times
     return Serving(engine, model, kv, ledger, info)
 
 

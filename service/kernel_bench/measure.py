@@ -174,7 +174,8 @@ def time_of(plan: Plan, built: Sequence[Built], x: Tensor) -> float:
             y = each.call(x)
         return y
 
-    seconds = devices.median_s(plan.device, run, plan.repeats, is_capturable=built[0].is_capturable)
+    pool = devices.graph_pool(plan.device) if built[0].is_capturable else None
+    seconds = devices.median_s(plan.device, run, plan.repeats, pool)
     return seconds / len(built)
 
 

@@ -42,4 +42,6 @@ class Reader:
                 result = way(each)
             return result
 
-        return devices.median_s(self._device, read, self._repeats) / len(words)
+        return devices.median_s(self._device, read, self._repeats, devices.graph_pool(self._device)) / len(
+            words
+        )

@@ -58,6 +58,9 @@ FAMILIES = (
            ("version", "dtype", "kv_dtype", "device", "device_name", "torch_version", "architecture"),
            "", "1; what is served and on what."),
     Family("halftone_kernel_info", "gauge", ("layer", "kernel"), "", "1; kernel that serves a layer class."),
+    Family("halftone_kernel_seconds", "gauge", ("op", "rows"), "seconds",
+           "One op of all layers, or lm_head or a greedy draw, in a decode step of so many rows: each timed "
+           "alone before ready, with --time-kernels; in a step they overlap."),
     Family("halftone_engine_up", "gauge", (), "", "1 while the engine is ready, else 0."),
     Family("halftone_engine_restarts_total", "counter", (), "",
            "Engines started in the place of one that died."),

@@ -161,6 +161,11 @@ class Metrics:
             ): 1.0
         }
         counts.scalars["halftone_kernel_info"] = {item: 1.0 for item in info.kernels.items()}
+        counts.scalars["halftone_kernel_seconds"] = {
+            (op, rows): seconds
+            for op, by_rows in info.kernel_seconds.items()
+            for rows, seconds in by_rows.items()
+        }
         counts.replace("halftone_model_load_seconds", info.load_seconds)
         # stages that take no time worth telling say only that they begin
         counts.scalars["halftone_loading_done"] = dict(counts.scalars["halftone_loading_expected"])

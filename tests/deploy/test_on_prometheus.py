@@ -187,7 +187,7 @@ def host_of(
 ) -> Callable[[], Host]:
     settings = load_settings(
         model=str(model), served_model_name="tiny", precision=precision, device="cpu", threads=1,
-        kv_tokens=8192, port=0, **flags,
+        kv_tokens=8192, port=0, time_kernels=True, **flags,
     )  # fmt: skip
     return lambda: Host(settings, model, create_app, command=command)
 

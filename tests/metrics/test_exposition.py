@@ -1,5 +1,6 @@
 """The page of /metrics, read back by prometheus_client's parser."""
 
+import msgspec
 import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -107,6 +108,15 @@ def test_quality_is_that_of_the_last_evaluation() -> None:
     metrics.evaluated(answer)
     assert value(metrics, "halftone_quality_divergence_nats") == 0.0123
     assert value(metrics, "halftone_quality_agreement_ratio") == 0.97
+
+
+def test_ops_are_those_of_the_engine_that_serves() -> None:
+    metrics = Metrics("demo", "auto")
+    timed = {"attention": {"1": 2e-4, "16": 5e-4}}
+    metrics.engine_ready(msgspec.structs.replace(info(), kernel_seconds=timed))
+    assert value(metrics, "halftone_kernel_seconds", op="attention", rows="16") == 5e-4
+    metrics.engine_ready(info())  # in its place one that timed none
+    assert value(metrics, "halftone_kernel_seconds", op="attention", rows="16") is None
 
 
 def test_limits_stand_beside_what_they_bound() -> None:
