@@ -72,6 +72,7 @@ from service.messages import (
 
 CANARY: dict[str, float | str] = {
     "reference": "bf16", "tokens": 80, "prefill_kl_nats": 0.01, "decode_kl_nats": 0.005, "bound_nats": 1.0,
+    "layer_error": 0.4, "layer": 7, "bound_layer_error": 0.8,
 }  # fmt: skip
 GOLDEN_RATIO = 0.6180339887498949  # its multiples fill 0 to 1 evenly, from any one on
 FIRST_ORDINARY_ID = 3  # below are the ids that vocabularies give to special tokens

@@ -29,6 +29,7 @@ from service.model.rotary import rotary_table
 from service.precision.base import Backend, Read
 
 Stream = tuple[Tensor, Tensor | None]  # the residual stream and what is to be added to it, [T, hidden] each
+Beside = Callable[[int, Stream, Stream], None]  # (a layer's number, a sequence's stream before it, behind it)
 
 LOGIT_ROWS = 128  # rows of logits at once: float64 copies of a large vocabulary are big
 HOST = torch.device("cpu")
@@ -44,10 +45,13 @@ class StreamedModel:
         self.dtype = backend.activation_dtype(device, source.dtype)
 
     @torch.inference_mode()
-    def through(self, sequences: Sequence[list[int]], advance: Callable[[int], None]) -> "Passed":
+    def through(
+        self, sequences: Sequence[list[int]], advance: Callable[[int], None], beside: Beside | None = None
+    ) -> "Passed":
         """Every sequence through all layers; `advance` is given tokens, in parts that add up to all.
 
-        Raises DeviceError where not even one layer has room.
+        `beside` is called behind each layer and sequence, while the layer is on the device. Raises
+        DeviceError where not even one layer has room.
         """
         config, device = self.source.config, self.device
         what = f"one layer at a time of the reference `{self.backend.canonical}`"
@@ -59,7 +63,10 @@ class StreamedModel:
             for index in range(config.num_layers):
                 layer = DecoderLayer(config, index, self.backend, read, device, self.dtype, False, live)
                 for number, step in enumerate(steps):
-                    streams[number] = self._one(layer, streams[number], step)
+                    before = streams[number]
+                    streams[number] = self._one(layer, before, step)
+                    if beside:
+                        beside(index, before, streams[number])
                     done = shares[number] * (index + 1) // config.num_layers
                     advance(done - shares[number] * index // config.num_layers)
                 del layer
