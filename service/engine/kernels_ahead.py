@@ -209,14 +209,15 @@ class Steps:
 
         return add_rms_norm(hidden, delta, self.norm, self.shapes.config.norm_eps)
 
-    def normed(self, name: str, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def normed(
+        self, name: str, hidden: Tensor, delta: Tensor | None, *, is_first: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`is_first`: of a forward pass, as is one without a delta."""
         if self.makes_rows(name):
             from service.kernels.int8_linear.triton import normed_linear
 
-            eps = self.shapes.config.norm_eps
-            return normed_linear(
-                hidden, delta, self.norm, eps, *self.int8(name, len(hidden), is_first=delta is None)
-            )
+            told = self.int8(name, len(hidden), is_first=is_first or delta is None)
+            return normed_linear(hidden, delta, self.norm, self.shapes.config.norm_eps, *told)
         if self.shapes.linears == "fp8":
             from service.kernels.fp8_linear.triton import quantize_normed
 
@@ -243,9 +244,11 @@ class Steps:
         return int8 is not None and int8.by_row and name not in int8.skipped
 
     def checks(self, num_rows: int) -> None:
-        """The linears alone, as engine/self_check launches them."""
+        """The linears alone, and the first behind a norm, as engine/self_check launches them."""
         for name, parts in layer_groups(self.shapes.config, 0).items():
             self.linear(name, self.activations(num_rows, parts[0].in_features))
+        hidden, delta = (self.activations(num_rows, self.shapes.config.hidden_size) for _ in range(2))
+        self.normed("qkv_proj", hidden, delta, is_first=True)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         parts = layer_groups(self.shapes.config, 0)[name]
