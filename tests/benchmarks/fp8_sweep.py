@@ -4,11 +4,12 @@ gpu_kernels --only fp8 --rows 1,4,8,16,32,48,64,96,128 --> microseconds of each 
 
 Weights are rotated past the L2 cache, launches depend on each other as when serving, and every variant's
 result is held against Triton's or torch's. `quantize` is what makes the codes of a layer's four inputs,
-`chain` all of it as a layer launches it. A `*` stands at the variant that the table has for a linear.
+`chain` all of it as a layer launches it: `light` is the table's variant without moving registers, so that
+blocks of two launches fit beside each other, `deep` with all the stages that there is room for.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ from service.kernels.fp8_linear.reference import quantize_rows
 from service.kernels.w8_linear import FewRows, Shape, plan
 from service.kernels.w8_linear.cuda import Call, Weight, Workspace
 from service.kernels.w8_linear.plan import Settings
-from service.kernels.w8_linear.variants import Tile
+from service.kernels.w8_linear.variants import SHARED_BYTES, SYSTEM_BYTES, Tile
 from tests.benchmarks.gpu_timing import CUDA, HIDDEN, INNER, QKV, microseconds
 
 SHAPES = {
@@ -34,6 +35,7 @@ SHAPES = {
 ROTATED_BYTES = 256 << 20
 LAUNCHES = 24  # in a graph
 CHAINED = 2  # layers' weights, 436 MB
+MOST_STAGES = 12  # of the kernel
 LARGEST_DIFFERENCE = 4e-3  # of two roundings to bfloat16
 TORCH_ROWS = 32  # from which on torch's product is of interest
 # by the most rows that they are tried with
@@ -163,24 +165,50 @@ def products(
         variant = variant_of(settings)
         calls = [Call(weight, None, variant, workspace) for weight in weights]
         found[name_of(settings)] = partial(by_tile, calls=calls)
+    for kind, variant in chained(rows, linear).items() if rows <= w8_linear.MOST_FP8_ROWS else ():
+        calls = [Call(weight, None, variant, workspace) for weight in weights]
+        found[f"table, {kind}"] = partial(by_tile, calls=calls)
     return found
 
 
-def chain(rows: int, linears: list[Linear], is_tiles: bool) -> float:
+def deepest(variant: Tile) -> Tile:
+    """With as many stages as there is room for."""
+    deeper = replace(variant, stages=variant.stages + 1)
+    is_room = deeper.stages <= MOST_STAGES and deeper.shared_bytes <= SHARED_BYTES - SYSTEM_BYTES
+    return deepest(deeper) if is_room else variant
+
+
+def chained(rows: int, linear: Linear) -> dict[str, Tile]:
+    """What the table has for it, and two other ways to make room, of registers and of stages."""
+    variant = next(row.variant for row in plan(linear.shape) if rows <= (row.max_rows or rows))
+    light = replace(variant, light=True)
+    return {"tiles": replace(variant, light=False), "light": light, "light and deep": deepest(light)}
+
+
+def chain(rows: int, linears: list[Linear], workspace: Workspace, kind: str) -> float:
     """A layer's rows and products; every kernel awaits the one before."""
     inputs = inputs_of(rows, CUDA)
     x = torch.empty(rows, HIDDEN, device=CUDA, dtype=torch.bfloat16)
-    weights = [[linear.weights[i] for i in range(CHAINED)] for linear in linears]
-    few: list[list[FewRows | None]] = [
-        [w8_linear.bind_fp8(w.codes, w.steps, None, linear.shape) if is_tiles else None for w in copies]
-        for linear, copies in zip(linears, weights, strict=True)
-    ]
+
+    def few_of(linear: Linear, weight: Weight) -> FewRows | None:
+        if kind == "Triton":
+            return None
+        call = Call(weight, None, chained(rows, linear)[kind], workspace)
+
+        def multiply(codes: Tensor, scales: Tensor) -> Tensor:
+            y = codes.new_empty(rows, linear.shape.out_features, dtype=torch.bfloat16)
+            call(codes, scales, None, y)
+            return y
+
+        return FewRows(rows, multiply)
+
+    copies = [linear.weights[:CHAINED] for linear in linears]
+    few = [[few_of(linear, w) for w in linear.weights[:CHAINED]] for linear in linears]
 
     def layer(i: int) -> None:
         for number, make in enumerate(inputs.values()):
-            weight = weights[number][i % CHAINED]
-            told = weight.codes, weight.steps, None
-            fp8.multiply(x, *make(), *told, few[number][i % CHAINED])
+            weight = copies[number][i % CHAINED]
+            fp8.multiply(x, *make(), weight.codes, weight.steps, None, few[number][i % CHAINED])
 
     return microseconds(layer, 8)
 
@@ -201,7 +229,9 @@ def run(all_rows: list[int]) -> None:
     """Prints a block for each number of rows."""
     variants = {variant_of(settings) for rows in all_rows for settings in tried_with(rows)}
     linears = [linear_of(name, CUDA) for name in SHAPES]
-    variants |= {row.variant for linear in linears for row in plan(linear.shape)}
+    for rows in all_rows:
+        if rows <= w8_linear.MOST_FP8_ROWS:
+            variants |= {variant for linear in linears for variant in chained(rows, linear).values()}
     programs = {variant.program: variant for variant in variants}
     loads = [partial(w8_linear.load, variant) for variant in programs.values()]
     print(f"{compile_all(partial(walk, all_rows), loads)} kernels", flush=True)
@@ -222,23 +252,19 @@ def show_rows(rows: int, linears: list[Linear], workspace: Workspace) -> None:
         coded = inputs[linear.name]()
         found = products(rows, linear, coded, workspace)
         want = next(iter(found.values()))(0).double()
-        serving = next((row.variant for row in plan(linear.shape) if rows <= (row.max_rows or rows)), None)
-        usual = {name_of(settings) for settings in tried_with(rows) if variant_of(settings) == serving}
         for name, multiply in found.items():
             is_right = (multiply(0).double() - want).norm() <= LARGEST_DIFFERENCE * want.norm()
             taken = microseconds(multiply, LAUNCHES)
-            mark = "!" if not is_right else "*" if name in usual else " "
-            lines.setdefault(name, []).append((taken, mark))
+            lines.setdefault(name, []).append((taken, " " if is_right else "!"))
     for name, taken in lines.items():
         cells = "".join(f"{us:9.2f}{mark}" for us, mark in taken)
         print(f"{rows:5d}  {name:28}{cells}{sum(us for us, _ in taken):9.1f}")
-    tiles = [us for taken in zip(*lines.values(), strict=True) for us, mark in taken if mark == "*"]
-    told = [f"table {sum(tiles):.1f}"] if len(tiles) == len(linears) else []
     tried = [found for name, found in lines.items() if " x " in name]
+    told = []
     if tried:
         told.append(f"best {sum(min(us for us, _ in column) for column in zip(*tried, strict=True)):.1f}")
     if rows <= w8_linear.MOST_FP8_ROWS:
-        by_triton, by_tiles = (chain(rows, linears, is_tiles) for is_tiles in (False, True))
-        told.append(f"chain: Triton {by_triton:.1f}, tiles {by_tiles:.1f}")
+        kinds = ("Triton", *chained(rows, linears[0]))
+        told += [f"chain {kind} {chain(rows, linears, workspace, kind):.1f}" for kind in kinds]
     assert not workspace.arrived.any()
     print(f"{rows:5d}  {', '.join(told)}; wrong ones have a !", flush=True)

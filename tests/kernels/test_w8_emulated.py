@@ -33,7 +33,7 @@ CASES = [
     (Tile("int8", 0, 128, 1, 3, 64, cuts=True), 200, 256, 640, 20, 3),
     (Tile("int8", 0, 128, 2, 2, 32), 130, 256, 384, 100, 3),
     (Tile("int8", 0, 256, 1, 2, 32), 300, 144, 256, 0, 3),
-    (Tile("fp8", 1, 16, 1, 3, cuts=True, biased=True), 9, 272, 656, 0, 4),
+    (Tile("fp8", 1, 16, 1, 3, cuts=True, light=True, biased=True), 9, 272, 656, 0, 4),
     (Tile("fp8", 1, 32, 1, 4, cuts=True), 21, 144, 1040, 0, 7),
     (Tile("fp8", 1, 64, 2, 2, biased=True), 40, 272, 784, 0, 2),
     (Tile("fp8", 1, 64, 1, 3, cuts=True), 64, 128, 1536, 0, 5),

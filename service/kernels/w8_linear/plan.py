@@ -54,6 +54,7 @@ FP8: Table = (
     (32, (FP8_MORE, FP8_MORE, Settings(32, 2, 5))),
     (MOST_FP8_ROWS, (FP8_MOST, FP8_MOST, Settings(64, 2, 5))),
 )
+FP8_IS_LIGHT = False  # as the table was measured
 TABLES: dict[Codes, Table] = {"int8": INT8, "fp8": FP8}
 
 
@@ -98,8 +99,9 @@ def plan(shape: Shape) -> tuple[Row, ...]:
     assert not refusal(shape), shape
     number = 2 if shape.out_features >= WIDE else int(shape.in_features >= DEEP)
     is_bf16 = int(shape.dtype is torch.bfloat16)
+    kind = {"light": FP8_IS_LIGHT and shape.codes == "fp8", "biased": shape.biased}
     rows = tuple(
-        Row(most, Tile(shape.codes, is_bf16, *settings[number], biased=shape.biased))
+        Row(most, Tile(shape.codes, is_bf16, *settings[number], **kind))
         for most, settings in TABLES[shape.codes]
     )
     assert all(row.variant.shared_bytes <= SHARED_BYTES - SYSTEM_BYTES for row in rows)

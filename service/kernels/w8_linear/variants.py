@@ -38,19 +38,20 @@ class Tile:
     stages: int  # of the ring through which codes arrive
     cap: int = 0  # int8: listed columns of a part of a tile whose codes are copied as they pass
     cuts: bool = False
+    light: bool = False  # fp8: blocks leave registers for those of a neighbouring launch
     biased: bool = False
 
     @property
     def program(self) -> Program:
         settings = {"TILE": self.tile, "RT": self.rt, "STAGES": self.stages, "BF16": self.bf16}
-        settings |= {"CAP": self.cap} if self.codes == "int8" else {"FP8": 1}
+        settings |= {"CAP": self.cap} if self.codes == "int8" else {"FP8": 1, "LIGHT": int(self.light)}
         settings |= {"BIASED": int(self.biased), "SHARED_BYTES": self.shared_bytes}
         return Program(FOLDER / f"{KERNEL}.cu", KERNEL, tuple(settings.items()))
 
     @property
     def name(self) -> str:
-        bias = " with bias" if self.biased else ""
-        return f"{KERNEL} {self.codes} {self.bf16}x{self.tile}x{self.rt}x{self.stages}x{self.cap}{bias}"
+        kind = f"{self.codes}{' light' if self.light else ''}{' with bias' if self.biased else ''}"
+        return f"{KERNEL} {kind} {self.bf16}x{self.tile}x{self.rt}x{self.stages}x{self.cap}"
 
     @property
     def outputs(self) -> int:

@@ -27,6 +27,9 @@
 #ifndef BIASED
 #define BIASED 0
 #endif
+#ifndef LIGHT  // registers stay as they were dealt out: blocks of a neighbouring launch find room beside
+#define LIGHT 0
+#endif
 #ifndef PER_SM  // blocks that fit a multiprocessor: with 2, a launch works while the next one already reads its weights
 #define PER_SM 1
 #endif
@@ -46,6 +49,7 @@ constexpr int RING = (OUT + WGS * 4 * OUT_BYTES + 1023) / 1024 * 1024;
 constexpr int END = RING + STAGES * STAGE_BYTES;
 static_assert(END * PER_SM <= 228 * 1024 && STAGES <= 12 && CAP % LISTED_AT_A_TIME == 0 && T <= CONSUMERS);
 static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
+constexpr bool MOVES_REGISTERS = PER_SM == 1 && !LIGHT;
 constexpr int CONSUMER_REGISTERS = RT * T < 256 ? 216 : 224, PRODUCER_REGISTERS = RT * T < 256 ? 72 : 56;
 
 #if FP8
@@ -216,7 +220,7 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
     };
 
     if (warp >= WGS * 4) {
-        if constexpr (PER_SM == 1) registers_lower<PRODUCER_REGISTERS>();
+        if constexpr (MOVES_REGISTERS) registers_lower<PRODUCER_REGISTERS>();
         if (thread == CONSUMERS) {
             const uint64_t policy = row_tiles == 1 ? READ_ONCE : NORMAL;
             Run part = {};
@@ -330,7 +334,7 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
             }
         }
     } else {
-        if constexpr (PER_SM == 1) registers_raise<CONSUMER_REGISTERS>();
+        if constexpr (MOVES_REGISTERS) registers_raise<CONSUMER_REGISTERS>();
         await_predecessor();
         const int g = lane >> 2, group = warp >> 2, quarter = warp & 3;
         uint32_t stage = 0, phase = 0, done = 0, room = 0, ready = 0, coded = 0, number = 0;  // `done`: the stage given back next
