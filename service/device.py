@@ -128,6 +128,8 @@ def release_cached(device: torch.device) -> None:
     """Give the device back what the allocator keeps of tensors that have ended."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        process_memory.give_back()
 
 
 # --- copies that nobody waits for --------------------------------------------------------------
@@ -297,10 +299,10 @@ def memory_used_bytes(device: torch.device) -> int:
 
 
 def memory_kept_bytes(device: torch.device) -> int:
-    """Of that, what the allocator keeps of tensors, or on a CPU of anything, that has ended."""
+    """Of that, what the allocator keeps of tensors that have ended; a CPU's does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.memory_reserved(device)) - int(torch.cuda.memory_allocated(device))
-    return process_memory.heap_slack_bytes()
+    return 0
 
 
 def memory_peak_bytes(device: torch.device) -> int:
@@ -311,15 +313,13 @@ def memory_peak_bytes(device: torch.device) -> int:
 
 
 def extra_bytes(device: torch.device, run: Callable[[], T]) -> tuple[T, int]:
-    """`run`'s result, and most bytes that it held beside those held before: of tensors on a GPU, of pages on
-    a CPU. Begins a new peak; 0 bytes where that cannot be."""
-    if not reset_memory_peak(device):
+    """`run`'s result, and most bytes of tensors that it held on a GPU beside those held before; 0 on a CPU,
+    whose heap is not torch's alone. Begins a new peak."""
+    reset_memory_peak(device)
+    if device.type != "cuda":
         return run(), 0
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        return run(), int(torch.cuda.max_memory_allocated(device)) - before
-    before = process_memory.peak_bytes()
-    return run(), process_memory.peak_bytes() - before
+    before = torch.cuda.memory_allocated(device)
+    return run(), int(torch.cuda.max_memory_allocated(device)) - before
 
 
 def reset_memory_peak(device: torch.device) -> bool:

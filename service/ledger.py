@@ -36,12 +36,15 @@ PARTS = (
     Part("tables.requests", "State of the running requests: block tables, sampling, penalties."),
     Part("kv.used", "KV cache that requests hold now."),
     Part("kv.free", "KV cache set aside for requests to come; blocks kept for their prefix are here."),
-    Part("activations", "Most that steps took beside all that, as far as the allocator keeps it for them."),
+    Part(
+        "activations",
+        "Most that steps took beside all that, as far as the allocator keeps it; on a CPU all that is kept.",
+    ),
     Part("workspace", "Buffers of kernels: partial sums of ours, cuBLAS's workspace, a CPU's recordings."),
     Part("graphs", "Captured steps: their buffers, and what the driver holds of them."),
     Part(
         "allocator_slack",
-        "Kept by the allocator beyond that: rounding, fragments, on a CPU what loading left.",
+        "Kept by a GPU's allocator beyond that: rounding, fragments.",
     ),
     Part("outside_torch", "Not tensors: CUDA context and kernels' code; on a CPU interpreter and libraries."),
 )

@@ -51,25 +51,11 @@ def begin_peak() -> bool:
     return True
 
 
-def heap_slack_bytes() -> int:
-    """What was freed to the C library and has not gone back to the system."""
-    mallinfo = getattr(_libc(), "mallinfo2", None)  # glibc 2.33
-    if mallinfo is None:
-        return 0
-    mallinfo.restype = MallInfo
-    return int(mallinfo().fordblks)
-
-
-class MallInfo(ctypes.Structure):
-    """glibc's struct mallinfo2."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    ]
+def give_back() -> None:
+    """What was freed to the C library goes back to the system, where it is glibc."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 @cache

@@ -2,9 +2,10 @@
 
 startup --model, engine--> Ledger --parts--> EngineInfo; child --now and then--> LedgerWatch --> StepStats
 
-Tensors that the engine keeps are counted one by one. The allocator's figure, less these, is left to what it
-keeps between steps; what the process holds beside the allocator is measured once, when the engine is ready
-and nobody waits, so that a neighbour on the device is never taken for ours. The parts sum to the whole.
+Tensors that the engine keeps are counted one by one. What the process holds outside of torch is measured
+once, when the engine is ready and nobody waits: on a GPU so that a neighbour is never taken for ours; on a
+CPU, where tensors, interpreter and libraries share one heap, when what loading left there has been given
+back, so that what is held beyond it is the steps'. The parts sum to the whole.
 """
 
 import logging
@@ -30,45 +31,61 @@ class Ledger:
     def __init__(
         self, model: ModelInstance, kv: PagedKV, engine: Engine, step_bytes: int, used_before: int | None
     ) -> None:
-        """`step_bytes`: most that a step took beside what the engine keeps. `used_before`: by all processes,
-        on a GPU, before this one opened it; None: not known, then what others hold passes for ours."""
+        """`step_bytes`: on a GPU, most that a step took beside what the engine keeps. `used_before`: by all
+        processes, on a GPU, before this one opened it; None: not known, then what others hold passes for
+        ours."""
         self._model, self._kv, self._engine = model, kv, engine
         self._device = model.device
         self._step_bytes = step_bytes
-        self._workspace = self._outside = 0
+        self._workspace = 0
         if devices.runs_behind(self._device):
-            used = used_bytes(devices.device_uuid(self._device))
-            if used is None or used_before is None:
-                used, used_before = devices.memory_taken_bytes(self._device), 0
-            in_torch = devices.memory_used_bytes(self._device)
-            outside = used - used_before - in_torch - self._graphs().driver_bytes
-            if outside < 0:
-                logger.warning("memory outside of torch is not known: others gave some back meanwhile")
-            self._outside = max(outside, 0)
+            self._outside = self._outside_of_gpu_allocator(used_before)
+        else:
+            devices.release_cached(self._device)
+            kept = sum(self._tensors().values()) + model.decoder.recordings.num_bytes
+            self._outside = max(devices.memory_used_bytes(self._device) - kept, 0)
 
     def parts(self, *, is_idle: bool = True) -> dict[str, int]:
         """Part -> bytes; `is_idle`: no step is under way, whose tensors would pass for a workspace."""
+        if devices.runs_behind(self._device):
+            return self._gpu_parts(is_idle=is_idle)
+        tensors = self._tensors()
+        workspace = self._model.decoder.recordings.num_bytes
+        left = devices.memory_used_bytes(self._device) - sum(tensors.values()) - workspace - self._outside
+        return tensors | {
+            "activations": max(left, 0),
+            "workspace": workspace,
+            "graphs": 0,
+            "allocator_slack": 0,
+            "outside_torch": self._outside + min(left, 0),  # pages of a file go when others need the room
+        }
+
+    def _gpu_parts(self, *, is_idle: bool) -> dict[str, int]:
         tensors, graphs = self._tensors(), self._graphs()
         held = devices.memory_used_bytes(self._device)
+        left = held - sum(tensors.values()) - graphs.buffer_bytes
         if is_idle:
             kept = devices.memory_kept_bytes(self._device) - graphs.slack_bytes
-            rest = held - kept - sum(tensors.values()) - graphs.buffer_bytes
-            if devices.runs_behind(self._device):
-                self._workspace = max(rest, 0)
-            else:  # the allocator has everybody's memory, and the engine's buffers can be counted
-                self._workspace = self._model.decoder.recordings.num_bytes
-                self._outside = max(rest - self._workspace, 0)
-        left = held - sum(tensors.values()) - graphs.buffer_bytes - self._workspace
-        if not devices.runs_behind(self._device):
-            left -= self._outside
-        activations = min(self._step_bytes, max(left, 0))
+            self._workspace = max(left - kept, 0)
+        left = max(left - self._workspace, 0)
+        activations = min(self._step_bytes, left)
         return tensors | {
             "activations": activations,
             "workspace": self._workspace,
             "graphs": graphs.buffer_bytes + graphs.driver_bytes,
-            "allocator_slack": max(left, 0) - activations,
+            "allocator_slack": left - activations,
             "outside_torch": self._outside,
         }
+
+    def _outside_of_gpu_allocator(self, used_before: int | None) -> int:
+        used = used_bytes(devices.device_uuid(self._device))
+        if used is None or used_before is None:
+            used, used_before = devices.memory_taken_bytes(self._device), 0
+        in_torch = devices.memory_used_bytes(self._device)
+        outside = used - used_before - in_torch - self._graphs().driver_bytes
+        if outside < 0:
+            logger.warning("memory outside of torch is not known: others gave some back meanwhile")
+        return max(outside, 0)
 
     def _tensors(self) -> dict[str, int]:
         """What the engine keeps from start to end."""

@@ -66,6 +66,7 @@ def test_parts_are_the_process_within_one_percent(folder: Path) -> None:
             assert sum(parts.values()) == pytest.approx(held, rel=0.01)
             assert parts.keys() <= NAMES
             assert kv_bytes(parts) == (num_blocks + 1) * BLOCK_BYTES
+            assert parts["activations"] < 4 * MIB  # what loading left is gone
             assert weight_bytes(parts) == info.weight_bytes
             found.append(parts)
     small, large = found
@@ -85,6 +86,28 @@ def test_what_requests_hold_is_told_while_they_hold_it(folder: Path) -> None:
         assert kv_bytes(parts) == 33 * BLOCK_BYTES
 
 
+def test_a_cpu_s_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1250 of tensors and 40 of recordings; loading left 300 in the heap, of 500 that nobody else has."""
+    held = 1250 + 40 + 500 + 300
+
+    def give_back(device: torch.device) -> None:
+        nonlocal held
+        held -= 300
+
+    monkeypatch.setattr(devices, "release_cached", give_back)
+    monkeypatch.setattr(devices, "memory_used_bytes", lambda device: held)
+    ledger = made_up(None, step_bytes=0, used_before=None)
+    expected = {
+        "weights.codes": 1000, "tables.requests": 50, "kv.used": 60, "kv.free": 140, "activations": 0,
+        "workspace": 40, "graphs": 0, "allocator_slack": 0, "outside_torch": 500,
+    }  # fmt: skip
+    assert ledger.parts() == expected
+    held += 70  # steps come
+    assert ledger.parts() == expected | {"activations": 70}
+    held -= 90  # and others need the room of our files' pages
+    assert ledger.parts() == expected | {"outside_torch": 480}
+
+
 class Device:
     """Stands for a GPU: bytes of the allocator in use and kept, and of all processes on the device."""
 
@@ -100,7 +123,11 @@ class Device:
 
 def made_up(graphs: GraphMemory | None, step_bytes: int, used_before: int | None) -> Ledger:
     """Weights 1000, tables 50, a cache of 10 blocks of 20."""
-    model: Any = SimpleNamespace(device=torch.device("cpu"), memory_bytes=lambda: {"weights.codes": 1000})
+    model: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        memory_bytes=lambda: {"weights.codes": 1000},
+        decoder=SimpleNamespace(recordings=SimpleNamespace(num_bytes=40)),
+    )
     kv: Any = SimpleNamespace(bytes=200, num_blocks=10)
     runner = SimpleNamespace(
         penalties=SimpleNamespace(bytes=40),
