@@ -10,11 +10,11 @@ import torch
 
 from service.engine.sources import choose_backend, open_source
 from service.messages import EngineConfig
-from service.model.instance import require_accepted
+from service.model.instance import accepted
 
 
 def check_opens(config: EngineConfig) -> None:
     """Raises HalftoneError. No GPU is touched: the one there is belongs to the engine that serves."""
     device = torch.device("cpu")
     source = open_source(config, device)
-    require_accepted(choose_backend(config.precision, source, device), source)
+    accepted(choose_backend(config.precision, source, device), source)

@@ -24,7 +24,7 @@ from service.model.batch import BLOCK_TOKENS, PagedKV, sequence_batch
 from service.model.checkpoint import TensorSource
 from service.model.decoder import DecoderLayer, Step, plan_step
 from service.model.head import Embedding, FullHead
-from service.model.instance import require_accepted
+from service.model.instance import accepted
 from service.model.rotary import rotary_table
 from service.precision.base import Backend, Read
 
@@ -40,8 +40,7 @@ class StreamedModel:
 
     def __init__(self, source: TensorSource, backend: Backend, device: torch.device) -> None:
         """Raises PrecisionError for a checkpoint that this backend does not read."""
-        require_accepted(backend, source)
-        self.source, self.backend, self.device = source, backend, device
+        self.source, self.backend, self.device = source, accepted(backend, source), device
         self.dtype = backend.activation_dtype(device, source.dtype)
 
     @torch.inference_mode()

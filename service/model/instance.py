@@ -72,7 +72,7 @@ class ModelInstance:
         cannot be `deterministic` here.
         """
         checkpoint = source if isinstance(source, TensorSource) else Checkpoint(source)
-        require_accepted(backend, checkpoint)
+        backend = accepted(backend, checkpoint)
         if progress:
             progress("verify", 0, len(checkpoint.names), "tensors")
         verify(checkpoint, tokenizer)
@@ -181,14 +181,15 @@ class ModelInstance:
         return [layer for layer in self.decoder.layers if isinstance(layer, DecoderLayer)]
 
 
-def require_accepted(backend: Backend, source: TensorSource) -> None:
-    """PrecisionError for a checkpoint that this backend does not read."""
+def accepted(backend: Backend, source: TensorSource) -> Backend:
+    """As it builds layers of this checkpoint; PrecisionError for one that it does not read."""
     if not backend.accepts(source.quantization):
         method = (source.quantization or {}).get("quant_method", "none: it is 16-bit")
         raise PrecisionError(
             f"precision `{backend.canonical}` does not read `{source.path}` (quantization: {method})",
             hint="`--precision auto` serves a checkpoint as it is",
         )
+    return backend.reading(source.quantization)
 
 
 def _bytes(tensor: Tensor | None) -> int:

@@ -8,7 +8,7 @@ Three bits use codes 0..7 in the same 4-bit containers: they cost what four cost
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -105,6 +105,9 @@ class AWQ:
                 hint="leave `group` out for a checkpoint that is already quantized",
             )
         return True
+
+    def reading(self, quantization: Mapping[str, Any] | None) -> Self:
+        return self
 
     def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
         return quantized_activation_dtype(device, checkpoint)

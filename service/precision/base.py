@@ -105,6 +105,10 @@ class Backend(Protocol):
         """Can it read a checkpoint with this `quantization_config` (None: a 16-bit one)?"""
         ...
 
+    def reading(self, quantization: Mapping[str, Any] | None) -> "Backend":
+        """The backend whose `build` reads such a checkpoint, which is one that this accepts."""
+        ...
+
     def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
         """Type of activations and KV cache when the user asked for `auto`."""
         ...

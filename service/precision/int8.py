@@ -11,7 +11,8 @@ Source: arXiv 2208.07339.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -162,7 +163,6 @@ class Int8(InFlight):
 
     def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
         """Any threshold: it is a matter of activations. PrecisionError for `skip`, whose weights are gone."""
-        self._reads_codes = quantization is not None
         if quantization is None:
             return True
         if bits_of(quantization) == 8 and self.options.skip:
@@ -172,6 +172,11 @@ class Int8(InFlight):
                 hint="leave `skip` out, or serve the 16-bit checkpoint it was made from",
             )
         return bits_of(quantization) == 8
+
+    def reading(self, quantization: Mapping[str, Any] | None) -> Self:
+        found = copy(self)
+        found._reads_codes = quantization is not None
+        return found
 
     def build(self, group: LinearGroup, read: Read) -> QuantLinear:
         bias = read_bias(group, read)

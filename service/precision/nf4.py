@@ -10,8 +10,9 @@ own kernel reads, or that of its fused product.
 """
 
 from collections.abc import Mapping
+from copy import copy
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -232,7 +233,6 @@ class NF4(InFlight):
 
     def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
         """PrecisionError where the checkpoint's double quantization is not this mode's."""
-        self._reads_codes = quantization is not None
         if quantization is None:
             return True
         written = self.written_as(quantization)
@@ -242,6 +242,11 @@ class NF4(InFlight):
                 hint=f"serve it as `{written}`",
             )
         return written is not None
+
+    def reading(self, quantization: Mapping[str, Any] | None) -> Self:
+        found = copy(self)
+        found._reads_codes = quantization is not None
+        return found
 
     def build(self, group: LinearGroup, read: Read) -> NF4Linear | w4.W4Linear:
         check_nf4(group.parts)

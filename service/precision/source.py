@@ -4,7 +4,7 @@ checkpoint --read_weight, read_bias--> full, int8, nf4
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class InFlight:
 
     def accepts(self, quantization: Mapping[str, Any] | None) -> bool:
         return quantization is None
+
+    def reading(self, quantization: Mapping[str, Any] | None) -> Self:
+        return self
 
     def activation_dtype(self, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
         return quantized_activation_dtype(device, checkpoint)

@@ -16,6 +16,7 @@ from service.engine.startup import start
 from service.errors import CheckpointError, PrecisionError
 from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint
+from service.model.instance import ModelInstance
 from service.precision import backend_of, load_backend
 from service.precision.sizes import NESTED_BLOCK
 
@@ -73,6 +74,19 @@ def test_it_is_what_quantizing_in_flight_makes(
     # bitsandbytes' kernels want whole blocks of absmax codes
     told = weight_bytes(Checkpoint(folder), load_backend(precision), torch.bfloat16, "16bit")
     assert read.weight_bytes - 21 * NESTED_BLOCK < told <= read.weight_bytes
+
+
+@pytest.mark.parametrize(("precision", "quantization"), MODES)
+def test_a_backend_remembers_no_checkpoint(
+    plain: Path, tmp_path: Path, precision: str, quantization: dict[str, Any]
+) -> None:
+    """One loads codes and then 16 bits, and again, as what it was asked last does not matter."""
+    folder = quantized(plain, tmp_path, quantization)
+    backend = load_backend(precision)
+    for source in (folder, plain, folder):
+        assert backend.accepts(None)
+        assert backend.accepts(quantization)
+        ModelInstance.load(source, backend, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("precision", "quantization"), MODES)
