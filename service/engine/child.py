@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch is imported once the front knows that we are on the w
     from service.engine.startup import Serving
 
 HEARTBEAT_S = 1.0
+REST_S = 0.1  # nobody who asks for one thing after another shall wait for what is prepared
 EXIT_UNUSABLE = 3
 EXIT_INTERNAL = 1
 PR_SET_PDEATHSIG = 1
@@ -106,9 +107,16 @@ def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:
     evaluations: deque[Evaluate] = deque()
     gc.collect()
     gc.freeze()  # else every full collection walks all of torch's modules in the middle of a step
+    has_rested = False
     while True:
         is_idle = not engine.has_work and not evaluations
-        messages = link.receive(HEARTBEAT_S if is_idle else 0)
+        prepares = is_idle and engine.may_prepare
+        wait_s = (0 if has_rested else REST_S) if prepares else HEARTBEAT_S
+        messages = link.receive(wait_s if is_idle else 0)
+        has_rested = is_idle and not messages
+        if prepares and has_rested:
+            engine.prepare()
+            continue
         for message in messages:
             if isinstance(message, Submit):
                 engine.add(message)

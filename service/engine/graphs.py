@@ -3,8 +3,8 @@
 runner --step, forward--> Graph --replay--> token ids, logits
        '--mixed---------> MixedGraph --fill, replay--> logits
 
-Sizes of decode steps grow by eight, all captured before anybody waits; those of steps with prompts are more
-than are ever needed, so each is captured by the first step that has it. What is left of a size is padding.
+Sizes of decode steps grow by eight, all captured before ready; those of steps with prompts are captured while
+nobody asks for anything, or by the first step that has one. What is left of a size is padding.
 All graphs share one pool of memory, which is safe because only one of them runs at a time, and because what
 a step gives is copied away before the next begins.
 """
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # the full one also serves rows that only have temperatures: the kernels of the filters end at once for them,
 # predicted to cost 5 to 14 us a step, where a third graph for each size would cost every start a second
 CAPTURED: tuple[Variant, ...] = ("full", "greedy")
-MOST_MIXED = 64  # of some 2 MB each, for a model of 32 layers
+MOST_MIXED = 96  # of some 2 MB each, for a model of 32 layers
 
 
 def batch_sizes(max_requests: int) -> list[int]:
@@ -92,6 +92,7 @@ class Graphs:
         self._graphs: dict[tuple[int, Variant | None], Graph] = {}
         self._mixed_steps = mixed_steps
         self._mixed: dict[MixedShape, MixedGraph] = {}
+        self._uncaptured = mixed_steps.usual() if mixed_steps else []
         self._pool = devices.GraphPool()
         self._logits: Tensor | None = None
         self.memory = GraphMemory()
@@ -127,18 +128,33 @@ class Graphs:
         """None where a step with prompts is to run kernel by kernel."""
         if self._mixed_steps is None or (shape := self._mixed_steps.shape_of(inputs)) is None:
             return None
-        if shape not in self._mixed:
-            if len(self._mixed) == MOST_MIXED:
-                return None
-            before = self._held()
-            try:
-                self._capture_mixed(self._mixed_steps.make(shape), is_known=True)
-            except DeviceError as error:
-                logger.warning("steps with prompts run kernel by kernel from now on: %s", error)
-                self._mixed_steps = None
-                return None
-            self._account(before)
+        if shape not in self._mixed and not self._add_mixed(self._mixed_steps, shape):
+            return None
         return self._mixed[shape]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `capture_one` has nothing left to do."""
+        return not self._uncaptured
+
+    def capture_one(self) -> None:
+        """Of the usual steps with prompts, before one of them needs it."""
+        shape = self._uncaptured.pop(0)
+        if self._mixed_steps and shape not in self._mixed:
+            self._add_mixed(self._mixed_steps, shape)
+
+    def _add_mixed(self, steps: MixedSteps, shape: MixedShape) -> bool:
+        if len(self._mixed) == MOST_MIXED:
+            return False
+        before = self._held()
+        try:
+            self._capture_mixed(steps.make(shape), is_known=True)
+        except DeviceError as error:
+            logger.warning("steps with prompts run kernel by kernel from now on: %s", error)
+            self._mixed_steps = None
+            return False
+        self._account(before)
+        return True
 
     def _size(self, num_rows: int) -> int:
         return self._sizes[self._size_of[num_rows]]

@@ -26,10 +26,11 @@ from service.kernels.paged_attention import COPIED_TOKENS, SHORT_PROMPT_TOKENS, 
 from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 
 MOST_PROMPTS = 32  # with a part in a captured step; steps of more are of short prompts
+MOST_ENDS = 16  # of prompts, which then have logits as rows that decode have
 MOST_ROWS = 2048  # behind more the device is slower than the host anyhow
 # A product's tiles have 64 to 256 rows: others would save nothing, and behind 384 cuBLAS takes as long for
 # 448 as for 768 (docs/experiments.md, section 5). From so many rows on, steps of:
-ROW_STEPS = ((1024, 256), (768, 128), (512, 64), (384, 128), (0, 64))
+ROW_STEPS = ((1024, 512), (768, 128), (512, 64), (384, 128), (0, 64))
 
 
 class MixedShape(NamedTuple):
@@ -37,16 +38,13 @@ class MixedShape(NamedTuple):
 
     num_rows: int
     num_decode: int
+    num_logits: int  # fewer than rows: the others' part of the last layer is left out
     is_long: bool  # some prompt's context is; attention has other tiles then
 
     @property
     def num_sequences(self) -> int:
         """The last is nobody's: tiles of padding are of it."""
         return self.num_decode + MOST_PROMPTS + 1
-
-    @property
-    def num_logits(self) -> int:
-        return self.num_decode + MOST_PROMPTS
 
 
 def decode_sizes(max_requests: int) -> list[int]:
@@ -238,13 +236,22 @@ class MixedSteps:
         self._model = model
         self._kv = kv
         self._state = state
+        self._max_requests = max_requests
         self._decode_sizes = decode_sizes(max_requests)
-        self._row_sizes = row_sizes(max(min(max_step_tokens, MOST_ROWS), max_requests + MOST_PROMPTS + 1))
+        self._row_sizes = row_sizes(max(min(max_step_tokens, MOST_ROWS), max_requests + 1))
 
     @property
     def largest(self) -> MixedShape:
-        num_decode = self._decode_sizes[-1]
-        return MixedShape(self._rows_for(self._row_sizes[-1], num_decode), num_decode, False)
+        return self._shape(self._row_sizes[-1], self._decode_sizes[-1], is_long=False)
+
+    def usual(self) -> list[MixedShape]:
+        """All but those of long contexts, the largest first."""
+        shapes = {
+            self._shape(num_rows, num_decode, is_long=False)
+            for num_rows in self._row_sizes
+            for num_decode in self._decode_sizes
+        }
+        return sorted(shapes, reverse=True)
 
     def make(self, shape: MixedShape) -> MixedStep:
         return MixedStep(shape, self._model, self._kv, self._state)
@@ -257,10 +264,11 @@ class MixedSteps:
         if is_coded(self._kv.keys[0].dtype) and lengths.sum() > COPIED_TOKENS:
             return None
         num_decode = next(size for size in self._decode_sizes if size >= inputs.num_decode)
-        num_rows = self._rows_for(inputs.num_tokens, num_decode)
-        return MixedShape(num_rows, num_decode, bool(lengths.max() > SHORT_PROMPT_TOKENS))
+        shape = self._shape(inputs.num_tokens, num_decode, is_long=bool(lengths.max() > SHORT_PROMPT_TOKENS))
+        return shape if len(inputs.logit_rows) <= shape.num_logits else None
 
-    def _rows_for(self, num_tokens: int, num_decode: int) -> int:
-        """More than have logits, for the others' part of the last layer is left out."""
-        least = max(num_tokens, num_decode + MOST_PROMPTS + 1)
-        return next(size for size in self._row_sizes if size >= least)
+    def _shape(self, num_tokens: int, num_decode: int, *, is_long: bool) -> MixedShape:
+        num_logits = min(num_decode + MOST_ENDS, self._max_requests)
+        least = max(num_tokens, num_logits + 1)
+        num_rows = next(size for size in self._row_sizes if size >= least)
+        return MixedShape(num_rows, num_decode, num_logits, is_long)

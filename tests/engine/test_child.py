@@ -1,14 +1,18 @@
 """The engine's process over a real socket pair, with a tiny random Llama."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engine_child import spawned
+from fake_model import fake_engine
 from tiny_models import greedy, load_instance, make_checkpoint
 
+from service.engine import child
 from service.messages import (
     Abort,
     EngineConfig,
@@ -153,3 +157,45 @@ def test_auto_of_a_quantized_checkpoint(
     backend = choose_backend("auto", Checkpoint(quantized), torch.device("cpu"))
     assert backend.canonical == precision
     assert backend.accepts(quantization)
+
+
+class FrontGoneError(Exception):
+    """Ends `serve`, which else goes on until the front is gone."""
+
+
+class ScriptedLink:
+    """Says what comes by turns: None where nothing does; keeps how long each was waited for."""
+
+    def __init__(self, turns: list[Submit | None]) -> None:
+        self.turns = turns
+        self.waits: list[float] = []
+
+    def receive(self, timeout_s: float) -> list[Submit]:
+        self.waits.append(timeout_s)
+        if not self.turns:
+            raise FrontGoneError
+        message = self.turns.pop(0)
+        return [] if message is None else [message]
+
+    def send(self, message: object) -> None:
+        pass
+
+
+def test_an_engine_that_rests_prepares_until_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # other tests live in this process
+    engine = fake_engine(captured=True, max_batch_tokens=128)  # 64 and 128 rows, alone and beside decodes
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    known = [len(graphs._mixed)]
+    monkeypatch.setattr(engine, "prepare", lambda: (graphs.capture_one(), known.append(len(graphs._mixed))))
+    model = SimpleNamespace(device=torch.device("cpu"), outlier_counts=dict)
+    info = SimpleNamespace(peak_load_bytes=0, memory_bytes={})
+    serving = SimpleNamespace(engine=engine, model=model, info=info, ledger=SimpleNamespace())
+    asking = Submit(1, [3] * 100, Sampling(1, temperature=0, ignore_eos=True))
+    # a shape is prepared after a rest, another at once; then somebody asks, and it rests again
+    link = ScriptedLink([None, None, asking, None, None, None, None])
+    with pytest.raises(FrontGoneError):
+        child.serve(serving, EngineConfig(model_path="", precision="fp32"), link)  # type: ignore[arg-type]
+    rest, beat = child.REST_S, child.HEARTBEAT_S
+    assert link.waits == [rest, 0, 0, rest, 0, beat, beat, beat]
+    assert known[0] < known[-1] == 4

@@ -28,6 +28,7 @@ from service import device as devices
 from service.engine import graphs as graphs_module
 from service.engine.engine import Engine
 from service.engine.mixed_step import (
+    MOST_ENDS,
     MOST_PROMPTS,
     MOST_ROWS,
     MixedInputs,
@@ -45,8 +46,9 @@ MAX_CONTEXT_TOKENS = 63 * 16  # of a fake engine
 
 
 def shapes_of(engine: Engine) -> set[tuple[int, int, bool]]:
+    """Rows, those that decode, and whether a context is long."""
     assert engine.runner.graphs is not None
-    return set(engine.runner.graphs._mixed)
+    return {(shape.num_rows, shape.num_decode, shape.is_long) for shape in engine.runner.graphs._mixed}
 
 
 def steps(max_step_tokens: int = 2048, max_requests: int = 256) -> MixedSteps:
@@ -55,7 +57,7 @@ def steps(max_step_tokens: int = 2048, max_requests: int = 256) -> MixedSteps:
 
 
 def test_sizes_cover_what_is_asked() -> None:
-    assert row_sizes(2048) == [*range(64, 385, 64), *range(512, 769, 64), 896, 1024, *range(1280, 2049, 256)]
+    assert row_sizes(2048) == [*range(64, 385, 64), *range(512, 769, 64), 896, 1024, 1536, 2048]
     assert row_sizes(100) == [64, 128]
     assert decode_sizes(256) == [0, 16, 64, 256]
     assert decode_sizes(20) == [0, 16, 20]
@@ -75,7 +77,7 @@ def test_a_step_of_a_known_shape_is_replayed() -> None:
     for number, length in enumerate((70, 65, 100, 120)):
         engine.add(Submit(number, [number + 1] * length, Sampling(1, temperature=0, ignore_eos=True)))
         Client().run(engine)
-    assert {(rows, decode) for rows, decode, _ in shapes_of(engine)} == {(128, 0), (128, 8)}
+    assert shapes_of(engine) == {(128, 0, False), (128, 8, False)}
 
 
 def test_long_contexts_have_a_shape_of_their_own() -> None:
@@ -106,6 +108,32 @@ def test_many_short_prompts_run_kernel_by_kernel() -> None:
     client.run(engine)
     for submit in submits:
         assert client.answers[submit.id] == expected_answer(submit, MAX_CONTEXT_TOKENS)[0]
+
+
+def test_usual_shapes_are_captured_while_nobody_asks() -> None:
+    engine = fake_engine(captured=True, max_batch_tokens=300)
+    assert engine.runner.graphs is not None
+    engine.add(Submit(1, [3] * 30, Sampling(3, seed=1, ignore_eos=True)))
+    Client().run(engine)  # one of them is known
+    while engine.may_prepare:
+        engine.prepare()
+    rows = (64, 128, 192, 256, 320)
+    assert shapes_of(engine) == {(count, decode, False) for count in rows for decode in (0, 8)}
+    known = engine.runner.graphs.memory
+    engine.add(Submit(2, [4] * 100, Sampling(3, seed=1, ignore_eos=True)))
+    Client().run(engine)
+    assert engine.runner.graphs.memory == known
+    assert not fake_engine().may_prepare
+
+
+def test_a_step_of_which_too_much_is_asked_runs_kernel_by_kernel() -> None:
+    """Prompts that end in it have logits, of which a shape has room for so many."""
+    engine = fake_engine(200, 256, 64, captured=True)
+    for number in range(MOST_ENDS + 1):
+        engine.add(Submit(number, [number, 3], Sampling(1, seed=number, ignore_eos=True)))
+    before = shapes_of(engine)
+    Client().run(engine)
+    assert shapes_of(engine) == before
 
 
 def test_no_more_shapes_are_captured_than_memory_is_kept_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +179,8 @@ def test_a_coded_cache_is_copied_for_prompts_of_a_captured_step_or_read_in_place
     for length, shape in ((COPIED_TOKENS, (64, 0, True)), (COPIED_TOKENS + 1, None)):
         told = np.array([length], np.int64)
         inputs = MixedInputs(np.zeros(9, np.int64), none, none, none, told, np.array([0, 9]), none, 0)
-        assert steps.shape_of(replace(inputs, rows=np.zeros(1, np.int64))) == shape
+        found = steps.shape_of(replace(inputs, rows=np.zeros(1, np.int64)))
+        assert (found and (found.num_rows, found.num_decode, found.is_long)) == shape
 
 
 def test_what_a_replay_leaves_is_overwritten_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
