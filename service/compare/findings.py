@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import exp, log
 
-from service.compare.figures import FIGURES, Interval, Level, effect
+from service.compare.figures import CONFIDENCE, FIGURES, Interval, Level, effect
 from service.compare.report import Crossover, Knee, NullComparison, Row
 
 KNEE_FACTOR = 2.0
+TOO_MANY = 2.0  # times what chance gives: ratios of one run move together, so that some more mean little
 SPEED = "output_tokens_per_s"
 
 Ratio = Callable[[Row, Row, str, str], Interval | None]  # a / b of a figure at a level, paired by repeat
@@ -156,10 +157,17 @@ def null_comparison(row: Row, reference: str) -> NullComparison:
         if (interval := getattr(level.ratios, name)) is not None and interval.low is not None
     }
     beyond = [name for name, interval in found.items() if interval.excludes(1.0)]
-    said = (
-        f"{reference} against itself: {len(beyond)} of {len(found)} ratios lie beyond their intervals, "
-        f"chance alone gives {0.05 * len(found):.0f}"
-        if found
-        else f"{reference} against itself was measured once: nothing is known of this run's noise"
-    )
+    by_chance = (1 - CONFIDENCE) * len(found)
+    if not found:
+        said = f"{reference} against itself was measured once: nothing is known of this run's noise"
+    else:
+        said = (
+            f"{reference} against itself: {len(beyond)} of {len(found)} ratios lie beyond their intervals, "
+            f"chance alone gives {by_chance:.0f}: "
+        )
+        said += (
+            "intervals of this run are too narrow, and a difference that just clears its own is no evidence"
+            if len(beyond) > TOO_MANY * by_chance
+            else "no sign that intervals are too narrow"
+        )
     return NullComparison(row=row, num_figures=len(found), num_beyond=len(beyond), beyond=beyond, said=said)

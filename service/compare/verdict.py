@@ -7,7 +7,7 @@ assemble --Case--> judge() --Verdict--> Report
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.compare.figures import Interval, effect
+from service.compare.figures import CONFIDENCE, Interval, effect
 from service.compare.findings import SPEED, Ratio
 from service.compare.report import NullComparison, Row, Verdict
 from service.compare.statistics import RESOLUTION, resolves
@@ -173,7 +173,7 @@ def closest(case: Case, tied: Sequence[Row]) -> Row | None:
         nearest = min(tied, key=lambda row: row.quality.kl_mean if row.quality else 0.0)
         if all(surely_nearer(nearest, row) for row in tied if row is not nearest):
             return nearest
-    return min(tied, key=lambda row: row.memory.weight_bytes if row.memory else 0)
+    return min(tied, key=weight_bytes)
 
 
 def surely_nearer(one: Row, other: Row) -> bool:
@@ -197,10 +197,7 @@ def because(case: Case, chosen: Row | None, tied: Sequence[Row]) -> list[str]:
     """What speaks for it, each with its interval."""
     said = []
     if chosen is None:
-        if tied:
-            smallest = min(tied, key=lambda row: row.memory.weight_bytes if row.memory else 0)
-            said += freed(case, smallest)
-        return said
+        return undecided(case, tied)
     if chosen.name == case.reference:
         return [f"no mode within the allowed loss is surely faster than {case.reference}"]
     for figure, level in case.figures:
@@ -219,10 +216,40 @@ def because(case: Case, chosen: Row | None, tied: Sequence[Row]) -> list[str]:
         said.append(f"joules per output token {percent_of(energy)}")
     others = [row.name for row in tied if row is not chosen]
     if others:
-        said.append(
-            f"{listed(others)} cannot be told from it in speed, and it is nearer to the reference or smaller"
+        is_nearer = case.judges_quality and all(
+            surely_nearer(chosen, row) for row in tied if row is not chosen
         )
+        ahead = f"is nearer to {case.reference}" if is_nearer else "has the fewest bytes"
+        said.append(f"{listed(others)} cannot be told from {chosen.name} in speed; {chosen.name} {ahead}")
     return said
+
+
+def undecided(case: Case, tied: Sequence[Row]) -> list[str]:
+    """What is known of the modes between which nothing is established: bytes, what they buy and cost."""
+    others = [row for row in tied if row.name != case.reference]
+    said = []
+    if 0 < len(others) < len(tied):
+        said.append(
+            f"no mode that is good enough is surely faster than {case.reference}, so that it may stay; the "
+            "others would change:"
+        )
+    said += [traded for row in others if (traded := trade(case, row))]
+    return said + (freed(case, min(others, key=weight_bytes)) if others else [])
+
+
+def trade(case: Case, row: Row) -> str:
+    """What is known of a mode whose speed is not: bytes, and what they cost."""
+    base = next((other for other in case.rows if other.name == case.reference), None)
+    parts = []
+    if base and base.memory and row.memory:
+        parts.append(f"weights {percent(row.memory.weight_bytes / base.memory.weight_bytes)}")
+    if case.judges_quality and row.quality and row.quality.perplexity_ratio:
+        parts.append(f"perplexity {percent_of(row.quality.perplexity_ratio)}")
+    return f"{row.name}: {', '.join(parts)}" if parts else ""
+
+
+def weight_bytes(row: Row) -> int:
+    return row.memory.weight_bytes if row.memory else 0
 
 
 def freed(case: Case, row: Row) -> list[str]:
@@ -244,7 +271,8 @@ def costs(case: Case, chosen: Row) -> list[str]:
     said = []
     if case.judges_quality and (quality := chosen.quality):
         if quality.perplexity_ratio:
-            said.append(f"perplexity {percent_of(quality.perplexity_ratio)}")
+            allowed = f"{100 * case.max_perplexity_rise:g} % are allowed"
+            said.append(f"perplexity {percent_of(quality.perplexity_ratio)}; {allowed}")
         said.append(
             f"KL {quality.kl_mean:.4f} nats a token; the same likeliest token in "
             f"{100 * quality.top1_agreement:.1f} %"
@@ -252,7 +280,7 @@ def costs(case: Case, chosen: Row) -> list[str]:
         if quality.greedy:
             said.append(
                 f"{100 * quality.greedy.same_share:.0f} % of greedy answers stay the same for "
-                f"{quality.greedy.num_tokens} tokens"
+                f"{quality.greedy.num_tokens} tokens{by_rounding(case)}"
             )
     for name, words in {SPEED: "tokens/s with one stream", **LATENCIES}.items():
         level = "closed-1" if name == SPEED else case.latency_level
@@ -264,11 +292,35 @@ def costs(case: Case, chosen: Row) -> list[str]:
     return said
 
 
+def by_rounding(case: Case) -> str:
+    """How many answers of the reference itself part where its decode rounds otherwise than its prefill."""
+    base = next((row for row in case.rows if row.name == case.reference), None)
+    if base is None or base.quality is None or base.quality.greedy is None:
+        return ""
+    return f", of {case.reference}'s own, rounded another way, {100 * base.quality.greedy.same_share:.0f} %"
+
+
+def bounds(case: Case, chosen: Row) -> list[str]:
+    """The ends of the intervals that the choice rests on: what it gains at least, and costs at most."""
+    said = []
+    for figure, level in case.figures:
+        gain = chosen.ratio(figure, level)
+        if gain and gain.low is not None and effect(figure, gain) == "better":
+            said.append(f"{DECIDING[figure]} at least {percent(gain.low)}")
+    loss = chosen.quality.perplexity_ratio if case.judges_quality and chosen.quality else None
+    if loss and loss.high is not None:
+        said.append(f"perplexity at most {percent(loss.high)}")
+    if chosen.name == case.reference or not said:
+        return []
+    return [f"against {case.reference}, each at {100 * CONFIDENCE:g} % confidence: {', '.join(said)}"]
+
+
 def sureness(case: Case, chosen: Row | None) -> list[str]:
     """What the intervals can carry, and what would have to be measured to be surer."""
     repeats = max((row.num_repeats for row in case.rows), default=0)
     said = [
-        f"every figure is the mean of {repeats} engines" if repeats > 1 else "every figure is of one engine"
+        *(bounds(case, chosen) if chosen else []),
+        f"every figure is the mean of {repeats} engines" if repeats > 1 else "every figure is of one engine",
     ]
     said.append(case.null.said if case.null else "the null comparison was not measured")
     own = case.null.row.ratio(SPEED, case.throughput_level) if case.null else None
@@ -293,11 +345,14 @@ def sureness(case: Case, chosen: Row | None) -> list[str]:
     return said
 
 
+def percent(ratio: float) -> str:
+    """`+12.1 %`."""
+    return f"{100 * (ratio - 1):+.1f} %".replace("-", "−")
+
+
 def percent_of(found: Interval) -> str:
     """A ratio in words: `+12.1 % (10.4 to 13.9)`."""
-    change = f"{100 * (found.estimate - 1):+.1f} %"
     if found.low is None or found.high is None:
-        said = f"{change} (one run)"
-    else:
-        said = f"{change} ({100 * (found.low - 1):+.1f} to {100 * (found.high - 1):+.1f})"
-    return said.replace("-", "−")
+        return f"{percent(found.estimate)} (one run)"
+    ends = f"{100 * (found.low - 1):+.1f} to {100 * (found.high - 1):+.1f}".replace("-", "−")
+    return f"{percent(found.estimate)} ({ends})"

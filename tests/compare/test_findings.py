@@ -7,7 +7,7 @@ import pytest
 
 from service.compare.figures import Figures, Interval, Level
 from service.compare.findings import SPEED, crossover, front, knee, null_comparison
-from service.compare.report import Memory, Mode, Purchase, Row
+from service.compare.report import Greedy, Memory, Mode, Purchase, Row
 from service.compare.verdict import Case, judge
 from tests.compare.fake_load import memory, quality
 
@@ -171,6 +171,8 @@ def test_the_null_comparison_counts_what_lies_beyond() -> None:
     found = null_comparison(off, "bf16")
     assert (found.num_figures, found.num_beyond) == (4, 2)
     assert found.beyond == ["closed-1 output_tokens_per_s", "closed-1 goodput_per_s"]
+    assert "2 of 4 ratios" in found.said
+    assert "too narrow" in found.said.partition(": ")[2]
 
 
 def test_the_fastest_mode_within_the_allowed_loss_is_deployed() -> None:
@@ -190,9 +192,25 @@ def test_the_fastest_mode_within_the_allowed_loss_is_deployed() -> None:
     assert "not surely within" in verdict.rejected["awq"]
     assert "against int8" in verdict.rejected["fp8"]
     assert "bf16" in verdict.rejected
+    assert verdict.sureness[0].startswith("against bf16, each at 95 % confidence: tokens/s at least +2")
+    assert ", perplexity at most +3.0 %" in verdict.sureness[0]
     assert any("tokens/s +30.0 %" in reason for reason in verdict.because)
     assert any("500 MB" in reason for reason in verdict.because)
-    assert any("perplexity +2.0 %" in cost for cost in verdict.costs)
+    assert any("perplexity +2.0 %" in cost and "5 % are allowed" in cost for cost in verdict.costs)
+
+
+def test_parted_answers_stand_beside_those_that_rounding_parts() -> None:
+    def with_greedy(one: Row, share: float) -> Row:
+        told = Greedy(num_prompts=16, num_tokens=64, same_share=share, same_standard_error=0.1,
+                      median_agreed_tokens=30, agreed_tokens=[30] * 16)  # fmt: skip
+        assert one.quality
+        return msgspec.structs.replace(one, quality=msgspec.structs.replace(one.quality, greedy=told))
+
+    rows = with_greedy(row("bf16", 1.0), 0.5625), with_greedy(row("int8", 1.3, kl=0.02), 0.25)
+    assert (
+        "25 % of greedy answers stay the same for 64 tokens, of bf16's own, rounded another way, 56 %"
+        in judge(case(*rows)).costs
+    )
 
 
 def test_nothing_is_deployed_where_intervals_overlap_with_the_reference() -> None:
@@ -200,6 +218,9 @@ def test_nothing_is_deployed_where_intervals_overlap_with_the_reference() -> Non
     assert verdict.deploy == ""
     assert set(verdict.tied) == {"bf16", "int8"}
     assert "cannot tell" in verdict.headline
+    assert "surely faster than bf16, so that it may stay" in verdict.because[0]
+    assert verdict.because[1].startswith("int8: weights −50.0 %, perplexity ")
+    assert verdict.because[2].startswith("int8 frees 500 MB")
     assert any("mean of 3 engines" in said for said in verdict.sureness)
 
 
@@ -208,8 +229,10 @@ def test_modes_that_speed_cannot_tell_apart_are_told_apart_by_what_is_known() ->
     verdict = judge(case(row("bf16", 1.0), near, far))
     assert verdict.deploy == "int8"
     assert set(verdict.tied) == {"int8", "fp8"}
+    assert verdict.because[-1] == "fp8 cannot be told from int8 in speed; int8 is nearer to bf16"
     alike = judge(case(row("bf16", 1.0), near, row("fp8", 1.51, 4 * 10**8, kl=0.0101)))
     assert alike.deploy == "fp8"  # divergence cannot tell them apart either; bytes are exact
+    assert alike.because[-1] == "int8 cannot be told from fp8 in speed; fp8 has the fewest bytes"
 
 
 def test_the_reference_is_deployed_where_every_other_mode_is_slower() -> None:

@@ -90,7 +90,8 @@ def markdown(report: Report) -> str:
     blocks = [[f"# {answer(report)}"], [plain(report.first_line)], [plain(report.supports)]]
     if verdict:
         blocks.append([plain(verdict.headline)])
-        for title, said in (("Why", verdict.because), ("Costs", verdict.costs), ("Sure", verdict.sureness)):
+        why = "Why" if verdict.deploy else "Known"
+        for title, said in ((why, verdict.because), ("Costs", verdict.costs), ("Sure", verdict.sureness)):
             blocks.append([f"{title}:", "", *(f"- {plain(one)}" for one in said)] if said else [])
         rejected = [f"- {plain(name)}: {plain(why)}" for name, why in verdict.rejected.items()]
         blocks.append(["Not the others:", "", *rejected] if rejected else [])

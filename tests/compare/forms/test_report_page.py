@@ -173,6 +173,8 @@ def test_a_stranger_reads_the_answer_first() -> None:
     top = words[: words.index("The modes side by side")]
     for said in (
         "Deploy fp8",
+        "✓ better and ✗ worse than bf16 are established, ~ cannot be told from none",
+        "Tokens/s with 64 streams, latencies at 8 requests/s",
         "Why",
         "What it costs",
         "How sure",
@@ -224,6 +226,7 @@ def test_no_verdict_is_said_as_loudly() -> None:
     words = read(undecided(made_up())).words
     assert "No verdict: fp8, awq cannot be told apart" in words
     assert "Deploy" not in words.replace("precision to deploy", "")
+    assert "What is known" in words
 
 
 def test_what_stands_in_backticks_is_code_and_nothing_else_is() -> None:
