@@ -152,7 +152,7 @@ class DecoderLayer(nn.Module):
         decode_attention.decode_attention(
             step.decode, qkv[:count], cos, sin, self.q_norm, self.k_norm, config.norm_eps,
             kv.keys[self.index], kv.values[self.index], plan, config.attention_scale, self.window,
-            out=out[:count],
+            scales=kv.scales[self.index], out=out[:count],
         )  # fmt: skip
         if prompts is not None and q is not None:
             # of a captured step after the decode, which writes zeros where nobody decodes

@@ -13,6 +13,7 @@ from service.engine.attention_check import check_decode_attention
 from service.engine.startup import start
 from service.errors import DeviceError
 from service.kernels.decode_attention import Variant, plan
+from service.kernels.decode_attention.table import TABLE, rows_of
 from service.messages import EngineConfig
 from service.model.decoder import decode_shape
 from service.model.instance import ModelInstance
@@ -22,31 +23,43 @@ from tests.kernels.decodes import composed
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", ["qwen3", "smollm3", "mistral"])
-def test_whoever_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"),
+    [
+        ("qwen3", torch.bfloat16),
+        ("smollm3", torch.bfloat16),
+        ("mistral", torch.bfloat16),
+        ("qwen3", torch.int8),
+        ("mistral", torch.float8_e4m3fn),
+    ],
+)
+def test_whoever_is_wrong_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, kv_dtype: torch.dtype
+) -> None:
     """Right with each variant's sequences; heads confused, K not written, NaN in an output."""
     make_checkpoint(tmp_path, family, head_dim=64)
-    model = ModelInstance.load(tmp_path, load_backend("bf16"), CPU, torch.bfloat16)
+    model = ModelInstance.load(tmp_path, load_backend("bf16"), CPU, torch.bfloat16, kv_dtype=kv_dtype)
     check_decode_attention(model)
-    rows = plan(decode_shape(model.config, torch.bfloat16, torch.bfloat16))
+    shape = decode_shape(model.config, torch.bfloat16, kv_dtype)
+    rows = rows_of(shape, TABLE)
     assert len(rows) > 3
     monkeypatch.setattr(model, "decodes", lambda: rows)
     asked: list[tuple[Variant, int]] = []
 
-    def right(variant: Variant, qkv: Tensor, *rest: Any) -> Tensor:
+    def right(variant: Variant, qkv: Tensor, *rest: Any, **named: Any) -> Tensor:
         asked.append((variant, len(qkv)))
-        return composed(variant, qkv, *rest)
+        return composed(variant, qkv, *rest, **named)
 
-    def confused(*given: Any) -> Tensor:
-        return composed(*given).roll(1, 1)
+    def confused(*given: Any, **named: Any) -> Tensor:
+        return composed(*given, **named).roll(1, 1)
 
-    def forgetful(*given: Any) -> Tensor:
-        found, keys = composed(*given), given[7]
+    def forgetful(*given: Any, **named: Any) -> Tensor:
+        found, keys = composed(*given, **named), given[7]
         keys.zero_()
         return found
 
-    def broken(variant: Variant, *given: Any) -> Tensor:
-        found = composed(variant, *given)
+    def broken(variant: Variant, *given: Any, **named: Any) -> Tensor:
+        found = composed(variant, *given, **named)
         return found * float("nan") if variant == rows[-1].variant else found
 
     monkeypatch.setattr(attention_check, "decode_attention", right)
@@ -64,8 +77,8 @@ def test_a_start_ends_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     types = torch.bfloat16, torch.bfloat16
     monkeypatch.setattr(ModelInstance, "decodes", lambda model: plan(decode_shape(model.config, *types)))
 
-    def zeros(*given: Any) -> Tensor:
-        return torch.zeros_like(composed(*given))
+    def zeros(*given: Any, **named: Any) -> Tensor:
+        return torch.zeros_like(composed(*given, **named))
 
     monkeypatch.setattr(attention_check, "decode_attention", zeros)
     config = EngineConfig(model_path=str(tmp_path), device="cpu", precision="bf16")

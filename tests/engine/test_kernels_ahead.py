@@ -378,23 +378,3 @@ def test_so_is_every_variant_of_the_16_bit_kernel(
         assert "stream_kernel" not in {launched[0] for launched in ahead}
         assert len(loaded) == (0 if deterministic else num_variants)
         assert all(variant.bf16 for variant in loaded)
-
-
-@pytest.mark.parametrize(("precision", "kv_dtype"), [("nf4", None), ("fp16", torch.int8)])
-def test_so_is_every_variant_that_decodes_in_one_launch(
-    precision: str, kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """None for an 8-bit cache, nor in deterministic order."""
-    monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
-    loaded: list[Any] = []
-    monkeypatch.setattr("service.engine.kernels_ahead.decode_attention.load", loaded.append)
-    folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
-    source, backend = RandomWeights(folder, META, Draw()), load_backend(precision)
-    for deterministic in (False, True):
-        config = EngineConfig(model_path="", precision=precision, deterministic=deterministic)
-        shapes = shapes_of(source, backend, config, torch.float16, 8, kv_dtype)
-        for load in cuda_loads(shapes):
-            load()
-    serves = kv_dtype is None
-    assert [variant.splits for variant in loaded] == ([16, 8, 4, 2, 1] if serves else [])
-    assert {(variant.dim, variant.group, variant.normed) for variant in loaded} <= {(128, 4, 0)}

@@ -16,7 +16,7 @@ from service.kernels import decode_attention as decodes_of
 from service.kernels import w4_linear, w8_linear
 from service.kernels.cuda import Kernel
 from service.kernels.decode_attention import cuda as decode_cuda
-from service.kernels.decode_attention.table import HEAD_DIMS, TABLE, variant_of
+from service.kernels.decode_attention.table import CODED_TABLE, HEAD_DIMS, TABLE, variant_of
 from service.kernels.dense_linear import cuda as dense_cuda
 from service.kernels.dense_linear import few_rows
 from service.kernels.int8_linear import triton as int8
@@ -132,9 +132,11 @@ def dense_stream(given: Given) -> None:
 
 
 def decode_variants() -> Iterator[tuple[decodes_of.Variant, decodes_of.Shape]]:
-    """All settings and sizes of heads, each twice; with norms and caps, and without."""
-    settings = [settings for _, settings in TABLE]
-    pairs = [*zip(settings, HEAD_DIMS, strict=True), *zip(settings, reversed(HEAD_DIMS), strict=True)]
+    """All settings with most sizes of heads; with norms, caps, and without; over numbers and over codes."""
+    caches = cycle((None, torch.int8, torch.float8_e4m3fn, None, torch.int8, None, torch.float8_e4m3fn))
+    settings = [*dict.fromkeys(settings for _, settings in (*TABLE, *CODED_TABLE))]
+    dims = cycle(HEAD_DIMS)
+    pairs = [(each, next(dims)) for each in settings for _ in range(4)]
     groups, dtypes, flags = (
         cycle(GROUPS),
         cycle(DTYPES),
@@ -142,7 +144,8 @@ def decode_variants() -> Iterator[tuple[decodes_of.Variant, decodes_of.Shape]]:
     )
     for each, dim in pairs:
         dtype, (normed, capped), kv_heads = next(dtypes), next(flags), 2
-        shape = decodes_of.Shape(dim, next(groups) * kv_heads, kv_heads, dtype, dtype, normed, capped)
+        cached = next(caches) or dtype
+        shape = decodes_of.Shape(dim, next(groups) * kv_heads, kv_heads, dtype, cached, normed, capped)
         yield variant_of(shape, each), shape
 
 
@@ -153,7 +156,7 @@ def decode_attention(given: Given) -> None:
             shape, LENGTHS, window=40 * (number % 2), softcap=5.0 * shape.is_capped,
             rotates=number > 0, device=given.device,
         )  # fmt: skip
-        rest = made.keys, made.values, made.step, made.scale, made.window, made.softcap
+        rest = made.keys, made.values, made.step, made.scale, made.window, made.softcap, made.scales
         norms = made.q_norm, made.k_norm
         decode_cuda.decode_attention(variant, made.qkv, made.cos, made.sin, *norms, EPS, *rest)
 

@@ -116,16 +116,18 @@ inline float to_float(uint16_t bits) { _Float16 v; memcpy(&v, &bits, 2); return 
 inline float power_of_2(float v) { return exp2f(v); }
 inline float inverse_root(float v) { return 1 / sqrtf(v); }
 inline float bits_to_float(uint32_t bits) { float v; memcpy(&v, &bits, 4); return v; }
-#if BF16
-inline float half(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
-inline uint16_t bits_of(float v) {  // to the nearest, ties to even
-    uint32_t b;
-    memcpy(&b, &v, 4);
+inline uint32_t float_to_bits(float v) { uint32_t bits; memcpy(&bits, &v, 4); return bits; }
+inline uint16_t half_of(float v) { _Float16 h = (_Float16)v; uint16_t b; memcpy(&b, &h, 2); return b; }
+inline uint16_t to_brain(float v) {  // to the nearest, ties to even
+    const uint32_t b = float_to_bits(v);
     return v != v ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
 }
+#if BF16
+inline float half(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
+inline uint16_t bits_of(float v) { return to_brain(v); }
 #else
 inline float half(uint16_t bits) { return to_float(bits); }
-inline uint16_t bits_of(float v) { _Float16 h = (_Float16)v; uint16_t b; memcpy(&b, &h, 2); return b; }
+inline uint16_t bits_of(float v) { return half_of(v); }
 #endif
 template <class F>
 inline uint32_t each_half(uint32_t a, uint32_t b, uint32_t c, F f) {
@@ -138,6 +140,33 @@ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
 }
 inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
 inline uint32_t to_pair(float low, float high) { return bits_of(low) | uint32_t(bits_of(high)) << 16; }
+inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
+inline float reciprocal(float v) { return 1 / v; }
+inline uint32_t to_halves(float low, float high) { return half_of(low) | uint32_t(half_of(high)) << 16; }
+inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+    return to_halves(to_float(a) - to_float(b), to_float(a >> 16) - to_float(b >> 16));
+}
+inline float e4m3(uint8_t v) {
+    const int exponent = v >> 3 & 15, mantissa = v & 7;
+    const float size = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
+    return (v & 7) == 7 && exponent == 15 ? NAN : v & 128 ? -size : size;
+}
+inline uint16_t to_e4m3(float low, float high) {
+    uint16_t both = 0;
+    for (int i = 0; i < 2; i++) {
+        const float v = i ? high : low, size = fabsf(v);
+        int best = 0;  // of all codes the nearest, of two the even one
+        for (int code = 1; code < 127; code++) {
+            const float nearer = fabsf(e4m3(code) - size) - fabsf(e4m3(best) - size);
+            if (nearer < 0 || (nearer == 0 && code % 2 == 0)) best = code;
+        }
+        both |= (v != v ? 127 : best | (std::signbit(v) ? 128 : 0)) << 8 * i;
+    }
+    return both;
+}
+inline void e4m3_to_halves(uint32_t& low, uint32_t& high, uint32_t codes) {
+    low = to_halves(e4m3(codes), e4m3(codes >> 8)), high = to_halves(e4m3(codes >> 16), e4m3(codes >> 24));
+}
 template <int TABLE>
 inline uint32_t look_up_at(uint32_t offset) { uint32_t v; memcpy(&v, me->block->memory + TABLE + offset, 4); return v; }
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
@@ -161,7 +190,8 @@ inline float shuffle_xor(float v, int mask) {
 }
 // Fragments: A row = lane / 4 (+8 in registers 1, 3), k = 2 (lane % 4) (+8 in 2, 3); B n = lane / 4; C as A.
 inline float a_element(const uint32_t* a, int kk) { return half(a[kk >> 3 << 1] >> 16 * (kk & 1)); }
-inline void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+template <float (*NUMBER)(uint16_t)>
+inline void multiply_matrices(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
     struct Slot { float* c; const uint32_t* a; uint32_t b[2]; } slot{c, a, {b0, b1}};
     meet_warp(&slot, [](void** all) {
         float A[16][16], B[8][16];
@@ -169,9 +199,9 @@ inline void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
             Slot& s = *(Slot*)all[l];
             for (int r = 0; r < 4; r++)
                 for (int e = 0; e < 2; e++)
-                    A[l / 4 + 8 * (r & 1)][2 * (l & 3) + e + 8 * (r >> 1)] = half(s.a[r] >> 16 * e);
+                    A[l / 4 + 8 * (r & 1)][2 * (l & 3) + e + 8 * (r >> 1)] = NUMBER(s.a[r] >> 16 * e);
             for (int r = 0; r < 2; r++)
-                for (int e = 0; e < 2; e++) B[l / 4][2 * (l & 3) + e + 8 * r] = half(s.b[r] >> 16 * e);
+                for (int e = 0; e < 2; e++) B[l / 4][2 * (l & 3) + e + 8 * r] = NUMBER(s.b[r] >> 16 * e);
         }
         for (int l = 0; l < 32; l++)
             for (int i = 0; i < 4; i++)
@@ -179,6 +209,8 @@ inline void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
                     ((Slot*)all[l])->c[i] += A[l / 4 + 8 * (i >> 1)][k] * B[2 * (l & 3) + (i & 1)][k];
     });
 }
+inline void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) { multiply_matrices<half>(c, a, b0, b1); }
+inline void mma_halves(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) { multiply_matrices<to_float>(c, a, b0, b1); }
 inline void load_matrices(uint32_t* r, uint32_t address) {
     struct Slot { uint32_t *r, address; } slot{r, address};
     meet_warp(&slot, [](void** all) {
@@ -399,10 +431,9 @@ inline void words_arrive(uint64_t until) {
 }
 inline void launch_over() { words_arrive(~uint64_t(0)); }
 constexpr uint32_t ABSENT = 0xffffffff;
-inline uint32_t bits_of_float(float v) { uint32_t bits; memcpy(&bits, &v, 4); return bits; }
 inline void part_give(float* to, float4 v) {
     const float numbers[4] = {v.x, v.y, v.z, v.w};
-    for (int i = 0; i < 4; i++) word_store(to + i, numbers[i] == numbers[i] ? bits_of_float(numbers[i]) : 0x7fffffff);
+    for (int i = 0; i < 4; i++) word_store(to + i, numbers[i] == numbers[i] ? float_to_bits(numbers[i]) : 0x7fffffff);
 }
 inline float4 part_look(const float* from) {
     demand_awaited(), words_arrive(++looks);
@@ -410,7 +441,7 @@ inline float4 part_look(const float* from) {
 }
 inline bool is_there(float4 v) {
     for (float number : {v.x, v.y, v.z, v.w})
-        if (bits_of_float(number) == ABSENT) return false;
+        if (float_to_bits(number) == ABSENT) return false;
     return true;
 }
 inline void part_take(float* from) {

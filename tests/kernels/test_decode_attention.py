@@ -14,7 +14,7 @@ import torch
 
 from service.kernels import launch as launching
 from service.kernels.cuda import driver, maps
-from service.kernels.decode_attention import Settings, Shape, Variant, cuda, plan, refusal, serving
+from service.kernels.decode_attention import Settings, Shape, Variant, cuda, plan, refusal, serving, table
 from service.kernels.decode_attention.table import HEAD_DIMS, TABLE, row_for, rows_of, variant_of
 from service.kernels.paged_attention import plan_attention
 from tests.kernels.decodes import EPS, PAGE, decodes
@@ -22,40 +22,63 @@ from tests.kernels.emulated import box, build, pointer
 
 STREAM = 77
 HALF, BRAIN = torch.float16, torch.bfloat16
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
 TOLERANCE = {HALF: 1e-3, BRAIN: 6e-3}  # relative RMS, as Triton's kernels have it
 PARAMETERS = (
     "TensorMap* keys, TensorMap* values, const char* qkv, char* y, const float* cosines, const float* sines,"
-    " const char* q_norm, const char* k_norm, char* key_pages, char* value_pages, const int* tables,"
-    " const int* lengths, int width, int kv_heads, int window, float scale, float softcap, float eps"
+    " const char* q_norm, const char* k_norm, char* key_pages, char* value_pages, char* scale_pages,"
+    " const int* tables, const int* lengths, int width, int kv_heads, int window, float scale, float softcap,"
+    " float eps"
 )
 ARGUMENTS = (
-    "*keys, *values, qkv, y, cosines, sines, q_norm, k_norm, key_pages, value_pages, tables, lengths, width,"
-    " kv_heads, window, scale, softcap, eps"
+    "*keys, *values, qkv, y, cosines, sines, q_norm, k_norm, key_pages, value_pages, scale_pages, tables,"
+    " lengths, width, kv_heads, window, scale, softcap, eps"
 )
 LAUNCH = f"emulate(grid, SPLITS, THREADS, [=] {{ decode_attention({ARGUMENTS}); }});"
 RUN = f"void run(int order, int grid, {PARAMETERS}) {{ emulated_order = order; {LAUNCH} }}"
 
 
-def shape(dim: int, group: int, kv_heads: int, dtype: torch.dtype, *, normed: bool = False) -> Shape:
-    return Shape(dim, group * kv_heads, kv_heads, dtype, dtype, normed)
+def shape(
+    dim: int,
+    group: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    *,
+    normed: bool = False,
+) -> Shape:
+    return Shape(dim, group * kv_heads, kv_heads, dtype, kv_dtype or dtype, normed)
 
 
-# (shape, settings, lengths, window, softcap, rotates)
+# (shape, settings, lengths, window, softcap, rotates, wild)
 CASES = [
-    (shape(128, 4, 2, HALF), Settings(4, 2, 1), [640, 1, 16, 17, 0], 0, 0.0, True),
-    (shape(128, 4, 1, HALF), Settings(2, 3, 4), [257, 15, 1], 0, 0.0, True),
-    (shape(64, 3, 3, BRAIN), Settings(4, 2, 2), [100, 33], 40, 0.0, True),
-    (shape(64, 7, 1, HALF, normed=True), Settings(1, 2, 1), [1100, 32], 0, 0.0, True),  # tables read twice
-    (shape(80, 1, 2, HALF), Settings(2, 2, 2), [70, 16], 0, 5.0, True),
-    (shape(96, 8, 1, BRAIN, normed=True), Settings(2, 2, 8), [200, 0, 31], 16, 0.0, True),
-    (shape(256, 2, 1, BRAIN), Settings(2, 2, 2), [90], 33, 50.0, False),
-    (shape(128, 16, 1, HALF), Settings(2, 2, 4), [129, 48], 0, 0.0, True),
-    (shape(64, 1, 2, BRAIN), Settings(1, 2, 16), [1000], 700, 0.0, True),
+    (shape(128, 4, 2, HALF), Settings(4, 2, 1), [640, 1, 16, 17, 0], 0, 0.0, True, 1),
+    (shape(128, 4, 1, HALF), Settings(2, 3, 4), [257, 15, 1], 0, 0.0, True, 1),
+    (shape(64, 3, 3, BRAIN), Settings(4, 2, 2), [100, 33], 40, 0.0, True, 1),
+    (shape(64, 7, 1, HALF, normed=True), Settings(1, 2, 1), [1100, 32], 0, 0.0, True, 1),  # tables read twice
+    (shape(80, 1, 2, HALF), Settings(2, 2, 2), [70, 16], 0, 5.0, True, 1),
+    (shape(96, 8, 1, BRAIN, normed=True), Settings(2, 2, 8), [200, 0, 31], 16, 0.0, True, 1),
+    (shape(256, 2, 1, BRAIN), Settings(2, 2, 2), [90], 33, 50.0, False, 1),
+    (shape(128, 16, 1, HALF), Settings(2, 2, 4), [129, 48], 0, 0.0, True, 1),
+    (shape(64, 1, 2, BRAIN), Settings(1, 2, 16), [1000], 700, 0.0, True, 1),
+    (shape(128, 4, 2, HALF, INT8), Settings(4, 2, 1), [640, 1, 16, 17, 0], 0, 0.0, True, 1),
+    (shape(128, 4, 1, BRAIN, FP8), Settings(2, 3, 4), [257, 15, 1], 0, 0.0, True, 1),
+    (shape(64, 3, 3, BRAIN, INT8), Settings(4, 2, 2), [100, 33], 40, 0.0, False, 1),
+    (shape(64, 7, 1, HALF, FP8, normed=True), Settings(1, 2, 1), [1100, 32], 0, 0.0, True, 1),
+    (shape(80, 1, 2, HALF, INT8), Settings(2, 2, 2), [70, 16], 0, 5.0, True, 1),
+    (shape(96, 8, 1, BRAIN, INT8, normed=True), Settings(2, 2, 8), [200, 0, 31], 16, 0.0, True, 1),
+    (shape(256, 2, 1, BRAIN, FP8), Settings(2, 2, 2), [90], 33, 50.0, False, 1),
+    (shape(128, 16, 1, HALF, INT8), Settings(2, 2, 4), [129, 48], 0, 0.0, True, 1),
+    (shape(256, 16, 1, HALF, FP8), Settings(2, 2, 1), [50], 0, 0.0, True, 1),
+    (shape(128, 4, 1, BRAIN, INT8), Settings(2, 2, 1), [100, 20], 0, 0.0, True, 2.0**30),
+    (shape(64, 8, 1, BRAIN, FP8), Settings(2, 2, 2), [100, 20], 0, 0.0, True, 2.0**-30),
 ]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which compiles the kernel for the emulator")
-@pytest.mark.parametrize(("of", "settings", "lengths", "window", "softcap", "rotates"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("of", "settings", "lengths", "window", "softcap", "rotates", "wild"), CASES, ids=str
+)
 def test_it_computes_the_same_bits_in_whatever_order_blocks_come(
     tmp_path: Path,
     of: Shape,
@@ -64,6 +87,7 @@ def test_it_computes_the_same_bits_in_whatever_order_blocks_come(
     window: int,
     softcap: float,
     rotates: bool,
+    wild: float,
 ) -> None:
     torch.manual_seed(0)
     of = replace(of, is_capped=softcap > 0)
@@ -72,16 +96,19 @@ def test_it_computes_the_same_bits_in_whatever_order_blocks_come(
     found = []
     for order in (0, 5):
         torch.manual_seed(1)
-        given = decodes(of, lengths, window=window, softcap=softcap, rotates=rotates)
+        given = decodes(of, lengths, window=window, softcap=softcap, rotates=rotates, wild=wild)
         want, k, v = given.wanted()
-        before = given.keys.clone(), given.values.clone()
-        maps = [box(cache, (cache[..., 0].numel(), of.head_dim), PAGE, 64, swizzled=2) for cache in before]
-        for of_cache, cache in zip(maps, (given.keys, given.values), strict=True):
-            of_cache[0] = cache.data_ptr()
+        caches = [cache for cache in (given.keys, given.values, given.scales) if cache is not None]
+        before = [cache.clone() for cache in caches]
+        columns = 128 // of.kv_dtype.itemsize
+        maps = [
+            box(cache, (cache[..., 0].numel(), of.head_dim), PAGE, columns, swizzled=2)
+            for cache in caches[:2]
+        ]
         y = torch.full((len(lengths) + 1, of.num_heads, of.head_dim), float("nan"), dtype=of.dtype)
         tensors = (
             *maps, given.qkv, y, given.cos, given.sin, given.q_norm, given.k_norm, given.keys, given.values,
-            given.step.block_tables, given.step.lengths,
+            given.scales, given.step.block_tables, given.step.lengths,
         )  # fmt: skip
         numbers = (given.step.block_tables.shape[1], of.num_kv_heads, window)
         fractions = (given.scale, softcap, EPS)
@@ -98,14 +125,17 @@ def test_it_computes_the_same_bits_in_whatever_order_blocks_come(
         for row, length in enumerate(lengths):
             assert length or not got[row].any(), "a padded row gets zeros"
         blocks, offsets = given.places()
-        for cache, new, old in zip((given.keys, given.values), (k, v), before, strict=True):
-            for row, length in enumerate(lengths):
-                place = (blocks[row], slice(None), offsets[row])
-                if length:
-                    error = (cache[place].double() - new[row].double()).norm() / new[row].double().norm()
-                    assert error < TOLERANCE[of.dtype]
+        for row, length in enumerate(lengths):
+            place = (int(blocks[row]), slice(None), int(offsets[row]))
+            for part, new in enumerate((k, v) if length else ()):
+                kept = given.meant(part, blocks[row : row + 1])[0, :, place[2]]
+                error = (kept - given.kept(new[row])).norm() / new[row].double().norm()
+                is_moved_alone = part == 1 or (given.cos is None and given.k_norm is None)
+                assert error <= (0 if is_moved_alone else TOLERANCE[of.dtype])
+            for cache, old in zip(caches, before, strict=True):
                 cache[place] = old[place]
-            assert torch.equal(cache.view(torch.int16), old.view(torch.int16)), "nothing else is written"
+        for cache, old in zip(caches, before, strict=True):
+            assert torch.equal(cache.view(torch.int8), old.view(torch.int8)), "nothing else is written"
         found.append(y[:-1])
     assert torch.equal(*found)
 
@@ -116,10 +146,24 @@ LLAMA = shape(128, 4, 8, HALF)
 def test_whom_it_serves() -> None:
     assert plan(LLAMA)
     assert "float32" in refusal(replace(LLAMA, dtype=torch.float32))
-    assert "int8" in refusal(replace(LLAMA, kv_dtype=torch.int8))
+    assert "float32" in refusal(replace(LLAMA, kv_dtype=torch.float32))
     assert "48 dimensions" in refusal(replace(LLAMA, head_dim=48))
     assert "32 query heads" in refusal(replace(LLAMA, num_heads=256))
-    assert plan(replace(LLAMA, kv_dtype=torch.int8)) == ()
+    assert plan(replace(LLAMA, num_heads=256)) == ()
+
+
+@pytest.mark.parametrize("kv_dtype", [INT8, FP8])
+def test_8_bit_caches_have_a_table_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype
+) -> None:
+    """And nobody is served over them while it is empty."""
+    of = replace(LLAMA, kv_dtype=kv_dtype)
+    monkeypatch.setattr(table, "CODED_TABLE", ())
+    assert "not been measured" in refusal(of)
+    assert plan(of) == ()
+    monkeypatch.setattr(table, "CODED_TABLE", ((None, Settings(8, 3, 1)),))
+    assert plan(of) == rows_of(of, ((None, Settings(8, 3, 1)),))
+    assert table.pages_of(plan(of)[0].variant) is kv_dtype
 
 
 def test_few_sequences_are_shared_by_many_blocks() -> None:
@@ -137,7 +181,8 @@ def test_few_sequences_are_shared_by_many_blocks() -> None:
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("group", [1, 4, 8, 16])
 def test_variants_fit_the_device(dim: int, group: int) -> None:
-    for row in rows_of(shape(dim, group, 1, HALF), TABLE):
+    rows = [rows_of(shape(dim, group, 1, HALF, kv_dtype), TABLE) for kv_dtype in (HALF, INT8)]
+    for row in (*rows[0], *rows[1]):
         assert row.variant.per_sm * (row.variant.shared_bytes + 1024) <= 228 << 10
         assert row.variant.splits <= 16
 
@@ -150,10 +195,10 @@ class Driver:
         self.maps: list[tuple[Any, ...]] = []
 
     def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
-        addresses = (ctypes.c_void_p * 18).from_address(arguments)
-        pointers = [ctypes.c_void_p.from_address(at or 0).value or 0 for at in addresses[2:12]]
-        numbers: list[float] = [c_int.from_address(at or 0).value for at in addresses[12:15]]
-        numbers += [c_float.from_address(at or 0).value for at in addresses[15:]]
+        addresses = (ctypes.c_void_p * 19).from_address(arguments)
+        pointers = [ctypes.c_void_p.from_address(at or 0).value or 0 for at in addresses[2:13]]
+        numbers: list[float] = [c_int.from_address(at or 0).value for at in addresses[13:16]]
+        numbers += [c_float.from_address(at or 0).value for at in addresses[16:]]
         told = driver.Config.from_buffer_copy(driver.Config.from_address(config))
         self.launches.append((told, pointers, numbers))
         return 0
@@ -186,16 +231,20 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     cuda.call_of.cache_clear()
 
 
+@pytest.mark.parametrize(("kv_dtype", "columns"), [(HALF, 64), (INT8, 128), (FP8, 128)])
 @pytest.mark.parametrize("dependent", [True, False])
-def test_what_a_call_tells(library: Driver, monkeypatch: pytest.MonkeyPatch, dependent: bool) -> None:
+def test_what_a_call_tells(
+    library: Driver, monkeypatch: pytest.MonkeyPatch, dependent: bool, kv_dtype: torch.dtype, columns: int
+) -> None:
     """One call serves all layers: maps and addresses are each layer's own."""
     monkeypatch.setattr(launching, "DEPENDENT", dependent)
-    variant = row_for(plan(LLAMA), 2).variant
-    for given in (decodes(LLAMA, [40, 7]), decodes(LLAMA, [3, 90], rotates=False)):
+    of = replace(LLAMA, kv_dtype=kv_dtype)
+    variant = row_for(rows_of(of, TABLE), 2).variant
+    for given in (decodes(of, [40, 7]), decodes(of, [3, 90], rotates=False)):
         maps_before = len(library.maps)
         y = cuda.decode_attention(
             variant, given.qkv, given.cos, given.sin, None, None, EPS, given.keys, given.values, given.step,
-            0.25, 33, 0.0,
+            0.25, 33, 0.0, given.scales,
         )  # fmt: skip
         told, pointers, numbers = library.launches[-1]
         assert y.shape == (2, 32, 128)
@@ -203,15 +252,16 @@ def test_what_a_call_tells(library: Driver, monkeypatch: pytest.MonkeyPatch, dep
         assert (told.block_x, told.shared_bytes) == (variant.threads, variant.shared_bytes)
         assert (told.stream, told.num_attributes) == (STREAM, int(dependent))
         tensors = (
-            given.qkv, y, given.cos, given.sin, None, None, given.keys, given.values,
+            given.qkv, y, given.cos, given.sin, None, None, given.keys, given.values, given.scales,
             given.step.block_tables, given.step.lengths,
         )  # fmt: skip
         assert pointers == [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         assert numbers == pytest.approx([given.step.block_tables.shape[1], 8, 33, 0.25, 0.0, EPS])
         of_keys, of_values = library.maps[maps_before:]
         rows = given.keys.shape[0] * 8 * PAGE
-        assert of_keys == (given.keys.data_ptr(), [128, rows], [256], [64, PAGE])
-        assert of_values == (given.values.data_ptr(), [128, rows], [256], [64, PAGE])
+        row_bytes = 128 * kv_dtype.itemsize
+        assert of_keys == (given.keys.data_ptr(), [128, rows], [row_bytes], [columns, PAGE])
+        assert of_values == (given.values.data_ptr(), [128, rows], [row_bytes], [columns, PAGE])
 
 
 @pytest.mark.parametrize(("splits", "is_wide"), [(8, False), (16, True)])
@@ -242,13 +292,13 @@ def test_clusters_of_more_than_eight_blocks_are_allowed(
 def test_what_is_not_the_variant_s_is_not_launched(library: Driver) -> None:
     """The kernel would read what is not there."""
     given = decodes(LLAMA, [40, 7])
-    other = replace(LLAMA, num_heads=16)
-    variant = row_for(plan(other), 2).variant
-    with pytest.raises(AssertionError):
-        cuda.decode_attention(
-            variant, given.qkv, given.cos, given.sin, None, None, EPS, given.keys, given.values, given.step,
-            0.25, 0, 0.0,
-        )  # fmt: skip
+    for changes in ({"num_heads": 16}, {"dtype": BRAIN, "kv_dtype": BRAIN}, {"kv_dtype": INT8}):
+        variant = row_for(rows_of(replace(LLAMA, **changes), TABLE), 2).variant
+        with pytest.raises(AssertionError):
+            cuda.decode_attention(
+                variant, given.qkv, given.cos, given.sin, None, None, EPS, given.keys, given.values,
+                given.step, 0.25, 0, 0.0,
+            )  # fmt: skip
     assert not library.launches
 
 

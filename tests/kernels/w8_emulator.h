@@ -23,11 +23,6 @@ template <int N>
 inline void settle(void*) {}
 constexpr uint64_t NORMAL = 0;
 
-inline float e4m3(uint8_t v) {
-    const int exponent = v >> 3 & 15, mantissa = v & 7;
-    const float size = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
-    return (v & 7) == 7 && exponent == 15 ? NAN : v & 128 ? -size : size;
-}
 inline const char* swizzled_byte(uint64_t descriptor, int row, int byte) {
     uint32_t at = ((descriptor & 0x3fff) << 4) + row / 8 * 1024 + row % 8 * 128 + byte;
     return me->block->memory + (at ^ ((at >> 7 & 7) << 4));

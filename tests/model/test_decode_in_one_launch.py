@@ -17,18 +17,24 @@ from tests.kernels.decodes import composed
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "changes", "kv_dtype"),
     [
-        ("qwen3", {}),  # norms of q and k
-        ("smollm3", {"no_rope_layers": [1, 0, 1]}),
-        ("mistral", {"sliding_window": 7}),
+        ("qwen3", {}, None),  # norms of q and k
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, None),
+        ("mistral", {"sliding_window": 7}, None),
+        ("qwen3", {}, torch.int8),
+        ("mistral", {"sliding_window": 7}, torch.float8_e4m3fn),
     ],
 )
 def test_it_is_told_what_the_two_kernels_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    changes: dict[str, Any],
+    kv_dtype: torch.dtype | None,
 ) -> None:
     make_checkpoint(tmp_path, family, **changes)
-    model = load_instance(tmp_path)
+    model = load_instance(tmp_path, kv_dtype=kv_dtype)
     wanted = greedy(model, [5, 6, 7], 20)
     asked: list[bool] = []
 
@@ -46,17 +52,20 @@ def test_it_is_told_what_the_two_kernels_are(
     assert len(asked) == 19 * model.config.num_layers
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("wants_all", [True, False])
-def test_beside_prompts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wants_all: bool) -> None:
+def test_beside_prompts_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wants_all: bool, kv_dtype: torch.dtype | None
+) -> None:
     """Two sequences decode, one begins and one goes on: their rows of one step, and what it leaves behind."""
     make_checkpoint(tmp_path, "llama")
-    model = load_instance(tmp_path)
+    model = load_instance(tmp_path, kv_dtype=kv_dtype)
     rows = torch.arange(13) if wants_all else torch.tensor([0, 1, 12])
 
     def mixed() -> tuple[Tensor, list[Tensor]]:
         kv = model.new_kv(8)
         for number, tensor in enumerate(kv.tensors):
-            tensor.normal_(generator=torch.Generator().manual_seed(number))
+            tensor.copy_(torch.rand(tensor.shape, generator=torch.Generator().manual_seed(number)) * 100)
         batch = StepBatch(
             token_ids=torch.arange(5, 18),
             positions=torch.tensor([20, 3, *range(4), *range(14, 21)]),

@@ -56,6 +56,11 @@ DEVICE void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+DEVICE void mma_halves(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {  // of float16, whatever the activations are
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 DEVICE void load_matrices(uint32_t* r, uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -120,6 +125,45 @@ DEVICE float to_float(uint16_t bits) {  // of float16, whatever the activations 
     asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
     return v;
 }
+
+// other types, whatever the activations are -----------------------------------------------------------------------
+DEVICE uint32_t to_halves(float low, float high) {
+    uint32_t v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+DEVICE uint32_t subtract_halves(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+DEVICE void e4m3_to_halves(uint32_t& low, uint32_t& high, uint32_t codes) {  // two pairs
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;\n}"
+        : "=r"(low), "=r"(high)
+        : "r"(codes));
+}
+DEVICE uint16_t to_e4m3(float low, float high) {  // within 448
+    uint16_t v;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(v) : "f"(high), "f"(low));
+    return v;
+}
+DEVICE uint16_t to_brain(float v) {  // bfloat16
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+    return bits;
+}
+
+// float32 ---------------------------------------------------------------------------------------------------------
+DEVICE float fused(float a, float b, float c) {  // a * b + c, rounded once
+    float v;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(v) : "f"(a), "f"(b), "f"(c));
+    return v;
+}
+DEVICE float reciprocal(float v) {  // rounded
+    asm("rcp.rn.f32 %0, %0;" : "+f"(v));
+    return v;
+}
 DEVICE float power_of_2(float v) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(v));
     return v;
@@ -129,6 +173,7 @@ DEVICE float inverse_root(float v) {
     return v;
 }
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t float_to_bits(float v) { return __float_as_uint(v); }
 DEVICE uint4 load_fresh16(const void* p) {  // of what a predecessor wrote: stays behind the wait for it
     uint4 v;
     asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));

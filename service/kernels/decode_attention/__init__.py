@@ -59,16 +59,18 @@ def decode_attention(
     window: int = 0,
     softcap: float = 0.0,
     *,
+    scales: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """-> [S, heads, head_dim]; K and V are written at the last of each sequence's `step.lengths` tokens.
 
-    `step` only decodes. A sequence of length 0 writes nothing and gets zeros. `out`: contiguous, where the
-    result goes. Everything else as `rotary_kv` and `paged_attention` say.
+    `step` only decodes. A sequence of length 0 writes nothing and gets zeros. `scales`: of caches of codes.
+    `out`: contiguous, where the result goes. Everything else as `rotary_kv` and `paged_attention`, or
+    `coded_attention`, say.
     """
     from service.kernels.decode_attention import cuda
 
-    rest = key_cache, value_cache, step, scale, window, softcap
+    rest = key_cache, value_cache, step, scale, window, softcap, scales
     return cuda.decode_attention(variant, qkv, cos, sin, q_norm, k_norm, eps, *rest, out)
 
 

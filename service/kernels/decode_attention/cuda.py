@@ -13,6 +13,7 @@ from torch import Tensor
 from service.kernels import launch as launching
 from service.kernels.cuda import Kernel, Launch, TensorMap, kernel_of
 from service.kernels.cuda.maps import rows_map
+from service.kernels.decode_attention.table import pages_of
 from service.kernels.decode_attention.variants import PAGE_TOKENS, PORTABLE_SPLITS, Variant
 from service.kernels.paged_attention import AttentionPlan
 
@@ -28,7 +29,7 @@ class Call:
 
     def __init__(self, variant: Variant, dependent: bool) -> None:
         self.variant = variant
-        self.pointers = [c_void_p() for _ in range(10)]
+        self.pointers = [c_void_p() for _ in range(11)]
         self.numbers = [c_int() for _ in range(3)]
         self.fractions = [c_float() for _ in range(3)]
         told: list[Any] = [TensorMap(), TensorMap(), *self.pointers, *self.numbers, *self.fractions]
@@ -48,6 +49,7 @@ class Call:
         scale: float,
         window: int,
         softcap: float,
+        scales: Tensor | None,
         out: Tensor | None,
     ) -> Tensor:
         variant = self.variant
@@ -55,15 +57,18 @@ class Call:
         sequences, heads = qkv.shape[0], kv_heads * variant.group
         # the kernel checks nothing: another type or width would read what is not there
         assert (page, dim, qkv.shape[1]) == (PAGE_TOKENS, variant.dim, (heads + 2 * kv_heads) * dim)
-        assert qkv.dtype == key_cache.dtype == (torch.bfloat16 if variant.bf16 else torch.float16)
-        for given in (key_cache, value_cache, step.block_tables, step.lengths):
-            assert given.is_contiguous()
+        assert qkv.dtype == (torch.bfloat16 if variant.bf16 else torch.float16)
+        assert key_cache.dtype == value_cache.dtype == pages_of(variant)
+        assert (scales is not None) == (variant.codes > 0)
+        for given in (key_cache, value_cache, scales, step.block_tables, step.lengths):
+            assert given is None or given.is_contiguous()
         assert (q_norm is not None, softcap > 0) == (variant.normed, variant.capped)
         qkv = qkv.contiguous()
         y = qkv.new_empty(sequences, heads, dim) if out is None else out
         assert y.is_contiguous()
         tensors: tuple[Tensor | None, ...] = (
-            qkv, y, cos, sin, q_norm, k_norm, key_cache, value_cache, step.block_tables, step.lengths,
+            qkv, y, cos, sin, q_norm, k_norm, key_cache, value_cache, scales,
+            step.block_tables, step.lengths,
         )  # fmt: skip
         for pointer, tensor in zip(self.pointers, tensors, strict=True):
             pointer.value = None if tensor is None else tensor.data_ptr()
@@ -73,7 +78,10 @@ class Call:
         for fraction, amount in zip(self.fractions, (scale, softcap, eps), strict=True):
             fraction.value = amount
         for number_of_map, cached in enumerate((key_cache, value_cache)):
-            self.launch.replace(number_of_map, rows_map(cached.view(-1, dim), PAGE_TOKENS))
+            rows = cached.view(-1, dim)
+            if variant.codes:  # bytes, to the copy engine
+                rows = rows.view(torch.int8)
+            self.launch.replace(number_of_map, rows_map(rows, PAGE_TOKENS))
         blocks = sequences * kv_heads * variant.splits
         stream = torch._C._cuda_getCurrentRawStream(qkv.get_device())
         self.launch(blocks, variant.shared_bytes, stream)
@@ -100,10 +108,11 @@ def decode_attention(
     scale: float,
     window: int,
     softcap: float,
+    scales: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See the package."""
     call = call_of(variant, launching.DEPENDENT)
     return call(
-        qkv, cos, sin, q_norm, k_norm, eps, key_cache, value_cache, step, scale, window, softcap, out
-    )  # fmt: skip
+        qkv, cos, sin, q_norm, k_norm, eps, key_cache, value_cache, step, scale, window, softcap, scales, out
+    )

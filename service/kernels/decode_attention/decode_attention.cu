@@ -15,76 +15,9 @@
 // that one only when every block of the norm before it has passed its own wait, for embedding or the layer before: of the
 // kernels between two attentions only linears release their successor before they wait, and no two linears follow each
 // other. Whatever the norm has waited for has waited in turn for all before it.
-#include "machine.h"
+#include "operands.h"
+#include "rows.h"
 
-#ifndef DIM
-#define DIM 128
-#endif
-#ifndef GROUP  // query heads that share a KV head
-#define GROUP 4
-#endif
-#ifndef NORMED  // q and k are normed before they are rotated
-#define NORMED 0
-#endif
-#ifndef CAPPED  // scores become softcap * tanh(score / softcap)
-#define CAPPED 0
-#endif
-#ifndef WARPS
-#define WARPS 4
-#endif
-#ifndef STAGES
-#define STAGES 2
-#endif
-#ifndef SPLITS
-#define SPLITS 1
-#endif
-#ifndef PER_SM
-#define PER_SM 1
-#endif
-#if SPLITS > 1
-#define IN_CLUSTERS __cluster_dims__(SPLITS, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
-constexpr int PAGE = 16, THREADS = WARPS * 32, TILES = (GROUP + 7) / 8, HEADS = TILES * 8, STRIDE = WARPS * SPLITS;
-constexpr int STEPS = DIM / 16, BOXES = (DIM + 63) / 64;  // a box: 16 tokens, 64 dimensions, under the 128-byte swizzle
-constexpr int BOX_BYTES = PAGE * 128, PAGE_BYTES = BOXES * BOX_BYTES, STAGE_BYTES = 2 * PAGE_BYTES;
-// A head's row is rotated 16 dimensions at a time: 8 of its left half and the 8 of the right that they mix with.
-constexpr int PIECES = DIM / 16, LANES = PIECES <= 1 ? 1 : PIECES <= 2 ? 2 : PIECES <= 4 ? 4 : PIECES <= 8 ? 8 : 16;
-constexpr int ROWS_AT_ONCE = THREADS / LANES;
-constexpr int Q_BYTES = 2 * DIM + 16;        // of a head: 16 more keep the banks apart
-constexpr int SUM_NUMBERS = DIM + 4;         // of a head's sums, likewise
-constexpr int SHARE = (GROUP * DIM / 4 + SPLITS - 1) / SPLITS;  // of the group's dimensions, four at a time, that a block adds up
-// offsets into shared memory
-constexpr int RECEIVED = 8 * WARPS * STAGES, Q = (RECEIVED + 8 + 15) / 16 * 16, FRESH = Q + HEADS * Q_BYTES, STATES = FRESH + 4 * DIM;
-constexpr int PARTS = (STATES + WARPS * HEADS * 8 + 15) / 16 * 16, PART_STATES = PARTS + (SPLITS > 1 ? SPLITS * SHARE * 16 : 0);
-constexpr int RING = (PART_STATES + (SPLITS > 1 ? SPLITS * HEADS * 16 : 0) + 1023) / 1024 * 1024;
-constexpr int WARP_BYTES = STAGES * STAGE_BYTES, END = RING + WARPS * WARP_BYTES;
-static_assert(DIM % 16 == 0 && DIM <= 256 && GROUP <= 16 && STAGES <= 32 && END <= 232448);
-static_assert(HEADS * SUM_NUMBERS * 4 <= WARP_BYTES);  // a warp's sums take the place of its pages
-#ifdef SHARED_BYTES
-static_assert(SHARED_BYTES == END);  // what the host asks for
-#endif
-
-DEVICE float number(uint32_t pair, int i) {  // of the activations' type
-    return BF16 ? bits_to_float(i ? pair & 0xffff0000 : pair << 16) : to_float(uint16_t(pair >> 16 * i));
-}
-DEVICE void unpack(float* to, uint4 v) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 8; i++) to[i] = number(words[i >> 1], i & 1);
-}
-DEVICE uint4 pack(const float* v) {
-    return make_uint4(to_pair(v[0], v[1]), to_pair(v[2], v[3]), to_pair(v[4], v[5]), to_pair(v[6], v[7]));
-}
-DEVICE void load_floats(float* to, const float* from) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint4 v = load_global16(from + 4 * i);
-        to[4 * i] = bits_to_float(v.x), to[4 * i + 1] = bits_to_float(v.y);
-        to[4 * i + 2] = bits_to_float(v.z), to[4 * i + 3] = bits_to_float(v.w);
-    }
-}
 DEVICE float minus_infinity() { return bits_to_float(0xff800000); }
 DEVICE float over_tokens(float v, bool is_sum) {  // of lanes with the same heads
 #pragma unroll
@@ -115,13 +48,14 @@ DEVICE float4 add(State state, Numbers numbers, float& top, float& weight) {
 }
 
 // qkv [S][(GROUP + 2) * kv_heads][DIM]; y [S][GROUP * kv_heads][DIM]; cosines and sines float32 [positions][DIM] or null;
-// norms [DIM] or null; tables [S][table_width]; one block for each sequence, KV head and split.
+// norms [DIM] or null; scale_pages bfloat16 [block][kv head][16][2] or, without CODES, null; tables [S][table_width]; one
+// block for each sequence, KV head and split.
 KERNEL __launch_bounds__(THREADS, PER_SM) IN_CLUSTERS
 decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_map, const char* qkv, char* __restrict__ y,
                  const float* __restrict__ cosines, const float* __restrict__ sines, const char* __restrict__ q_norm,
-                 const char* __restrict__ k_norm, char* key_pages, char* value_pages, const int* __restrict__ tables,
-                 const int* __restrict__ lengths, int table_width, int kv_heads, int window, float scale, float softcap,
-                 float eps) {
+                 const char* __restrict__ k_norm, char* key_pages, char* value_pages, char* scale_pages,
+                 const int* __restrict__ tables, const int* __restrict__ lengths, int table_width, int kv_heads, int window,
+                 float scale, float softcap, float eps) {
     SHARED_MEMORY
     constexpr float LOG2_E = 1.4426950408889634f;
     const float nothing = minus_infinity();
@@ -143,6 +77,7 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
         prefetch_map(&key_map), prefetch_map(&value_map);
     }
     const uint32_t full = here + warp * STAGES * 8, ring = here + RING + warp * WARP_BYTES;
+    const uint32_t scales = here + SCALES + warp * STAGES * SCALE_BYTES;
     if (lane == 0) {
         for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
         if (SPLITS > 1 && warp == 0) barrier_init(here + RECEIVED, 1);
@@ -159,12 +94,13 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
     auto fetch = [&](int stage) {  // the page of the lane that does it
         const uint32_t barrier = full + 8 * stage, to = ring + stage * STAGE_BYTES;
         const int row = (known_block * kv_heads + kv_head) * PAGE;
-        barrier_expect(barrier, STAGE_BYTES);
+        barrier_expect(barrier, STAGE_BYTES + SCALE_BYTES);
 #pragma unroll
-        for (int i = 0; i < BOXES; i++) copy_box(to + i * BOX_BYTES, &key_map, i * 64, row, barrier, READ_ONCE);
+        for (int i = 0; i < BOXES; i++) copy_box(to + i * BOX_BYTES, &key_map, i * BOX_DIMS, row, barrier, READ_ONCE);
 #pragma unroll
         for (int i = 0; i < BOXES; i++)
-            copy_box(to + PAGE_BYTES + i * BOX_BYTES, &value_map, i * 64, row, barrier, READ_ONCE);
+            copy_box(to + PAGE_BYTES + i * BOX_BYTES, &value_map, i * BOX_DIMS, row, barrier, READ_ONCE);
+        if (CODES) copy_bulk(scales + stage * SCALE_BYTES, scale_pages + size_t(row) * 4, SCALE_BYTES, barrier);
     };
     if (lane < STAGES && begin + lane < end) fetch(lane);
     int later_block = begin + 32 < end ? look_up(begin + 32) : 0;
@@ -173,11 +109,11 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
     // whoever rotates a piece of some head does so of all its heads
     const int piece = thread % LANES, position = length > 0 ? length - 1 : 0;
     const bool is_piece = piece < PIECES, rotates = cosines != nullptr;
-    float left_cos[8], right_cos[8], left_sin[8], right_sin[8];
+    Angles angles;
     if (rotates && is_piece) {
         const size_t at = size_t(position) * DIM + piece * 8;
-        load_floats(left_cos, cosines + at), load_floats(right_cos, cosines + at + DIM / 2);
-        load_floats(left_sin, sines + at), load_floats(right_sin, sines + at + DIM / 2);
+        load_floats(angles.left_cos, cosines + at), load_floats(angles.right_cos, cosines + at + DIM / 2);
+        load_floats(angles.left_sin, sines + at), load_floats(angles.right_sin, sines + at + DIM / 2);
     }
     const bool is_owner = length > 0 && last_page % SPLITS == split;  // of the page of the new token
     const int fresh_row = position % PAGE, fresh_block = is_owner ? table[last_page] : 0;
@@ -196,44 +132,37 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
             left = load_fresh16(from), right = load_fresh16(from + DIM);
         }
         if (NORMED) {
-            float a[8], b[8], sum = 0;
-            unpack(a, left), unpack(b, right);
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum += a[i] * a[i] + b[i] * b[i];
-#pragma unroll
-            for (int mask = 1; mask < LANES; mask *= 2) sum += shuffle_xor(sum, mask);
-            if (is_wanted && row <= GROUP) {  // rounded before it is scaled, and behind
-                const char* norm = (row < GROUP ? q_norm : k_norm) + piece * 16;
-                const float factor = inverse_root(sum * (1.0f / DIM) + eps);
-                float weights[8];
-#pragma unroll
-                for (int i = 0; i < 8; i++) a[i] *= factor, b[i] *= factor;
-                unpack(a, pack(a)), unpack(b, pack(b));
-                unpack(weights, load_global16(norm));
-#pragma unroll
-                for (int i = 0; i < 8; i++) a[i] *= weights[i];
-                unpack(weights, load_global16(norm + DIM));
-#pragma unroll
-                for (int i = 0; i < 8; i++) b[i] *= weights[i];
-                left = pack(a), right = pack(b);
+            const char* weights = row < GROUP ? q_norm : k_norm;
+            norm(left, right, is_wanted && row <= GROUP ? weights + piece * 16 : nullptr, eps);
+        }
+        if (rotates && row <= GROUP && is_piece) rotate(left, right, angles);
+        const uint32_t largest = CODES ? largest_of(left, right) : 0;
+        if (!is_wanted) continue;
+        if (row < GROUP) {
+            char* to = shared + Q + row * Q_BYTES;
+            if (CODES && BF16) {
+                const float divisor = divide(left, right, largest);
+                if (piece == 0) *reinterpret_cast<float*>(to + 2 * DIM) = divisor;
             }
+            *reinterpret_cast<uint4*>(to + piece * 16) = left, *reinterpret_cast<uint4*>(to + piece * 16 + DIM) = right;
+            continue;
         }
-        if (rotates && row <= GROUP && is_piece) {
-            float a[8], b[8], c[8], d[8];
-            unpack(a, left), unpack(b, right);
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                c[i] = a[i] * left_cos[i] + b[i] * left_sin[i], d[i] = b[i] * right_cos[i] + a[i] * right_sin[i];
-            left = pack(c), right = pack(d);
-        }
-        if (is_wanted) {
-            char* to = shared + (row < GROUP ? Q + row * Q_BYTES : FRESH + (row - GROUP) * 2 * DIM) + piece * 16;
+        const bool is_value = row > GROUP;
+        const size_t kept_row = (size_t(fresh_block) * kv_heads + kv_head) * PAGE + fresh_row;
+        char* kept = (is_value ? value_pages : key_pages) + kept_row * ROW_BYTES + piece * 8 * NUMBER_BYTES;
+        char* to = shared + FRESH + is_value * ROW_BYTES + piece * 8 * NUMBER_BYTES;
+        if (CODES) {
+            uint2 left_codes, right_codes;
+            const uint16_t scale_bits = quantize(left_codes, right_codes, left, right, largest);
+            *reinterpret_cast<uint2*>(to) = left_codes, *reinterpret_cast<uint2*>(to + DIM / 2) = right_codes;
+            *reinterpret_cast<uint2*>(kept) = left_codes, *reinterpret_cast<uint2*>(kept + DIM / 2) = right_codes;
+            if (piece == 0) {
+                *reinterpret_cast<uint16_t*>(shared + FRESH + 2 * ROW_BYTES + is_value * 2) = scale_bits;
+                *reinterpret_cast<uint16_t*>(scale_pages + kept_row * 4 + is_value * 2) = scale_bits;
+            }
+        } else {
             *reinterpret_cast<uint4*>(to) = left, *reinterpret_cast<uint4*>(to + DIM) = right;
-            if (row >= GROUP) {
-                char* kept = (row == GROUP ? key_pages : value_pages) + piece * 16 +
-                             ((size_t(fresh_block) * kv_heads + kv_head) * PAGE + fresh_row) * (2 * DIM);
-                *reinterpret_cast<uint4*>(kept) = left, *reinterpret_cast<uint4*>(kept + DIM) = right;
-            }
+            *reinterpret_cast<uint4*>(kept) = left, *reinterpret_cast<uint4*>(kept + DIM) = right;
         }
     }
     sync_block();
@@ -243,51 +172,70 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
-        for (int i = 0; i < 2 * STEPS; i++)
-            q[n][i] = *reinterpret_cast<const uint32_t*>(shared + Q + (n * 8 + g) * Q_BYTES + i * 16 + t * 4);
-    // where a lane's row of eight numbers lies within a box, for each 16 of its 64 dimensions: of K tokens are rows of the
-    // operand, of V its columns
-    uint32_t key_at[4], value_at[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int row = lane & 7, low = lane >> 3 & 1, high = lane >> 4;
-        key_at[i] = (row + 8 * low) * 128 + (((2 * i + high) ^ row) << 4);
-        value_at[i] = (row + 8 * high) * 128 + (((2 * i + low) ^ row) << 4);
-    }
+        for (int i = 0; i < 2 * STEPS; i++) {
+            const int pair = CODES ? (i >> 1) * 8 + t * 2 + (i & 1) : i * 4 + t;  // neighbours of its pair in the page
+            q[n][i] = *reinterpret_cast<const uint32_t*>(shared + Q + (n * 8 + g) * Q_BYTES + pair * 4);
+        }
+    const Places at = places_of(lane);
     float sum[TILES][STEPS][4] = {}, total[TILES][2] = {}, highest[TILES][2];
 #pragma unroll
     for (int n = 0; n < TILES; n++) highest[n][0] = highest[n][1] = nothing;
-    const float factor = CAPPED ? scale * 2 * LOG2_E / softcap : scale * LOG2_E;
+    float factors[TILES][2];
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            factors[n][i] = CAPPED ? scale * 2 * LOG2_E / softcap : scale * LOG2_E;
+            if (CODES && BF16)
+                factors[n][i] *= *reinterpret_cast<const float*>(shared + Q + (n * 8 + 2 * t + i) * Q_BYTES + 2 * DIM);
+        }
 
     uint32_t stage = 0, phase = 0;
     for (int k = begin; k < end; k++) {
         const int page = mine + k * STRIDE, token = page * PAGE;
         const uint32_t keys = ring + stage * STAGE_BYTES, values = keys + PAGE_BYTES;
         barrier_wait(full + 8 * stage, phase);
-        if (page == last_page || token < oldest) {
-            // what lies behind the new token may be anything, weights of zero would not make it nothing
+        if (page == last_page || (!CODES && token < oldest)) {
             char* box = shared + RING + warp * WARP_BYTES + stage * STAGE_BYTES;
-            for (int i = lane; i < PAGE * (DIM / 8); i += 32) {
-                const int row = i / (DIM / 8), column = i % (DIM / 8);
+            constexpr int COLUMNS = ROW_BYTES / 16;
+            for (int i = lane; i < PAGE * COLUMNS; i += 32) {
+                const int row = i / COLUMNS, column = i % COLUMNS;
                 char* to = box + (column >> 3) * BOX_BYTES + row * 128 + ((column ^ row) & 7) * 16;
                 if (page == last_page && row == fresh_row) {
                     const char* from = shared + FRESH + column * 16;
                     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-                    *reinterpret_cast<uint4*>(to + PAGE_BYTES) = *reinterpret_cast<const uint4*>(from + 2 * DIM);
-                } else if (token + row < oldest || token + row >= length)
+                    *reinterpret_cast<uint4*>(to + PAGE_BYTES) = *reinterpret_cast<const uint4*>(from + ROW_BYTES);
+                } else if (!CODES && (token + row < oldest || token + row >= length))
+                    // what lies there may be anything, weights of zero would not make it nothing; codes are finite
                     *reinterpret_cast<uint4*>(to + PAGE_BYTES) = make_uint4(0, 0, 0, 0);
             }
+            if (CODES && lane == 0)
+                *reinterpret_cast<uint32_t*>(shared + SCALES + (warp * STAGES + stage) * SCALE_BYTES + fresh_row * 4) =
+                    *reinterpret_cast<const uint32_t*>(shared + FRESH + 2 * ROW_BYTES);
             fence_copies();
             sync_warp();
         }
 
         float scores[TILES][2][4] = {};  // even and odd steps, so that no product waits for the one before it
+        each_step<false>(keys, at, [&](int i, const uint32_t* a) {
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            uint32_t a[4];
-            load_matrices(a, keys + (i >> 2) * BOX_BYTES + key_at[i & 3]);
+            for (int n = 0; n < TILES; n++) multiply(scores[n][i & 1], a, q[n][2 * i], q[n][2 * i + 1]);
+        });
+        // of the lane's two tokens; a score counts with log2 of V's scale, so that weights times scales are 1 at most
+        bool is_seen[2];
+        float key_scale[2] = {1, 1}, value_scale[2] = {1, 1}, value_log[2] = {};
 #pragma unroll
-            for (int n = 0; n < TILES; n++) mma(scores[n][i & 1], a, q[n][2 * i], q[n][2 * i + 1]);
+        for (int i = 0; i < 2; i++) {
+            const int row = g + 8 * i;
+            is_seen[i] = token + row >= oldest && token + row < length;
+            if (CODES) {
+                const uint32_t both = *reinterpret_cast<const uint32_t*>(
+                    shared + SCALES + (warp * STAGES + stage) * SCALE_BYTES + row * 4);
+                key_scale[i] = bits_to_float(both << 16);
+                value_scale[i] = is_seen[i] ? bits_to_float(both & 0xffff0000) : 0;
+                // exponent, and mantissa as if it were its own logarithm: within 0.09
+                value_log[i] = float(both >> 16) * (1.0f / 128) - 127;
+            }
         }
         uint32_t weights[TILES][2];
 #pragma unroll
@@ -295,14 +243,15 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
             float s[4], shrink[2];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int at = token + g + (i >> 1) * 8;
-                s[i] = (scores[n][0][i] + scores[n][1][i]) * factor;
+                s[i] = (scores[n][0][i] + scores[n][1][i]) * factors[n][i & 1];
+                if (CODES) s[i] *= key_scale[i >> 1];
                 if (CAPPED) s[i] = softcap * LOG2_E - 2 * softcap * LOG2_E / (power_of_2(s[i]) + 1);
-                s[i] = at >= oldest && at < length ? s[i] : nothing;
+                s[i] = is_seen[i >> 1] ? s[i] : nothing;
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) {  // the lane's two heads
-                const float now = fmaxf(highest[n][i], over_tokens(fmaxf(s[i], s[i + 2]), false));
+                const float found = CODES ? fmaxf(s[i] + value_log[0], s[i + 2] + value_log[1]) : fmaxf(s[i], s[i + 2]);
+                const float now = fmaxf(highest[n][i], over_tokens(found, false));
                 shrink[i] = power_of_2(highest[n][i] - now), highest[n][i] = now;
                 s[i] = power_of_2(s[i] - now), s[i + 2] = power_of_2(s[i + 2] - now);
                 total[n][i] = total[n][i] * shrink[i] + s[i] + s[i + 2];
@@ -311,15 +260,16 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
             for (int i = 0; i < STEPS; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) sum[n][i][j] *= shrink[j & 1];
-            weights[n][0] = transposed(to_pair(s[0], s[1])), weights[n][1] = transposed(to_pair(s[2], s[3]));
-        }
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            uint32_t a[4];
-            load_matrices_transposed(a, values + (i >> 2) * BOX_BYTES + value_at[i & 3]);
-#pragma unroll
-            for (int n = 0; n < TILES; n++) mma(sum[n][i], a, weights[n][0], weights[n][1]);
+            for (int i = 0; i < 2; i++) {
+                const float a = s[2 * i], b = s[2 * i + 1];
+                weights[n][i] = transposed(CODES ? to_halves(a * value_scale[i], b * value_scale[i]) : to_pair(a, b));
+            }
         }
+        each_step<true>(values, at, [&](int i, const uint32_t* a) {
+#pragma unroll
+            for (int n = 0; n < TILES; n++) multiply(sum[n][i], a, weights[n][0], weights[n][1]);
+        });
 
         sync_warp();  // all have read the stage
         if (k + STAGES < end) {
@@ -344,9 +294,10 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
             if (g == 0) states[warp * HEADS + head] = make_float2(highest[n][i], all);
             if (begin < end && head < GROUP)
 #pragma unroll
-                for (int j = 0; j < STEPS; j++)
-                    found[head * SUM_NUMBERS + j * 16 + g] = sum[n][j][i],
-                    found[head * SUM_NUMBERS + j * 16 + g + 8] = sum[n][j][i + 2];
+                for (int j = 0; j < STEPS; j++) {
+                    float* of_step = found + head * SUM_NUMBERS + j * 16;
+                    of_step[CODES ? 2 * g : g] = sum[n][j][i], of_step[CODES ? 2 * g + 1 : g + 8] = sum[n][j][i + 2];
+                }
         }
     sync_block();
 

@@ -15,6 +15,7 @@ import torch
 from service.kernels.decode_attention.variants import Variant
 
 DTYPES = (torch.float16, torch.bfloat16)
+CODES = (torch.int8, torch.float8_e4m3fn)  # a variant's 1 and 2
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP = 16
 
@@ -55,21 +56,25 @@ class Row:
 
 # By the most pairs of a sequence and a KV head: where they are few, several blocks share one, so that all
 # multiprocessors read; where they are many, none does. Measured in docs/experiments.md, section 12.
-TABLE: tuple[tuple[int | None, Settings], ...] = (
+Table = tuple[tuple[int | None, Settings], ...]
+TABLE: Table = (
     (8, Settings(4, 2, 16)),
     (32, Settings(4, 2, 8)),
     (96, Settings(4, 2, 4)),
     (256, Settings(4, 3, 2)),
     (None, Settings(8, 3, 1)),
 )
+CODED_TABLE: Table = ()  # over 8-bit codes, which take half the room
 
 
 def refusal(shape: Shape) -> str:
     """Why this kernel does not serve it; empty where it does."""
     if shape.dtype not in DTYPES:
         return f"activations are {shape.dtype}, it computes with 16-bit types"
-    if shape.kv_dtype != shape.dtype:
-        return f"the KV cache is of {shape.kv_dtype}, it reads activations' own type"
+    if shape.kv_dtype not in (shape.dtype, *CODES):
+        return f"the KV cache is of {shape.kv_dtype}, it reads activations' own type, or 8-bit codes"
+    if not table_of(shape):
+        return f"how it serves a KV cache of {shape.kv_dtype} best has not been measured"
     if shape.head_dim not in HEAD_DIMS:
         return f"heads have {shape.head_dim} dimensions, it has {', '.join(map(str, HEAD_DIMS))}"
     if shape.group > MAX_GROUP:
@@ -79,11 +84,15 @@ def refusal(shape: Shape) -> str:
 
 def plan(shape: Shape) -> tuple[Row, ...]:
     """Empty for a shape that is not served."""
-    return () if refusal(shape) else rows_of(shape, TABLE)
+    return () if refusal(shape) else rows_of(shape, table_of(shape))
+
+
+def table_of(shape: Shape) -> Table:
+    return CODED_TABLE if shape.kv_dtype in CODES else TABLE
 
 
 @cache
-def rows_of(shape: Shape, table: tuple[tuple[int | None, Settings], ...]) -> tuple[Row, ...]:
+def rows_of(shape: Shape, table: Table) -> tuple[Row, ...]:
     """A table's settings for a shape that is not refused."""
     rows: list[Row] = []
     for max_pairs, settings in table:
@@ -99,9 +108,15 @@ def rows_of(shape: Shape, table: tuple[tuple[int | None, Settings], ...]) -> tup
 def variant_of(shape: Shape, settings: Settings) -> Variant:
     """A page of large heads takes twice the room: half as many warps."""
     warps = max(1, settings.warps // 2) if shape.head_dim > 128 else settings.warps
-    fixed = (shape.head_dim, shape.group, int(shape.dtype is torch.bfloat16))
+    codes = 1 + CODES.index(shape.kv_dtype) if shape.kv_dtype in CODES else 0
+    fixed = (shape.head_dim, shape.group, int(shape.dtype is torch.bfloat16), codes)
     flags = (int(shape.is_normed), int(shape.is_capped))
     return Variant(*fixed, *flags, warps, settings.stages, settings.splits)
+
+
+def pages_of(variant: Variant) -> torch.dtype:
+    """What a variant's pages are of."""
+    return CODES[variant.codes - 1] if variant.codes else DTYPES[variant.bf16]
 
 
 def row_for(rows: tuple[Row, ...], num_sequences: int) -> Row:

@@ -10,9 +10,10 @@ from service.kernels.cuda import Program
 
 FOLDER = Path(__file__).parent
 PAGE_TOKENS = 16
-BOX_DIMS = 64  # of a head, that one copy brings
+BOX_BYTES = 128  # of a token and head, that one copy brings
 SHARED_BYTES, SYSTEM_BYTES = 228 << 10, 1 << 10  # of a multiprocessor; of each block's, not its own
-REGISTERS, MOST_REGISTERS = 64 << 10, 255  # of a multiprocessor, of a thread
+REGISTERS = 64 << 10  # of a multiprocessor
+SCALES_BYTES = 4  # of a token and head
 PORTABLE_SPLITS = 8  # a cluster of more blocks has to be allowed
 
 
@@ -26,7 +27,8 @@ class Variant:
 
     dim: int
     group: int  # query heads of a KV head
-    bf16: int  # activations and pages are bfloat16, not float16
+    bf16: int  # activations are bfloat16, not float16
+    codes: int  # pages hold 0: numbers of that type; 8-bit codes, 1: int8, 2: E4M3
     normed: int  # q and k are normed
     capped: int  # scores are, softly
     warps: int  # of a block
@@ -53,23 +55,34 @@ class Variant:
         return rounded_up(self.group, 8)
 
     @property
+    def number_bytes(self) -> int:
+        """Of K and V."""
+        return 1 if self.codes else 2
+
+    @property
     def stage_bytes(self) -> int:
         """A page of K and of V."""
-        return 2 * PAGE_TOKENS * 2 * rounded_up(self.dim, BOX_DIMS)
+        return 2 * PAGE_TOKENS * rounded_up(self.number_bytes * self.dim, BOX_BYTES)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block; the kernel asserts the same."""
         barriers = rounded_up(8 * (self.warps * self.stages + 1), 16)
         queries = barriers + self.heads * (2 * self.dim + 16)
-        states = rounded_up(queries + 4 * self.dim + self.warps * self.heads * 8, 16)
+        fresh = queries + 2 * self.number_bytes * self.dim
+        if self.codes:
+            fresh += 16 + self.warps * self.stages * PAGE_TOKENS * SCALES_BYTES
+        states = rounded_up(fresh + self.warps * self.heads * 8, 16)
         parts = 0
         if self.splits > 1:
             parts = self.splits * 16 * (-(-self.group * self.dim // 4 // self.splits) + self.heads)
-        return rounded_up(states + parts, 1024) + self.warps * self.stages * self.stage_bytes
+        sums = self.heads * (self.dim + 4) * 4
+        ring = max(self.stages * self.stage_bytes, rounded_up(sums, 1024))
+        return rounded_up(states + parts, 1024) + self.warps * ring
 
     @property
     def per_sm(self) -> int:
-        """Blocks for which shared memory and, at 128 registers a thread, registers leave room."""
+        """Blocks for which shared memory and registers leave room."""
         by_memory = SHARED_BYTES // (self.shared_bytes + SYSTEM_BYTES)
-        return max(1, min(by_memory, REGISTERS // (128 * self.threads)))
+        needed = 128 if self.heads * self.dim <= 1024 else 168  # registers of a thread
+        return max(1, min(by_memory, REGISTERS // (needed * self.threads)))
