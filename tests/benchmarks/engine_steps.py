@@ -76,6 +76,19 @@ def run(engine: Engine, num_streams: int, num_requests: int, lengths: tuple[int,
     return measured
 
 
+def prepare(engine: Engine) -> None:
+    """All that an idle engine would."""
+    pauses_s: list[float] = []
+    while engine.may_prepare:
+        started = time.perf_counter()
+        engine.prepare()
+        pauses_s.append(time.perf_counter() - started)
+    if pauses_s and engine.runner.graphs:
+        longest = f"{max(pauses_s) * 1e3:.0f} ms at most"
+        print(f"{len(pauses_s)} steps with prompts captured in {sum(pauses_s):.1f} s, {longest}")
+        print(engine.runner.graphs.memory)
+
+
 def busy_share(engine: Engine, num_streams: int, prompt_tokens: int) -> float:
     """Of a traced stretch of decode steps, the share of time in which some kernel or copy ran."""
     generator = random.Random(7)
@@ -191,6 +204,7 @@ def main() -> None:
     else:
         engine = gpu_engine(arguments)
     run(engine, 1, 1, (tokens_in, 8))
+    prepare(engine)
     print("| streams | tokens/s | decode step, ms (CPU) | step with prompts, ms (CPU) | GPU busy |")
     print("|---|---|---|---|---|")
     for num_streams in streams:
