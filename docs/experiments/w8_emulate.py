@@ -22,7 +22,7 @@ RUN = f"""void run(int grid, TensorMap* x, TensorMap* w_map, const float* x_step
     int* gathered, int rows, int n, int k, int stream_tiles, int x_out_columns, float threshold) {{
     emulated_order = 1;  // blocks are held up at random
     emulate(grid, grid, {THREADS}, [=] {{
-        w8_tile(*x, *w_map, x_steps, w_steps, nullptr, x16, bitmap, w, y, workspace, arrived, x_out, gathered, rows, n, k, stream_tiles,
+        w8_tile(*x, *w_map, x_steps, w_steps, x16, bitmap, w, y, workspace, arrived, x_out, gathered, rows, n, k, stream_tiles,
                 x_out_columns, threshold); }}); }}"""
 X_OUT_COLUMNS = 64
 

@@ -131,7 +131,6 @@ class Worker:
         )
         numbers = [ctypes.c_int(v) for v in (rows, n, k, stream_tiles, X_OUT_COLUMNS)]
         addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-        addresses.insert(2, ctypes.c_void_p())  # no bias
         arguments = [*maps, *addresses, *numbers, ctypes.c_float(problem.threshold)]
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         attribute = Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION)

@@ -47,7 +47,7 @@ class Shapes:
     deterministic: bool
     w4_kind: w4_linear.Kind | None = None  # of codes, where our own 4-bit kernels serve what their table has
     cuda_dense: bool = False  # our own 16-bit kernel in CUDA C++ serves what its table has
-    cuda_w8: bool = False  # our own 8-bit kernel in CUDA C++ serves int8's many rows and fp8's few
+    cuda_int8: bool = False  # our own 8-bit kernel in CUDA C++ serves many rows of what its table has
     cuda_decode: bool = False  # our own attention in CUDA C++ serves decodes, where its table has them
 
     def w4(self, name: str) -> w4_linear.Shape | None:
@@ -61,19 +61,12 @@ class Shapes:
         return None if w4_linear.refusal(shape) else shape
 
     def w8(self, name: str) -> w8_linear.Shape | None:
-        """The linear of this layer class, if kernels/w8_linear serves rows of it."""
-        is_int8 = self.int8 is not None and name not in self.int8.skipped
-        if not (self.cuda_w8 and (is_int8 or self.linears == "fp8")):
+        """The linear of this layer class, if kernels/w8_linear serves its many rows."""
+        if self.int8 is None or not self.cuda_int8 or name in self.int8.skipped:
             return None
         parts = layer_groups(self.config, 0)[name]
-        shape = w8_linear.Shape(
-            "int8" if is_int8 else "fp8",
-            sum(part.out_features for part in parts),
-            parts[0].in_features,
-            self.dtype,
-            any(part.bias for part in parts),
-            self.int8.threshold if self.int8 else 0.0,
-        )
+        out_features = sum(part.out_features for part in parts)
+        shape = w8_linear.Shape(out_features, parts[0].in_features, self.dtype, self.int8.threshold)
         return None if w8_linear.refusal(shape) else shape
 
     def dense(self, out_features: int, in_features: int) -> tuple[dense_linear.Row, ...]:

@@ -81,10 +81,10 @@ def compile_all(walk: Callable[[], None], loads: Sequence[Callable[[], object]] 
 
 def cuda_loads(shapes: Shapes) -> list[Callable[[], object]]:
     """What compiles and loads each variant of our kernels in CUDA C++ that a layer of this model may call."""
-    four_bit = [shape for shape in map(shapes.w4, GROUPS) if shape]
-    w4 = {row.variant for shape in four_bit for row in w4_linear.plan(shape)}
-    eight_bit = [shape for shape in map(shapes.w8, GROUPS) if shape]
-    w8 = {row.variant.program: row.variant for each in eight_bit for row in w8_linear.plan(each)}
+    found = [shape for name in GROUPS if (shape := shapes.w4(name))]
+    w4 = {row.variant for shape in found for row in w4_linear.plan(shape)}
+    int8 = [many for name in GROUPS if (many := shapes.w8(name))]
+    w8 = {row.variant.program: row.variant for many in int8 for row in w8_linear.plan(many)}
     dense = {row.variant for linear in shapes.dense_linears() for row in shapes.dense(*linear)}
     return [
         *(partial(w4_linear.load, variant) for variant in sorted(w4, key=lambda each: each.name)),
@@ -315,7 +315,7 @@ class Steps:
 
         parts = layer_groups(self.shapes.config, 0)[name]
         out_features = sum(part.out_features for part in parts)
-        if len(rows) > FEW_ROWS or self.shapes.w8(name):
+        if len(rows) > FEW_ROWS:
             return self.activations(len(rows), out_features)
         codes = empty(out_features, rows.shape[1], dtype=torch.float8_e4m3fn)
         scales = empty(out_features, dtype=torch.float32)

@@ -1,13 +1,12 @@
 """Microseconds of every own kernel of a step on this GPU, against the time in which its bytes can be read.
 
-    python -m tests.benchmarks.gpu_kernels [--rows 1,16,64,256] [--sweep] [--only kv8|decode|decode8|fp8]
+    python -m tests.benchmarks.gpu_kernels [--rows 1,16,64,256] [--sweep] [--only kv8|decode|decode8]
 
 Shapes are Llama-3.1-8B's at 640 tokens of context, in float16. Each figure is the median of captured replays
 over 32 copies of weights and pages, so that nothing stays in the L2 cache. `--sweep` also tries other shapes
 of tiles than those that the kernels choose, which is where their constants come from. `--only kv8`: attention
 over 8-bit codes of K and V beside that over 16 bits. `--only decode`: a decode's attention in one launch, its
-variants and Triton's kernels (decode_sweep.py); `--only decode8`: over 8-bit codes. `--only fp8`: E4M3
-linears of few rows (fp8_sweep.py).
+variants and Triton's kernels (decode_sweep.py); `--only decode8`: over 8-bit codes.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from service.kernels.paged_attention import triton as attention
 from service.kernels.rotary_kv import rotary_kv
 from service.kernels.sample import sample
 from service.kernels.sample_likely import sample_likely
-from tests.benchmarks import decode_sweep, fp8_sweep
+from tests.benchmarks import decode_sweep
 from tests.benchmarks.gpu_timing import (
     CONTEXT,
     CUDA,
@@ -329,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="1,16,64,256")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--only", choices=["kv8", "decode", "decode8", "fp8"])
+    parser.add_argument("--only", choices=["kv8", "decode", "decode8"])
     arguments = parser.parse_args()
     all_rows = [int(rows) for rows in arguments.rows.split(",")]
     print(torch.cuda.get_device_name())
@@ -338,9 +337,6 @@ def main() -> None:
         return
     if arguments.only == "decode8":
         decode_sweep.run(all_rows, (torch.int8, torch.float8_e4m3fn), (CONTEXT, 2 * CONTEXT))
-        return
-    if arguments.only == "fp8":
-        fp8_sweep.run(all_rows)
         return
     for rows in all_rows:
         for context in (CONTEXT, 2 * CONTEXT):

@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import cycle
 
 import torch
-from torch import Tensor
 
 from service.kernels import decode_attention as decodes_of
 from service.kernels import w4_linear, w8_linear
@@ -26,8 +25,7 @@ from service.kernels.w4_linear.plan import TABLES, few_of, tile_of
 from service.kernels.w4_linear.variants import Few
 from service.kernels.w4_linear.variants import Variant as W4Variant
 from service.kernels.w8_linear import cuda as w8_cuda
-from service.kernels.w8_linear.plan import AFTER_ROWS, DEEP, WIDE
-from service.kernels.w8_linear.plan import TABLES as W8_TABLES
+from service.kernels.w8_linear.plan import AFTER_ROWS, DEEP, TILES, WIDE
 from tests.kernels.decodes import EPS, decodes
 from tests.kernels.given import Given
 from tests.kernels.triton_launches import rule_of
@@ -77,43 +75,22 @@ def w4(given: Given, *, few: bool) -> None:
 
 def w8_shapes() -> Iterator[w8_linear.Shape]:
     for number, (outs, width) in enumerate(W8_SHAPES):
-        dtype = DTYPES[number % 2]
-        yield w8_linear.Shape("int8", outs, width, dtype, threshold=THRESHOLD)
-        yield w8_linear.Shape("fp8", outs, width, dtype, biased=number % 2 == 0)
+        yield w8_linear.Shape(outs, width, DTYPES[number % 2], THRESHOLD)
 
 
 def w8_tile(given: Given) -> None:
-    for number, shape in enumerate(w8_shapes()):
-        steps = given.scales(shape.out_features)
-        if shape.codes == "int8":
-            int8_tile(given, shape, steps, number)
-        else:
-            fp8_tile(given, shape, steps)
-
-
-def int8_tile(given: Given, shape: w8_linear.Shape, steps: Tensor, number: int) -> None:
     """With outliers in many columns, and without any."""
-    codes = given.integers(-127, 128, shape.out_features, shape.in_features, dtype=torch.int8)
-    for by_row in (True, False):
-        rule = rule_of(given, THRESHOLD, by_row=by_row)
-        bound = w8_cuda.BoundInt8(w8_cuda.Weight(codes, steps, None), rule, shape, number)
-        tiles = w8_linear.Tiles(bound.marks, bound)
-        most_rows = [most or 300 for most, _ in W8_TABLES["int8"]]
-        for num_rows in (AFTER_ROWS + 1, *(most - 5 for most in most_rows[1:])):
-            x = given.normal(num_rows, shape.in_features, dtype=shape.dtype)
-            for times in (1, 0.1):
-                int8.int8_linear(x * times, codes, steps, None, rule, ALL_LIVE, tiles)
-
-
-def fp8_tile(given: Given, shape: w8_linear.Shape, steps: Tensor) -> None:
-    def codes(rows: int) -> Tensor:
-        return given.normal(rows, shape.in_features, dtype=torch.float32).to(torch.float8_e4m3fn)
-
-    bias = given.normal(shape.out_features, dtype=shape.dtype) if shape.biased else None
-    multiply = w8_cuda.BoundFP8(w8_cuda.Weight(codes(shape.out_features), steps, bias), shape)
-    for most, _ in W8_TABLES["fp8"]:
-        for num_rows in (1, (most or 1) - 5):
-            multiply(codes(num_rows), given.scales(num_rows))
+    for number, shape in enumerate(w8_shapes()):
+        codes = given.integers(-127, 128, shape.out_features, shape.in_features, dtype=torch.int8)
+        steps = given.scales(shape.out_features)
+        for by_row in (True, False):
+            rule = rule_of(given, THRESHOLD, by_row=by_row)
+            bound = w8_cuda.Bound(codes, steps, None, rule, shape, number)
+            tiles = w8_linear.Tiles(bound.marks, bound)
+            for num_rows in (AFTER_ROWS + 1, *((most or 300) - 5 for most, _ in TILES[1:])):
+                x = given.normal(num_rows, shape.in_features, dtype=shape.dtype)
+                for times in (1, 0.1):
+                    int8.int8_linear(x * times, codes, steps, None, rule, ALL_LIVE, tiles)
 
 
 def dense_rows() -> Iterator[few_rows.Row]:

@@ -13,7 +13,6 @@ from service.kernels.fp8_linear import reference
 from service.kernels.fp8_linear.plan import tile_for
 from service.kernels.gated_silu.reference import gated_silu
 from service.kernels.int8_linear.plan import Tile, splits_of
-from service.kernels.w8_linear import FewRows, Shape, bind_fp8
 from tests.kernels.interpreter import interpreted
 from tests.kernels.test_paged_attention import relative_rms
 
@@ -89,32 +88,6 @@ def test_what_precedes_a_linear_is_made_with_its_codes(
     assert relative_rms(y, reference.fp8_linear(gated_silu(gate_up), weight, of_weight, bias)) < 6e-3
     _, y = kernels.normed_linear(hidden, None, gain, 1e-5, weight, of_weight, bias)
     assert relative_rms(y, reference.fp8_linear(normed, weight, of_weight, bias)) < 6e-3
-
-
-def test_few_rows_go_where_they_are_bound_to(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the codes of whatever precedes the linear; more rows are torch's affair as ever."""
-    codes, scales, bias = weight_of(64, 208)
-    bound = bind_fp8(codes, scales, bias, Shape("fp8", 64, 208, torch.bfloat16, True))
-    asked: list[int] = []
-
-    def multiply(rows: Tensor, row_scales: Tensor) -> Tensor:
-        asked.append(len(rows))
-        return bound.multiply(rows, row_scales)
-
-    few = FewRows(3, multiply)
-    x, gate_up, gain = rows_of(3, 208), rows_of(3, 416), torch.rand(208).bfloat16()
-    given = codes, scales, bias
-    _, y = kernels.normed_linear(x, None, gain, 1e-5, *given, few)
-    found = [kernels.fp8_linear(x, *given, few), kernels.gated_linear(gate_up, *given, few), y]
-    assert asked == [3, 3, 3]
-    _, y = kernels.normed_linear(x, None, gain, 1e-5, *given)
-    want = [kernels.fp8_linear(x, *given), kernels.gated_linear(gate_up, *given), y]
-    for got, as_triton in zip(found, want, strict=True):
-        assert relative_rms(got, as_triton.double()) < 2e-3
-    by_torch = torch.zeros(4, 64)
-    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **named: by_torch)
-    assert kernels.fp8_linear(rows_of(4, 208), *given, few) is by_torch
-    assert len(asked) == 3
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -1,4 +1,4 @@
-"""What a bound 8-bit weight tells the W8A8 kernel of its plan; no kernel runs."""
+"""What a bound int8 weight tells the W8A8 kernel of its plan; no kernel runs."""
 
 import ctypes
 from typing import Any
@@ -19,7 +19,6 @@ from service.kernels.int8_rows.triton import Rows
 from service.kernels.w8_linear import cuda
 
 OUTS, WIDTH = 4096, 8192  # deep: few rows share tiles
-NUM_ARGUMENTS = 19
 STREAM = 77
 
 
@@ -38,7 +37,7 @@ class Driver:
         self.maps: list[tuple[Any, ...]] = []
 
     def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
-        addresses = (ctypes.c_void_p * NUM_ARGUMENTS).from_address(arguments)
+        addresses = (ctypes.c_void_p * 18).from_address(arguments)
         told = driver.Config.from_buffer_copy(driver.Config.from_address(config))
         self.launches.append((told, list(addresses)))
         return 0
@@ -65,21 +64,11 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return found
 
 
-def bound(number: int = 0, bias: Tensor | None = None, **changes: float) -> cuda.BoundInt8:
+def bound(number: int = 0, bias: Tensor | None = None, **changes: float) -> cuda.Bound:
     codes, steps = torch.zeros(OUTS, WIDTH, dtype=torch.int8), torch.zeros(OUTS)
     rule = OutlierRule(changes.get("threshold", 6.0), bool(changes.get("by_row", True)), torch.zeros(2))
-    shape = Shape("int8", OUTS, WIDTH, torch.float16, bias is not None, rule.threshold)
-    return cuda.BoundInt8(cuda.Weight(codes, steps, bias), rule, shape, number)
-
-
-def bound_fp8(bias: Tensor | None = None) -> cuda.BoundFP8:
-    codes = torch.zeros(OUTS, WIDTH, dtype=torch.float8_e4m3fn)
-    shape = Shape("fp8", OUTS, WIDTH, torch.bfloat16, bias is not None)
-    return cuda.BoundFP8(cuda.Weight(codes, torch.zeros(OUTS), bias), shape)
-
-
-def fp8_rows_of(num_rows: int) -> tuple[Tensor, Tensor]:
-    return torch.zeros(num_rows, WIDTH, dtype=torch.float8_e4m3fn), torch.zeros(num_rows)
+    shape = Shape(OUTS, WIDTH, torch.float16, rule.threshold)
+    return cuda.Bound(codes, steps, bias, rule, shape, number)
 
 
 def rows_of(num_rows: int) -> Rows:
@@ -96,26 +85,23 @@ def integers(addresses: list[int]) -> list[int]:
 
 
 def test_arguments_stand_in_the_kernel_s_order(library: Driver) -> None:
-    """Maps of x and codes, x's steps, the weight's, bias, x, bitmap, codes, y, sums, arrived, x_out,
-    gathered."""
-    bias = torch.zeros(OUTS, dtype=torch.float16)
-    multiply, rows = bound(bias=bias), rows_of(50)
+    """Maps of x and codes, x's steps, the weight's, x, bitmap, codes, y, sums, arrived, x_out, gathered."""
+    multiply, rows = bound(), rows_of(50)
     y = multiply(rows)
     assert y.shape == (50, OUTS)
     assert rows.x is not None
     of_codes, of_rows = library.maps
     variant = multiply.rows[1].variant
     assert of_rows == (0, rows.codes.data_ptr(), [WIDTH, 50], [WIDTH], [128, variant.tile])
-    assert of_codes == (0, multiply.weight.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
+    assert of_codes == (0, multiply.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
     config, told = library.launches[0]
     workspace = multiply.workspace
-    assert pointers(told, range(2, 13)) == [
+    assert pointers(told, range(2, 12)) == [
         rows.scales.data_ptr(),
-        multiply.weight.steps.data_ptr(),
-        bias.data_ptr(),
+        multiply.steps.data_ptr(),
         rows.x.data_ptr(),
         multiply.marks.bitmap.data_ptr(),
-        multiply.weight.codes.data_ptr(),
+        multiply.codes.data_ptr(),
         y.data_ptr(),
         workspace.sums.data_ptr(),
         workspace.arrived.data_ptr(),
@@ -124,8 +110,8 @@ def test_arguments_stand_in_the_kernel_s_order(library: Driver) -> None:
     ]
     blocks, shared = variant.work(50, OUTS, WIDTH, 13)
     assert shared == 32 % 13
-    assert integers(told[13:18]) == [50, OUTS, WIDTH, shared, cuda.GATHERED_COLUMNS]
-    assert ctypes.c_float.from_address(told[18]).value == 6.0
+    assert integers(told[12:17]) == [50, OUTS, WIDTH, shared, cuda.GATHERED_COLUMNS]
+    assert ctypes.c_float.from_address(told[17]).value == 6.0
     assert (config.grid_x, config.block_x, config.stream) == (blocks, THREADS, STREAM)
     assert config.shared_bytes == variant.shared_bytes
     assert workspace.sums.numel() >= 13 * variant.sums_of_block
@@ -138,7 +124,7 @@ def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
         variant = next(r.variant for r in multiply.rows if r.max_rows is None or num_rows <= r.max_rows)
         config, told = library.launches[-1]
         assert config.shared_bytes == variant.shared_bytes
-        gathers = pointers(told, range(5, 6)) != pointers(told, range(11, 12))
+        gathers = pointers(told, range(4, 5)) != pointers(told, range(10, 11))
         assert gathers == (num_rows > 64)
 
 
@@ -148,7 +134,7 @@ def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
 )
 def test_from_where_on_a_number_counts(library: Driver, changes: dict[str, float], threshold: float) -> None:
     bound(**changes)(rows_of(20))
-    assert ctypes.c_float.from_address(library.launches[0][1][18]).value == threshold
+    assert ctypes.c_float.from_address(library.launches[0][1][17]).value == threshold
 
 
 @pytest.mark.parametrize("num_before", [4, 7, 13])
@@ -165,39 +151,7 @@ def test_marks_are_clean_wherever_the_step_before_ended(library: Driver, num_bef
     assert sum(int(bitmap.any()) for bitmap in bitmaps) == 1
 
 
-def test_fp8_tells_nothing_of_outliers(library: Driver) -> None:
-    """x, its bitmap and gathered columns are nowhere; the sums of a tile's parts are its own."""
-    bias = torch.zeros(OUTS, dtype=torch.bfloat16)
-    multiply, (codes, scales) = bound_fp8(bias), fp8_rows_of(5)
-    y = multiply(codes, scales)
-    assert (y.shape, y.dtype) == ((5, OUTS), torch.bfloat16)
-    weight, workspace, variant = multiply.weight, multiply.workspace, multiply.rows[0].variant
-    of_codes, of_rows = library.maps
-    assert of_rows == (0, codes.data_ptr(), [WIDTH, 5], [WIDTH], [128, variant.tile])
-    assert of_codes == (0, weight.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
-    config, told = library.launches[0]
-    given = [scales.data_ptr(), weight.steps.data_ptr(), bias.data_ptr(), 0, 0, weight.codes.data_ptr()]
-    left = [y.data_ptr(), workspace.sums.data_ptr(), workspace.arrived.data_ptr(), 0]
-    assert pointers(told, range(2, 12)) == [*given, *left]
-    assert integers(told[13:17]) == [5, OUTS, WIDTH, 32 % 13]
-    assert (config.grid_x, config.block_x, config.stream) == (13, THREADS, STREAM)
-    assert config.shared_bytes == variant.shared_bytes
-    assert workspace.sums.numel() >= 13 * variant.sums_of_block
-    assert workspace is not bound().workspace
-
-
-def test_fp8_s_rows_choose_the_variant(library: Driver) -> None:
-    multiply = bound_fp8()
-    for num_rows, tile in ((1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)):
-        multiply(*fp8_rows_of(num_rows))
-        assert library.maps[-1][-1] == [128, tile]
-        assert pointers(library.launches[-1][1], range(4, 5)) == [0], "no bias"
-    assert {row.variant.biased for row in multiply.rows} == {False}
-
-
-def test_what_the_kernel_would_misread_is_not_launched(library: Driver) -> None:
-    codes, scales = fp8_rows_of(3)
-    for wrong in (codes.view(torch.int8), codes[:, :16].contiguous()):
-        with pytest.raises(AssertionError):
-            bound_fp8()(wrong, scales)
-    assert not library.launches
+def test_a_bias_is_added(library: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)
+    bias = torch.randn(OUTS).half()
+    assert torch.equal(bound(bias=bias)(rows_of(20)), bias.expand(20, -1))

@@ -1,11 +1,11 @@
-"""The tables of the W8A8 kernel: total for what they do not refuse, one reason for what they do."""
+"""The table of the W8A8 kernel: total for what it does not refuse, one reason for what it does."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.kernels.w8_linear import AFTER_ROWS, MOST_FP8_ROWS, Codes, Shape, plan, refusal
+from service.kernels.w8_linear import AFTER_ROWS, Shape, plan, refusal
 from service.kernels.w8_linear.plan import most_sums
 from service.kernels.w8_linear.variants import SHARED_BYTES, STEP, SYSTEM_BYTES, Tile
 
@@ -13,40 +13,28 @@ HALF = torch.float16
 
 
 @given(
-    codes=st.sampled_from(["int8", "fp8"]),
-    biased=st.booleans(),
     outs=st.integers(1, 3000),
     steps=st.integers(1, 2100),
     factor=st.sampled_from([1, 8, 16]),
-    some_rows=st.integers(1, 10_000),
+    num_rows=st.integers(AFTER_ROWS + 1, 10_000),
     most_blocks=st.integers(1, 140),
     dtype=st.sampled_from([HALF, torch.bfloat16]),
 )
 def test_it_has_a_kernel_or_a_reason(
-    codes: Codes,
-    biased: bool,
-    outs: int,
-    steps: int,
-    factor: int,
-    some_rows: int,
-    most_blocks: int,
-    dtype: torch.dtype,
+    outs: int, steps: int, factor: int, num_rows: int, most_blocks: int, dtype: torch.dtype
 ) -> None:
-    threshold = 6.0 if codes == "int8" else 0.0
-    shape = Shape(codes, outs * factor, steps * factor, dtype, biased, threshold)
+    shape = Shape(outs * factor, steps * factor, dtype, 6.0)
     if reason := refusal(shape):
-        assert "no multiple of" in reason or (codes == "int8" and "more than 32768" in reason)
+        assert "no multiple of" in reason or "more than 32768" in reason
         return
     rows = plan(shape)
     ends = [row.max_rows for row in rows]
-    assert ends[-1] == (None if codes == "int8" else MOST_FP8_ROWS)
-    assert ends[:-1] == sorted({end for end in ends[:-1] if end})
-    num_rows = some_rows + AFTER_ROWS if codes == "int8" else (some_rows - 1) % MOST_FP8_ROWS + 1
+    assert ends[-1] is None
+    assert ends[:-1] == sorted({end for end in ends if end})
     variant = next(row.variant for row in rows if row.max_rows is None or num_rows <= row.max_rows)
     assert variant.shared_bytes <= SHARED_BYTES - SYSTEM_BYTES
-    assert variant.sums_of_block <= most_sums(codes)
+    assert variant.sums_of_block <= most_sums()
     assert variant.bf16 == (dtype is torch.bfloat16)
-    assert (variant.codes, variant.biased) == (codes, biased)
     blocks, shared = variant.work(num_rows, shape.out_features, shape.in_features, most_blocks)
     tiles = -(-shape.out_features // variant.outputs) * -(-num_rows // variant.tile)
     assert 1 <= blocks <= most_blocks
@@ -69,34 +57,20 @@ def test_it_has_a_kernel_or_a_reason(
     ],
 )
 def test_who_is_refused_is_told_why(changes: dict[str, object], reason: str) -> None:
-    told = {"codes": "int8", "out_features": 4096, "in_features": 4096, "dtype": HALF, "threshold": 6.0}
-    assert reason in refusal(Shape(**told | changes))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("outs", "width", "reason"),
-    [(1008, 208, ""), (1000, 208, "1000 outputs"), (1008, 200, "no multiple of 16"), (16, 1 << 17, "")],
-)
-def test_fp8_knows_no_bitmap(outs: int, width: int, reason: str) -> None:
-    """So inputs need be no whole words of it, and may be any number."""
-    found = refusal(Shape("fp8", outs, width, torch.bfloat16))
-    assert reason in found
-    assert bool(reason) == bool(found)
+    told = {"out_features": 4096, "in_features": 4096, "dtype": HALF, "threshold": 6.0} | changes
+    assert reason in refusal(Shape(**told))  # type: ignore[arg-type]
 
 
 def test_none_is_refused_where_there_are_no_outliers() -> None:
-    assert not refusal(Shape("int8", 4096, 4096, HALF))
+    assert not refusal(Shape(4096, 4096, HALF, 0.0))
 
 
 @pytest.mark.parametrize(("outs", "width"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
 def test_the_shapes_that_were_measured(outs: int, width: int) -> None:
-    rows = plan(Shape("int8", outs, width, HALF, threshold=6.0))
+    rows = plan(Shape(outs, width, HALF, 6.0))
     assert [row.max_rows for row in rows] == [32, 64, 128, 256, None]
     gathers = [row.variant.gathers for row in rows]
     assert gathers == [False, False, True, True, True]
-    rows = plan(Shape("fp8", outs, width, torch.bfloat16))
-    assert [row.max_rows for row in rows] == [row.variant.tile for row in rows] == [16, 32, 64]
-    assert {row.variant.cuts for row in rows} == {outs < 28672}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +88,6 @@ def test_the_shapes_that_were_measured(outs: int, width: int) -> None:
 def test_every_block_that_shares_has_a_step(
     outs: int, width: int, num_rows: int, most_blocks: int, work: tuple[int, int]
 ) -> None:
-    assert Tile("int8", 0, 64, 1, 4, 64, cuts=True).work(num_rows, outs, width, most_blocks) == work
+    assert Tile(0, 64, 1, 4, 64, cuts=True).work(num_rows, outs, width, most_blocks) == work
     tiles = min(-(-outs // 128) * -(-num_rows // 64), most_blocks)
-    assert Tile("int8", 0, 64, 1, 4, 64).work(num_rows, outs, width, most_blocks) == (tiles, 0)
+    assert Tile(0, 64, 1, 4, 64).work(num_rows, outs, width, most_blocks) == (tiles, 0)

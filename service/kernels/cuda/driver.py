@@ -22,7 +22,7 @@ MAX_DYNAMIC_SHARED_BYTES, WIDE_CLUSTERS = 8, 14
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
 WITHOUT_ASKING = 48 << 10  # bytes of shared memory that every kernel may have
 # CU_TENSOR_MAP_DATA_TYPE_*, _SWIZZLE_*, _L2_PROMOTION_L2_256B
-MAP_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 0, torch.int32: 2, torch.float16: 6, torch.bfloat16: 9}
+MAP_TYPES = {torch.int8: 0, torch.int32: 2, torch.float16: 6, torch.bfloat16: 9}
 SWIZZLE_NONE, SWIZZLE_128 = 0, 3
 PROMOTE_256 = 3
 

@@ -1,9 +1,9 @@
-"""E4M3 on CUDA: any number of rows quantized in one kernel of Triton, few rows multiplied in another.
+"""E4M3 on CUDA in Triton: any number of rows quantized in one kernel, few rows multiplied in another.
 
 A program streams some rows of the weight, the left operand of the tensor cores' product, as
 kernels/dense_linear does; shares of the inputs are added in their order. The tensor cores add products of
 8-bit floats with fewer bits than float32 has, which over 14,336 inputs was 0.3 % off, so what they add up is
-carried into float32 after each tile of 128 or 256 inputs. On an H100 kernels/w8_linear multiplies few rows.
+carried into float32 after each tile of 128 or 256 inputs.
 """
 
 import torch
@@ -17,7 +17,6 @@ from service.kernels.fp8_linear.reference import LARGEST
 from service.kernels.int8_linear.plan import Tile, splits_of
 from service.kernels.int8_rows.triton import held, magnitude_bits, numbers_of, summed
 from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
-from service.kernels.w8_linear import FewRows
 
 LINE_BYTES = 2 * LINE
 
@@ -198,18 +197,14 @@ def _quantize(
     return codes, scales
 
 
-def fp8_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, few: FewRows | None = None
-) -> Tensor:
+def fp8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """See the package."""
-    return multiply(x, *quantize_rows(x), codes, scales, bias, few)
+    return multiply(x, *quantize_rows(x), codes, scales, bias)
 
 
-def gated_linear(
-    gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, few: FewRows | None = None
-) -> Tensor:
+def gated_linear(gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """`fp8_linear` of kernels/gated_silu of [T, 2 in]."""
-    return multiply(gate_up, *quantize_gated(gate_up), codes, scales, bias, few)
+    return multiply(gate_up, *quantize_gated(gate_up), codes, scales, bias)
 
 
 def normed_linear(
@@ -220,26 +215,17 @@ def normed_linear(
     codes: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    few: FewRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden + delta, and `fp8_linear` of its norm."""
     total, coded = quantize_normed(hidden, delta, gain, eps)
-    return total, multiply(hidden, *coded, codes, scales, bias, few)
+    return total, multiply(hidden, *coded, codes, scales, bias)
 
 
 def multiply(
-    x: Tensor,
-    rows: Tensor,
-    row_scales: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    few: FewRows | None = None,
+    x: Tensor, rows: Tensor, row_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Codes of rows [T, in] and of the weight -> [T, out] in the type of `x`."""
-    if len(rows) <= (few.most if few else FEW_ROWS):
-        if few:
-            return few.multiply(rows, row_scales)
+    if len(rows) <= FEW_ROWS:
         return few_rows(x, rows, row_scales, codes, scales, bias)
     y: Tensor = torch._scaled_mm(
         rows, codes.t(), row_scales[:, None], scales[None, :], bias=bias, out_dtype=x.dtype

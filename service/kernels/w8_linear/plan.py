@@ -1,11 +1,10 @@
-"""Which variant serves an 8-bit linear of how many rows: two tables, and why a linear is in neither.
+"""Which variant serves an 8-bit linear behind how many rows: one table, and why a linear is not in it.
 
-precision/int8, fp8 --Shape--> refusal, or plan --> cuda.py, engine/kernels_ahead
+precision/int8 --Shape--> refusal, or plan --> cuda.py, engine/kernels_ahead
 
-int8 is served from AFTER_ROWS on, fp8 up to MOST_FP8_ROWS; the other rows are another kernel's
-(kernels/int8_linear, fp8_linear). A plan has a row for each range of numbers of rows, whose end is included;
-it follows from the shape alone. Measured in docs/experiments.md, section 9, over the four linears of a layer
-of Llama-3.1-8B, int8 with 32 columns of outliers.
+Up to AFTER_ROWS rows another kernel serves (kernels/int8_linear). A plan has a row for each range of numbers
+of rows beyond, whose end is included; it follows from the shape alone. Measured in docs/experiments.md,
+section 9, over the four linears of a layer of Llama-3.1-8B with 32 columns of outliers.
 """
 
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from service.kernels.w8_linear.variants import MAX_INPUTS, SHARED_BYTES, SYSTEM_BYTES, Codes, Tile
+from service.kernels.w8_linear.variants import MAX_INPUTS, SHARED_BYTES, SYSTEM_BYTES, Tile
 
 AFTER_ROWS = 16
-MOST_FP8_ROWS = 64
 DTYPES = (torch.float16, torch.bfloat16)  # of activations
-MULTIPLE = 16  # of outputs: rows are stored so; of inputs: the copy engine reads no other rows of codes
-WORD_BITS = 32  # of int8's bitmap of columns: a word's end is no column's of a narrower layer
+MULTIPLE = 16  # of outputs: rows are stored so
+WORD_BITS = 32  # of the bitmap of columns: a word's end is no column's of a narrower layer
 WIDE = 16_384  # outputs, and
 DEEP = 8_192  # inputs, from which another variant is the fastest
 LEAST_THRESHOLD = 2.0**-14  # below float16 numbers thin out, and bfloat16's would be rounded up to it
@@ -29,45 +27,32 @@ class Settings(NamedTuple):
     tile: int
     rt: int
     stages: int
-    cap: int = 0
+    cap: int
     cuts: bool = False
 
-
-# by the most rows: for a layer that is narrow and shallow, for a deep one, for a wide one
-Table = tuple[tuple[int | None, tuple[Settings, Settings, Settings]], ...]
 
 FEW, FEW_CUT = Settings(32, 1, 8, 256), Settings(32, 1, 8, 256, cuts=True)
 SOME, SOME_CUT = Settings(64, 1, 7, 256), Settings(64, 1, 7, 256, cuts=True)
 FLAT, FLAT_CUT = Settings(128, 1, 5, 256), Settings(128, 1, 5, 256, cuts=True)
 TALL = Settings(128, 2, 4, 64)
-INT8: Table = (
+# by the most rows: for a layer that is narrow and shallow, for a deep one, for a wide one
+TILES: tuple[tuple[int | None, tuple[Settings, Settings, Settings]], ...] = (
     (32, (FEW_CUT, FEW_CUT, FEW)),
     (64, (SOME_CUT, SOME_CUT, SOME)),
     (128, (FLAT, FLAT_CUT, TALL)),
     (256, (FLAT, FLAT_CUT, Settings(256, 1, 4, 64))),
     (None, (FLAT, TALL, TALL)),
 )
-FP8_FEW, FP8_MORE = Settings(16, 1, 10, cuts=True), Settings(32, 1, 9, cuts=True)
-FP8_MOST = Settings(64, 1, 8, cuts=True)
-FP8: Table = (
-    (16, (FP8_FEW, FP8_FEW, Settings(16, 2, 6))),
-    (32, (FP8_MORE, FP8_MORE, Settings(32, 2, 5))),
-    (MOST_FP8_ROWS, (FP8_MOST, FP8_MOST, Settings(64, 2, 5))),
-)
-FP8_IS_LIGHT = False  # as the table was measured
-TABLES: dict[Codes, Table] = {"int8": INT8, "fp8": FP8}
 
 
 @dataclass(frozen=True)
 class Shape:
     """What decides whether and how a linear is served."""
 
-    codes: Codes
     out_features: int
     in_features: int
     dtype: torch.dtype  # of activations
-    biased: bool = False
-    threshold: float = 0.0  # of int8's outliers; 0: there are none
+    threshold: float  # of outliers; 0: there are none
 
 
 @dataclass(frozen=True)
@@ -84,10 +69,9 @@ def refusal(shape: Shape) -> str:
         return f"activations are {shape.dtype}, it computes with 16-bit types"
     if shape.out_features % MULTIPLE:
         return f"{shape.out_features} outputs are no multiple of {MULTIPLE}"
-    multiple = WORD_BITS if shape.codes == "int8" else MULTIPLE
-    if shape.in_features % multiple:
-        return f"{shape.in_features} input features are no multiple of {multiple}"
-    if shape.codes == "int8" and shape.in_features > MAX_INPUTS:
+    if shape.in_features % WORD_BITS:
+        return f"{shape.in_features} input features are no multiple of {WORD_BITS}"
+    if shape.in_features > MAX_INPUTS:
         return f"{shape.in_features} input features are more than {MAX_INPUTS}"
     if 0 < shape.threshold < LEAST_THRESHOLD:
         return f"threshold {shape.threshold:g} is below {LEAST_THRESHOLD:g}"
@@ -99,15 +83,11 @@ def plan(shape: Shape) -> tuple[Row, ...]:
     assert not refusal(shape), shape
     number = 2 if shape.out_features >= WIDE else int(shape.in_features >= DEEP)
     is_bf16 = int(shape.dtype is torch.bfloat16)
-    kind = {"light": FP8_IS_LIGHT and shape.codes == "fp8", "biased": shape.biased}
-    rows = tuple(
-        Row(most, Tile(shape.codes, is_bf16, *settings[number], **kind))
-        for most, settings in TABLES[shape.codes]
-    )
+    rows = tuple(Row(most, Tile(is_bf16, *settings[number])) for most, settings in TILES)
     assert all(row.variant.shared_bytes <= SHARED_BYTES - SYSTEM_BYTES for row in rows)
     return rows
 
 
-def most_sums(codes: Codes) -> int:
+def most_sums() -> int:
     """Float32 numbers that a block of any variant leaves for others."""
-    return max(Tile(codes, 0, *each).sums_of_block for _, settings in TABLES[codes] for each in settings)
+    return max(Tile(0, *each).sums_of_block for _, settings in TILES for each in settings)

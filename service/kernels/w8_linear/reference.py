@@ -6,7 +6,7 @@ from torch import Tensor
 from service.kernels.int8_rows import Marks, OutlierRule
 
 
-def int8_linear(
+def w8_linear(
     codes: Tensor, steps: Tensor, bias: Tensor | None, rule: OutlierRule, marks: Marks, rows: object
 ) -> Tensor:
     """`rows`, as int8_rows has left them with these marks -> [T, out] in their type."""
@@ -19,16 +19,8 @@ def int8_linear(
     is_listed = bits.flatten()[: x.shape[1]].bool()
     outliers = x * is_listed * (x.abs() >= told_threshold(rule))
     sums = x_codes.double() @ codes.double().t() * x_steps[:, None] + outliers.double() @ codes.double().t()
-    y = sums * steps
-    return (y if bias is None else y + bias).to(rows.dtype)
-
-
-def fp8_linear(
-    codes: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype, x_codes: Tensor, x_scales: Tensor
-) -> Tensor:
-    """Codes of rows [T, in] and what they count [T] -> [T, out], rounded once."""
-    sums = x_codes.double() @ codes.double().t() * (x_scales[:, None] * scales)
-    return (sums if bias is None else sums + bias).to(dtype)
+    y = (sums * steps).to(rows.dtype)
+    return y if bias is None else y + bias
 
 
 def told_threshold(rule: OutlierRule) -> float:

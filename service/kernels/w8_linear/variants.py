@@ -5,11 +5,8 @@ plan.py --Tile--> cuda.py; `w8_tile.cu` asserts the same shared memory
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from service.kernels.cuda import Program
-
-Codes = Literal["int8", "fp8"]  # of a weight and of rows: LLM.int8()'s, whose outliers are apart, or E4M3
 
 FOLDER = Path(__file__).parent
 KERNEL = "w8_tile"
@@ -31,27 +28,24 @@ class Tile:
     """Tiles of 128 rt outputs and `tile` rows. Blocks take them whole, or (`cuts`) share those that would
     fill the device only in part."""
 
-    codes: Codes
     bf16: int  # activations are bfloat16, not float16
     tile: int
     rt: int  # of 64 outputs, of a warpgroup
     stages: int  # of the ring through which codes arrive
-    cap: int = 0  # int8: listed columns of a part of a tile whose codes are copied as they pass
+    cap: int  # listed columns of a part of a tile whose codes are copied as they pass
     cuts: bool = False
-    light: bool = False  # fp8: blocks leave registers for those of a neighbouring launch
-    biased: bool = False
 
     @property
     def program(self) -> Program:
-        settings = {"TILE": self.tile, "RT": self.rt, "STAGES": self.stages, "BF16": self.bf16}
-        settings |= {"CAP": self.cap} if self.codes == "int8" else {"FP8": 1, "LIGHT": int(self.light)}
-        settings |= {"BIASED": int(self.biased), "SHARED_BYTES": self.shared_bytes}
+        settings = {
+            "TILE": self.tile, "RT": self.rt, "STAGES": self.stages, "CAP": self.cap, "BF16": self.bf16,
+            "SHARED_BYTES": self.shared_bytes,
+        }  # fmt: skip
         return Program(FOLDER / f"{KERNEL}.cu", KERNEL, tuple(settings.items()))
 
     @property
     def name(self) -> str:
-        kind = f"{self.codes}{' light' if self.light else ''}{' with bias' if self.biased else ''}"
-        return f"{KERNEL} {kind} {self.bf16}x{self.tile}x{self.rt}x{self.stages}x{self.cap}"
+        return f"{KERNEL} {self.bf16}x{self.tile}x{self.rt}x{self.stages}x{self.cap}"
 
     @property
     def outputs(self) -> int:
@@ -59,17 +53,14 @@ class Tile:
 
     @property
     def gathers(self) -> bool:
-        return self.codes == "int8" and self.tile >= GATHERING_ROWS
+        return self.tile >= GATHERING_ROWS
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        before, rooms = 1024 + 384 + 8 * self.tile, 0
-        if self.codes == "int8":
-            is_large = self.tile >= 128 and self.rt * self.tile >= 256
-            piece = 64 if is_large else self.tile  # rows with sums as floats
-            before, rooms = before + 4096 + 528 + self.outputs * self.cap, 2 * piece * 64
-        ring = rounded_up(rounded_up(before, 1024) + rooms + WARPGROUPS * 4 * 512, 1024)
+        lists = 1024 + 384 + 8 * self.tile + 4096 + 528 + self.outputs * self.cap
+        piece = self.tile if self.tile < 128 or self.rt * self.tile < 256 else 64  # rows with sums as floats
+        ring = rounded_up(rounded_up(lists, 1024) + 2 * piece * 64 + WARPGROUPS * 4 * 512, 1024)
         return ring + self.stages * STEP * (self.outputs + self.tile) - SYSTEM_BYTES
 
     @property

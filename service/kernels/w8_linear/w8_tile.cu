@@ -14,21 +14,23 @@
 //
 // Work: of all tiles the first `stream_tiles` are cut into equal numbers of steps of 128 K, one run a block, wherever
 // a tile ends; the others go to the blocks whole, in turn. Who computed a part of a tile leaves it in memory; who comes
-// last adds the parts in the order of K, so that the bits do not depend on who that is; a bias is added behind them.
+// last adds the parts in the order of K, so that the bits do not depend on who that is.
 #include "w8_device.h"
 
-// TILE, RT, STAGES and SHARED_BYTES have no default: variants.py names them.
 #ifndef FP8
 #define FP8 0
 #endif
+#ifndef TILE
+#define TILE 64
+#endif
+#ifndef RT
+#define RT 1
+#endif
+#ifndef STAGES
+#define STAGES 4
+#endif
 #ifndef CAP  // listed columns of a part that are taken out of the stages
 #define CAP 64
-#endif
-#ifndef BIASED
-#define BIASED 0
-#endif
-#ifndef LIGHT  // registers stay as they were dealt out: blocks of a neighbouring launch find room beside
-#define LIGHT 0
 #endif
 #ifndef PER_SM  // blocks that fit a multiprocessor: with 2, a launch works while the next one already reads its weights
 #define PER_SM 1
@@ -48,8 +50,9 @@ constexpr int X_OUT = (CODES + (FP8 ? 0 : R * CAP) + 1023) / 1024 * 1024, OUT = 
 constexpr int RING = (OUT + WGS * 4 * OUT_BYTES + 1023) / 1024 * 1024;
 constexpr int END = RING + STAGES * STAGE_BYTES;
 static_assert(END * PER_SM <= 228 * 1024 && STAGES <= 12 && CAP % LISTED_AT_A_TIME == 0 && T <= CONSUMERS);
+#ifdef SHARED_BYTES
 static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
-constexpr bool MOVES_REGISTERS = PER_SM == 1 && !LIGHT;
+#endif
 constexpr int CONSUMER_REGISTERS = RT * T < 256 ? 216 : 224, PRODUCER_REGISTERS = RT * T < 256 ? 72 : 56;
 
 #if FP8
@@ -81,9 +84,9 @@ DEVICE uint32_t pair_of_codes(uint32_t two) {  // the lower two bytes, exactly
 KERNEL __launch_bounds__(THREADS, PER_SM)
 w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
         // what the predecessor wrote is not __restrict__: such a load may be moved to before the wait for it
-        const float* x_steps, const float* __restrict__ w_steps, const uint16_t* __restrict__ bias, const uint16_t* x16,
-        const uint32_t* bitmap, const int8_t* __restrict__ w, char* y, float* workspace, int* arrived, uint16_t* x_out,
-        int* gathered, int rows, int N, int K, int stream_tiles, int x_out_columns, float threshold) {
+        const float* x_steps, const float* __restrict__ w_steps, const uint16_t* x16, const uint32_t* bitmap,
+        const int8_t* __restrict__ w, char* y, float* workspace, int* arrived, uint16_t* x_out, int* gathered, int rows,
+        int N, int K, int stream_tiles, int x_out_columns, float threshold) {
     SHARED_MEMORY
     const uint32_t here = window_start(shared);
     char* window = shared - 1024;
@@ -220,7 +223,7 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
     };
 
     if (warp >= WGS * 4) {
-        if constexpr (MOVES_REGISTERS) registers_lower<PRODUCER_REGISTERS>();
+        if constexpr (PER_SM == 1) registers_lower<PRODUCER_REGISTERS>();
         if (thread == CONSUMERS) {
             const uint64_t policy = row_tiles == 1 ? READ_ONCE : NORMAL;
             Run part = {};
@@ -334,7 +337,7 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
             }
         }
     } else {
-        if constexpr (MOVES_REGISTERS) registers_raise<CONSUMER_REGISTERS>();
+        if constexpr (PER_SM == 1) registers_raise<CONSUMER_REGISTERS>();
         await_predecessor();
         const int g = lane >> 2, group = warp >> 2, quarter = warp & 3;
         uint32_t stage = 0, phase = 0, done = 0, room = 0, ready = 0, coded = 0, number = 0;  // `done`: the stage given back next
@@ -346,15 +349,12 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
             const int n = part.tile / row_tiles * R, m = part.tile % row_tiles * T;
             const int first_row = n + group * RT * 64 + quarter * 16 + g;  // this thread's, and every eighth in a tile
             const float x_step = thread < T && m + thread < rows ? x_steps[m + thread] : 0;
-            float w_step[RT][2], added[RT][2];
+            float w_step[RT][2];
 #pragma unroll
             for (int r = 0; r < RT; r++)
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int output = first_row + r * 64 + i * 8;
-                    w_step[r][i] = output < N ? w_steps[output] : 0;
-                    added[r][i] = BIASED && output < N ? load_number(bias + output) : 0;
-                }
+                for (int i = 0; i < 2; i++)
+                    w_step[r][i] = first_row + r * 64 + i * 8 < N ? w_steps[first_row + r * 64 + i * 8] : 0;
 
             auto a_at = [&](int r) { return descriptor(here + RING + stage * STAGE_BYTES + (group * RT + r) * 8192); };
             auto b_at = [&]() { return descriptor(here + RING + stage * STAGE_BYTES + W_BYTES); };
@@ -412,14 +412,13 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
                 if (past > first) barrier_wait(here + CODED, coded), coded ^= 1;
             }
             const bool is_alone = past - start <= LISTED_AT_A_TIME;
-            auto result = [&](int r, int i, float v) { return BIASED ? v * w_step[r][i] + added[r][i] : v * w_step[r][i]; };
             // 16 outputs x 8 rows of activations -> a warp's room, turned there; 16 rows of 32 bytes at a time -> y.
             auto write = [&](int r, int j, const float* v) {
                 const uint32_t out = OUT + warp * OUT_BYTES;
                 const int to = j * 8 % OUT_ROWS + (lane & 7), column = n + (group * RT + r) * 64 + quarter * 16;
                 store_two_transposed(here + out + to * 32 + (((lane >> 3) ^ (to >> 2)) & 1) * 16,
-                                     to_pair(result(r, 0, v[0]), result(r, 0, v[1])),
-                                     to_pair(result(r, 1, v[2]), result(r, 1, v[3])));
+                                     to_pair(v[0] * w_step[r][0], v[1] * w_step[r][0]),
+                                     to_pair(v[2] * w_step[r][1], v[3] * w_step[r][1]));
                 if ((j + 1) * 8 % OUT_ROWS) return;
                 sync_warp();
                 const int row = lane >> 1, half = lane & 1, into = m + (j + 1) * 8 - OUT_ROWS + row;
