@@ -82,8 +82,12 @@ class Decodes:
         dtype = self.shape.kv_dtype
         return (dequantized(*quantized(new, dtype)) if is_coded(dtype) else new).double()
 
-    def wanted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """y in float64, and the new K and V [S, kv_heads, head_dim], which were written."""
+    def wanted(self, *, is_written: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """y in float64, and the new K and V [S, kv_heads, head_dim], which were written.
+
+        `is_written`: the caches have their codes already, and these count. Where a number lies between two
+        codes, which of them it becomes is the writer's.
+        """
         q, k, v = self.made()
         y = torch.zeros_like(q)
         for row, length in enumerate(self.lengths):
@@ -94,7 +98,8 @@ class Decodes:
             sides = []
             for part, new in enumerate((k, v)):
                 pages = self.meant(part, blocks).transpose(0, 1).flatten(1, 2)[:, oldest:length]
-                pages[:, -1] = self.kept(new[row])
+                if not is_written:
+                    pages[:, -1] = self.kept(new[row])
                 sides.append(pages.repeat_interleave(self.shape.group, 0))
             keys, values = sides
             scores = (keys @ q[row][:, :, None])[:, :, 0] * self.scale

@@ -113,7 +113,10 @@ inline void copies_wait() {
 }
 
 inline float to_float(uint16_t bits) { _Float16 v; memcpy(&v, &bits, 2); return float(v); }
-inline float power_of_2(float v) { return exp2f(v); }
+inline float power_of_2(float v) {  // what is subnormal is 0, as ex2.approx.ftz has it
+    const float power = exp2f(v);
+    return power < 1.17549435e-38f ? 0 : power;
+}
 inline float inverse_root(float v) { return 1 / sqrtf(v); }
 inline float bits_to_float(uint32_t bits) { float v; memcpy(&v, &bits, 4); return v; }
 inline uint32_t float_to_bits(float v) { uint32_t bits; memcpy(&bits, &v, 4); return bits; }

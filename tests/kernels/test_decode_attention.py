@@ -17,7 +17,7 @@ from service.kernels.cuda import driver, maps
 from service.kernels.decode_attention import Settings, Shape, Variant, cuda, plan, refusal, serving, table
 from service.kernels.decode_attention.table import HEAD_DIMS, TABLE, row_for, rows_of, variant_of
 from service.kernels.paged_attention import plan_attention
-from tests.kernels.decodes import EPS, PAGE, decodes
+from tests.kernels.decodes import EPS, PAGE, Decodes, decodes
 from tests.kernels.emulated import box, build, pointer
 
 STREAM = 77
@@ -75,6 +75,45 @@ CASES = [
 ]
 
 
+def emulated(library: Any, variant: Variant, given: Decodes, order: int) -> torch.Tensor:
+    """-> [S + 1, heads, head_dim], of which the last are not to be written."""
+    of, sequences = given.shape, len(given.lengths)
+    columns = 128 // of.kv_dtype.itemsize
+    maps = [
+        box(cache, (cache[..., 0].numel(), of.head_dim), PAGE, columns, swizzled=2)
+        for cache in (given.keys, given.values)
+    ]
+    y = torch.full((sequences + 1, of.num_heads, of.head_dim), float("nan"), dtype=of.dtype)
+    tensors = (
+        *maps, given.qkv, y, given.cos, given.sin, given.q_norm, given.k_norm, given.keys, given.values,
+        given.scales, given.step.block_tables, given.step.lengths,
+    )  # fmt: skip
+    numbers = (given.step.block_tables.shape[1], of.num_kv_heads, given.window)
+    fractions = (given.scale, given.softcap, EPS)
+    blocks = sequences * of.num_kv_heads * variant.splits
+    library.run(order, blocks, *map(pointer, tensors), *map(c_int, numbers), *map(c_float, fractions))
+    return y
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which compiles the kernel for the emulator")
+@pytest.mark.parametrize("codes", [INT8, FP8], ids=str)
+def test_what_is_broken_shows(tmp_path: Path, codes: torch.dtype) -> None:
+    """NaN in a query, infinity in the only value, an old scale of NaN: in those heads, nowhere else; and
+    codes stay finite."""
+    of = shape(128, 2, 2, HALF, codes)
+    variant = variant_of(of, Settings(2, 2, 2))
+    library = build(variant.program, tmp_path, RUN)
+    torch.manual_seed(2)
+    given = decodes(of, [40, 1, 33])
+    assert given.scales is not None
+    given.qkv[0, 3 * 128] = float("nan")  # query head 3
+    given.qkv[1, 6 * 128] = float("inf")  # value head 0, of the only token
+    given.scales[int(given.step.block_tables[2, 1]), 1, 2, 0] = float("nan")
+    hurt = torch.isnan(emulated(library, variant, given, 0)[:-1]).any(2)
+    assert hurt.nonzero().tolist() == [[0, 3], [1, 0], [1, 1], [2, 2], [2, 3]]
+    assert all(bool(cache.float().isfinite().all()) for cache in (given.keys, given.values))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which compiles the kernel for the emulator")
 @pytest.mark.parametrize(
     ("of", "settings", "lengths", "window", "softcap", "rotates", "wild"), CASES, ids=str
@@ -100,25 +139,7 @@ def test_it_computes_the_same_bits_in_whatever_order_blocks_come(
         want, k, v = given.wanted()
         caches = [cache for cache in (given.keys, given.values, given.scales) if cache is not None]
         before = [cache.clone() for cache in caches]
-        columns = 128 // of.kv_dtype.itemsize
-        maps = [
-            box(cache, (cache[..., 0].numel(), of.head_dim), PAGE, columns, swizzled=2)
-            for cache in caches[:2]
-        ]
-        y = torch.full((len(lengths) + 1, of.num_heads, of.head_dim), float("nan"), dtype=of.dtype)
-        tensors = (
-            *maps, given.qkv, y, given.cos, given.sin, given.q_norm, given.k_norm, given.keys, given.values,
-            given.scales, given.step.block_tables, given.step.lengths,
-        )  # fmt: skip
-        numbers = (given.step.block_tables.shape[1], of.num_kv_heads, window)
-        fractions = (given.scale, softcap, EPS)
-        library.run(
-            order,
-            len(lengths) * of.num_kv_heads * variant.splits,
-            *map(pointer, tensors),
-            *map(c_int, numbers),
-            *map(c_float, fractions),
-        )
+        y = emulated(library, variant, given, order)
         assert torch.isnan(y[-1]).all()
         got = y[:-1].double()
         assert float((got - want).norm() / want.norm()) < TOLERANCE[of.dtype]

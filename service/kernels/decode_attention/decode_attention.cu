@@ -233,8 +233,9 @@ decode_attention(GRID_CONSTANT TensorMap key_map, GRID_CONSTANT TensorMap value_
                     shared + SCALES + (warp * STAGES + stage) * SCALE_BYTES + row * 4);
                 key_scale[i] = bits_to_float(both << 16);
                 value_scale[i] = is_seen[i] ? bits_to_float(both & 0xffff0000) : 0;
-                // exponent, and mantissa as if it were its own logarithm: within 0.09
-                value_log[i] = float(both >> 16) * (1.0f / 128) - 127;
+                // exponent, and mantissa as if it were its own logarithm: within 0.09. A scale that is broken or as good as
+                // that must not make weights of nothing, or it would not show: 2^-128 is 0 to the GPU's power
+                value_log[i] = fminf(float(both >> 16) * (1.0f / 128) - 127, 100);
             }
         }
         uint32_t weights[TILES][2];

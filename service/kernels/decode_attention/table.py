@@ -64,7 +64,8 @@ TABLE: Table = (
     (256, Settings(4, 3, 2)),
     (None, Settings(8, 3, 1)),
 )
-CODED_TABLE: Table = ()  # over 8-bit codes, which take half the room
+# over 8-bit codes, which take half the room
+CODED_TABLE: Table = TABLE
 
 
 def refusal(shape: Shape) -> str:
