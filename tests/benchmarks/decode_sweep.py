@@ -18,7 +18,7 @@ from torch import Tensor
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.coded_attention import coded_attention
 from service.kernels.decode_attention import Settings, Shape, cuda
-from service.kernels.decode_attention.table import CODES, TABLE, Table, row_for, rows_of, table_of, variant_of
+from service.kernels.decode_attention.table import CODES, TABLE, row_for, rows_of, variant_of
 from service.kernels.dense_linear import bind_linear, dense_linear
 from service.kernels.paged_attention import decode_plan, paged_attention
 from service.kernels.rotary_kv import rotary_kv
@@ -145,13 +145,9 @@ def settings_for(rows: int, kv_dtype: torch.dtype) -> list[Settings]:
 
 
 def usual(shape: Shape, rows: int) -> Settings:
-    """What serves; over codes without a table of their own, what serves 16 bits."""
-    variant = row_for(rows_of(shape, table_used(shape)), rows).variant
+    """What serves."""
+    variant = row_for(rows_of(shape, TABLE), rows).variant
     return Settings(variant.warps, variant.stages, variant.splits)
-
-
-def table_used(shape: Shape) -> Table:
-    return table_of(shape) or TABLE
 
 
 def cases(rows: int, contexts: tuple[int, ...]) -> Iterator[tuple[str, list[int]]]:

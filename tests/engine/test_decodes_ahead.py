@@ -8,7 +8,6 @@ import torch
 
 from service.engine.kernel_shapes import shapes_of
 from service.engine.kernels_ahead import META, cuda_loads
-from service.kernels.decode_attention import Settings
 from service.messages import EngineConfig
 from service.model.random_weights import Draw, RandomWeights
 from service.precision import load_backend
@@ -16,14 +15,12 @@ from service.precision import load_backend
 
 @pytest.mark.parametrize(
     ("precision", "kv_dtype", "splits"),
-    [("nf4", None, [16, 8, 4, 2, 1]), ("fp16", torch.int8, [8, 2]), ("fp16", torch.float32, [])],
+    [("nf4", None, [16, 8, 4, 2, 1]), ("fp16", torch.int8, [16, 8, 4, 2, 1]), ("fp16", torch.float32, [])],
 )
 def test_every_variant_of_the_cache_s_table_is(
     precision: str, kv_dtype: torch.dtype | None, splits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None in deterministic order."""
-    coded = ((32, Settings(4, 2, 8)), (None, Settings(4, 3, 2)))
-    monkeypatch.setattr("service.kernels.decode_attention.table.CODED_TABLE", coded)
     monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
     loaded: list[Any] = []
     monkeypatch.setattr("service.engine.kernels_ahead.decode_attention.load", loaded.append)

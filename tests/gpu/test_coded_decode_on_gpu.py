@@ -16,7 +16,7 @@ from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.coded_attention import coded_attention
 from service.kernels.cuda import absence
 from service.kernels.decode_attention import Settings, Shape, cuda
-from service.kernels.decode_attention.table import CODED_TABLE, TABLE, row_for, rows_of, variant_of
+from service.kernels.decode_attention.table import TABLE, row_for, rows_of, variant_of
 from service.kernels.dense_linear import dense_linear
 from service.kernels.kv_codes import dequantized
 from service.kernels.rotary_kv import rotary_kv
@@ -29,9 +29,7 @@ HALF, BRAIN, INT8, FP8 = torch.float16, torch.bfloat16, torch.int8, torch.float8
 RELATIVE_RMS = {HALF: 1e-3, BRAIN: 6e-3}
 WORSE_THAN_TRITON = 1.5
 # of 16 bits, whose numbers of splits are all that there are, and deeper rings
-SETTINGS = [
-    *dict.fromkeys((*(each for _, each in (*TABLE, *CODED_TABLE)), Settings(4, 4, 1), Settings(8, 6, 1)))
-]
+SETTINGS = [*(each for _, each in TABLE), Settings(4, 4, 1), Settings(8, 6, 1)]
 LENGTHS = (
     [640],
     [1, 16, 17, 4096, 63, 0, 2049],

@@ -15,7 +15,7 @@ from service.kernels import decode_attention as decodes_of
 from service.kernels import w4_linear, w8_linear
 from service.kernels.cuda import Kernel
 from service.kernels.decode_attention import cuda as decode_cuda
-from service.kernels.decode_attention.table import CODED_TABLE, HEAD_DIMS, TABLE, variant_of
+from service.kernels.decode_attention.table import HEAD_DIMS, TABLE, variant_of
 from service.kernels.dense_linear import cuda as dense_cuda
 from service.kernels.dense_linear import few_rows
 from service.kernels.int8_linear import triton as int8
@@ -111,7 +111,7 @@ def dense_stream(given: Given) -> None:
 def decode_variants() -> Iterator[tuple[decodes_of.Variant, decodes_of.Shape]]:
     """All settings with most sizes of heads; with norms, caps, and without; over numbers and over codes."""
     caches = cycle((None, torch.int8, torch.float8_e4m3fn, None, torch.int8, None, torch.float8_e4m3fn))
-    settings = [*dict.fromkeys(settings for _, settings in (*TABLE, *CODED_TABLE))]
+    settings = [settings for _, settings in TABLE]
     dims = cycle(HEAD_DIMS)
     pairs = [(each, next(dims)) for each in settings for _ in range(4)]
     groups, dtypes, flags = (

@@ -174,17 +174,10 @@ def test_whom_it_serves() -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", [INT8, FP8])
-def test_8_bit_caches_have_a_table_of_their_own(
-    monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype
-) -> None:
-    """And nobody is served over them while it is empty."""
-    of = replace(LLAMA, kv_dtype=kv_dtype)
-    monkeypatch.setattr(table, "CODED_TABLE", ())
-    assert "not been measured" in refusal(of)
-    assert plan(of) == ()
-    monkeypatch.setattr(table, "CODED_TABLE", ((None, Settings(8, 3, 1)),))
-    assert plan(of) == rows_of(of, ((None, Settings(8, 3, 1)),))
-    assert table.pages_of(plan(of)[0].variant) is kv_dtype
+def test_8_bit_caches_are_served_by_the_same_settings(kv_dtype: torch.dtype) -> None:
+    coded, plain = plan(replace(LLAMA, kv_dtype=kv_dtype)), plan(LLAMA)
+    assert [row.max_sequences for row in coded] == [row.max_sequences for row in plain]
+    assert {table.pages_of(row.variant) for row in coded} == {kv_dtype}
 
 
 def test_few_sequences_are_shared_by_many_blocks() -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from service.kernels.cuda import Program, driver, maps
 from service.kernels.decode_attention import cuda as decode_cuda
-from service.kernels.decode_attention.table import CODED_TABLE, HEAD_DIMS, TABLE
+from service.kernels.decode_attention.table import HEAD_DIMS, TABLE
 from service.kernels.dense_linear import few_rows
 from service.kernels.w4_linear.plan import TABLES
 from service.kernels.w8_linear.plan import TILES
@@ -120,9 +120,7 @@ def test_so_is_every_variant_of_a_table(programs: set[Program]) -> None:
     assert seen("dense_stream", "TILE", "EARLY", "BF16") == {
         (entry.variant.tile, entry.variant.early, bf16) for entry in few_rows.TABLE for bf16 in (0, 1)
     }
-    assert seen("decode_attention", "STAGES", "SPLITS") == {
-        (each.stages, each.splits) for _, each in (*TABLE, *CODED_TABLE)
-    }
+    assert seen("decode_attention", "STAGES", "SPLITS") == {(each.stages, each.splits) for _, each in TABLE}
     assert seen("decode_attention", "DIM") == {(dim,) for dim in HEAD_DIMS}
     assert seen("decode_attention", "CODES") == {(0,), (1,), (2,)}
     for kernel in CUDA_SOURCES:

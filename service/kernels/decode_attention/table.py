@@ -64,8 +64,6 @@ TABLE: Table = (
     (256, Settings(4, 3, 2)),
     (None, Settings(8, 3, 1)),
 )
-# over 8-bit codes, which take half the room
-CODED_TABLE: Table = TABLE
 
 
 def refusal(shape: Shape) -> str:
@@ -74,8 +72,6 @@ def refusal(shape: Shape) -> str:
         return f"activations are {shape.dtype}, it computes with 16-bit types"
     if shape.kv_dtype not in (shape.dtype, *CODES):
         return f"the KV cache is of {shape.kv_dtype}, it reads activations' own type, or 8-bit codes"
-    if not table_of(shape):
-        return f"how it serves a KV cache of {shape.kv_dtype} best has not been measured"
     if shape.head_dim not in HEAD_DIMS:
         return f"heads have {shape.head_dim} dimensions, it has {', '.join(map(str, HEAD_DIMS))}"
     if shape.group > MAX_GROUP:
@@ -85,11 +81,7 @@ def refusal(shape: Shape) -> str:
 
 def plan(shape: Shape) -> tuple[Row, ...]:
     """Empty for a shape that is not served."""
-    return () if refusal(shape) else rows_of(shape, table_of(shape))
-
-
-def table_of(shape: Shape) -> Table:
-    return CODED_TABLE if shape.kv_dtype in CODES else TABLE
+    return () if refusal(shape) else rows_of(shape, TABLE)
 
 
 @cache
