@@ -10,7 +10,8 @@ a step gives is copied away before the next begins.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 # predicted to cost 5 to 14 us a step, where a third graph for each size would cost every start a second
 CAPTURED: tuple[Variant, ...] = ("full", "greedy")
 MOST_MIXED = 96  # of some 2 MB each, for a model of 32 layers
+SPARE_BYTES = 256 << 20  # of the device, left to whoever needs them more than steps with prompts do
 
 
 def batch_sizes(max_requests: int) -> list[int]:
@@ -93,6 +95,7 @@ class Graphs:
         self._mixed_steps = mixed_steps
         self._mixed: dict[MixedShape, MixedGraph] = {}
         self._uncaptured = mixed_steps.usual() if mixed_steps else []
+        self._takes_more = mixed_steps is not None
         self._pool = devices.GraphPool()
         self._logits: Tensor | None = None
         self.memory = GraphMemory()
@@ -101,7 +104,7 @@ class Graphs:
         progress(0, total)
         # the largest first: its buffers are cut into those of all others
         if mixed_steps:
-            self._capture_mixed(mixed_steps.make(mixed_steps.largest), is_known=False)
+            self._capture_mixed(mixed_steps, mixed_steps.largest, is_known=False)
             progress(1, total)
         for size in reversed(sizes):
             for variant in CAPTURED:
@@ -128,9 +131,9 @@ class Graphs:
         """None where a step with prompts is to run kernel by kernel."""
         if self._mixed_steps is None or (shape := self._mixed_steps.shape_of(inputs)) is None:
             return None
-        if shape not in self._mixed and not self._add_mixed(self._mixed_steps, shape):
-            return None
-        return self._mixed[shape]
+        if shape not in self._mixed:
+            self._add_mixed(self._mixed_steps, shape)
+        return self._mixed.get(shape)
 
     @property
     def is_complete(self) -> bool:
@@ -143,18 +146,27 @@ class Graphs:
         if self._mixed_steps and shape not in self._mixed:
             self._add_mixed(self._mixed_steps, shape)
 
-    def _add_mixed(self, steps: MixedSteps, shape: MixedShape) -> bool:
-        if len(self._mixed) == MOST_MIXED:
-            return False
+    def _add_mixed(self, steps: MixedSteps, shape: MixedShape) -> None:
+        """Captures it, unless there are enough or something speaks against it, now or earlier."""
+        if not self._takes_more or len(self._mixed) == MOST_MIXED:
+            return
+        free = devices.memory_free_bytes(self._state.device)
+        if free < SPARE_BYTES:
+            self._take_no_more(f"{free >> 20} MiB of memory are free")
+            return
         before = self._held()
         try:
-            self._capture_mixed(steps.make(shape), is_known=True)
+            self._capture_mixed(steps, shape, is_known=True)
         except DeviceError as error:
-            logger.warning("steps with prompts run kernel by kernel from now on: %s", error)
-            self._mixed_steps = None
-            return False
+            self._take_no_more(str(error))
+            return
         self._account(before)
-        return True
+
+    def _take_no_more(self, reason: str) -> None:
+        """Said once; what is captured is replayed as before."""
+        logger.warning("steps with prompts of other shapes run kernel by kernel from now on: %s", reason)
+        self._takes_more = False
+        self._uncaptured.clear()
 
     def _size(self, num_rows: int) -> int:
         return self._sizes[self._size_of[num_rows]]
@@ -189,20 +201,24 @@ class Graphs:
         """On padding alone: block 0 takes what it writes. `is_known`: all its kernels have been launched."""
         self._state.select(np.empty(0, np.int64), size)
         self._state.flush()
-        told = f"the decode step of {size} requests ({variant or 'forward'})"
-        self._graphs[size, variant] = Graph(size, self._captured(run, told, is_known))
+        with telling(f"the decode step of {size} requests ({variant or 'forward'})"):
+            self._graphs[size, variant] = Graph(size, self._pool.capture(run, is_known=is_known))
 
     @torch.inference_mode()
-    def _capture_mixed(self, step: MixedStep, *, is_known: bool) -> None:
-        told = f"the step of {step.shape.num_rows} rows with prompts"
-        captured = self._captured(lambda: self._keep(step()), told, is_known)
-        self._mixed[step.shape] = MixedGraph(step, captured)
+    def _capture_mixed(self, steps: MixedSteps, shape: MixedShape, *, is_known: bool) -> None:
+        with telling(f"the step of {shape.num_rows} rows with prompts"):
+            step = steps.make(shape)
+            captured = self._pool.capture(lambda: self._keep(step()), is_known=is_known)
+        self._mixed[shape] = MixedGraph(step, captured)
 
-    def _captured(self, run: Callable[[], Tensor], told: str, is_known: bool) -> devices.Captured:
-        try:
-            return self._pool.capture(run, is_known=is_known)
-        except Exception as error:
-            raise DeviceError(
-                f"{told} cannot be captured as a CUDA graph: {type(error).__name__}: {error}",
-                hint="`--cuda-graphs off` runs it kernel by kernel, which is slower",
-            ) from error
+
+@contextmanager
+def telling(step: str) -> Iterator[None]:
+    """DeviceError in the place of whatever stops its capture."""
+    try:
+        yield
+    except Exception as error:
+        raise DeviceError(
+            f"{step} cannot be captured as a CUDA graph: {type(error).__name__}: {error}",
+            hint="`--cuda-graphs off` runs it kernel by kernel, which is slower",
+        ) from error

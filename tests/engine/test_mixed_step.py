@@ -27,11 +27,13 @@ from torch import Tensor
 from service import device as devices
 from service.engine import graphs as graphs_module
 from service.engine.engine import Engine
+from service.engine.graphs import SPARE_BYTES, MixedGraph
 from service.engine.mixed_step import (
     MOST_ENDS,
     MOST_PROMPTS,
     MOST_ROWS,
     MixedInputs,
+    MixedShape,
     MixedSteps,
     decode_sizes,
     row_sizes,
@@ -146,27 +148,71 @@ def test_no_more_shapes_are_captured_than_memory_is_kept_for(monkeypatch: pytest
     assert len(shapes_of(engine)) == 2
 
 
-def test_a_capture_that_fails_while_serving_is_told_and_stops_nobody(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class Full(FakeGraphPool):
+    def capture(self, run: Callable[[], Tensor], *, is_known: bool = False) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_room(self: MixedSteps, shape: MixedShape) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def fail_captures(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    patch.setattr(engine.runner.graphs, "_pool", Full())
+
+
+def fail_inputs(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    patch.setattr(MixedSteps, "make", no_room)
+
+
+def leave_little(patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    patch.setattr(devices, "memory_free_bytes", lambda device: SPARE_BYTES - 1)
+
+
+@pytest.mark.parametrize("is_idle", [False, True], ids=["by a step", "while nobody asks"])
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [(fail_captures, "OutOfMemoryError"), (fail_inputs, "OutOfMemoryError"), (leave_little, "255 MiB")],
+)
+def test_a_capture_that_cannot_be_while_serving_is_told_and_stops_nobody(
+    harm: Callable[[pytest.MonkeyPatch, Engine], None],
+    reason: str,
+    is_idle: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Whoever asks for nothing must not end the engine, and what was captured is still replayed."""
     engine = fake_engine(captured=True, max_batch_tokens=128)
     graphs = engine.runner.graphs
     assert graphs is not None
-
-    class Full(FakeGraphPool):
-        def capture(self, run: Callable[[], Tensor], *, is_known: bool = False) -> NoReturn:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(graphs, "_pool", Full())
-    for number in (1, 2):
-        submit = Submit(number, [number] * 30, Sampling(3, seed=1, ignore_eos=True))
-        engine.add(submit)
-        with caplog.at_level(logging.WARNING):
+    known = graphs._mixed.copy()
+    harm(monkeypatch, engine)
+    replays: list[int] = []
+    replay = MixedGraph.replay
+    monkeypatch.setattr(
+        MixedGraph,
+        "replay",
+        lambda graph, inputs: replays.append(inputs.num_tokens) or replay(graph, inputs),
+    )
+    with caplog.at_level(logging.WARNING):
+        while is_idle and engine.may_prepare:
+            engine.prepare()
+        for number, length in enumerate((30, 40, 100)):  # two of 64 rows, and one as the largest is
+            submit = Submit(number, [number] * length, Sampling(3, seed=1, ignore_eos=True))
+            engine.add(submit)
             client = Client().run(engine)
-        assert client.answers[number] == expected_answer(submit, MAX_CONTEXT_TOKENS)[0]
+            assert client.answers[number] == expected_answer(submit, MAX_CONTEXT_TOKENS)[0]
+        # beside a row that decodes it is of the largest shape
+        engine.add(Submit(8, [8] * 9, Sampling(9, seed=1, ignore_eos=True)))
+        client.take(engine.step())
+        engine.add(Submit(9, [9] * 100, Sampling(1, seed=1, ignore_eos=True)))
+        client.run(engine)
+    assert replays == [101]
+    assert graphs._mixed == known
+    assert not engine.may_prepare
     [record] = caplog.records
-    assert "steps with prompts run kernel by kernel from now on" in record.getMessage()
-    assert "OutOfMemoryError" in record.getMessage()
+    assert "steps with prompts of other shapes run kernel by kernel from now on" in record.getMessage()
+    assert reason in record.getMessage()
 
 
 def test_a_coded_cache_is_copied_for_prompts_of_a_captured_step_or_read_in_place() -> None:
