@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 CAPTURED: tuple[Variant, ...] = ("full", "greedy")
 MOST_MIXED = 96  # of some 2 MB each, for a model of 32 layers
 SPARE_BYTES = 256 << 20  # of the device, left to whoever needs them more than steps with prompts do
+MOST_DRIVER_BYTES = 16 << 20  # of a graph; where memory went faster it went to another process
 
 
 def batch_sizes(max_requests: int) -> list[int]:
@@ -112,7 +113,7 @@ class Graphs:
                 is_known = size < sizes[-1] and variant != CAPTURED[0]
                 self._capture(size, variant, partial(step, size, variant), is_known=is_known)
                 progress(len(self._graphs) + len(self._mixed), total)
-        self._account(before)
+        self._account(before, total)
 
     def step(self, num_rows: int, variant: Variant) -> Graph:
         """-> token ids; the smallest that holds so many rows."""
@@ -124,7 +125,7 @@ class Graphs:
         if (size, None) not in self._graphs:
             before = self._held()
             self._capture(size, None, partial(self._forward, size))
-            self._account(before)
+            self._account(before, 1)
         return self._graphs[size, None]
 
     def mixed(self, inputs: MixedInputs) -> MixedGraph | None:
@@ -160,7 +161,7 @@ class Graphs:
         except DeviceError as error:
             self._take_no_more(str(error))
             return
-        self._account(before)
+        self._account(before, 1)
 
     def _take_no_more(self, reason: str) -> None:
         """Said once; what is captured is replayed as before."""
@@ -186,12 +187,14 @@ class Graphs:
         in_torch = devices.memory_used_bytes(device)
         return in_torch, devices.memory_kept_bytes(device), devices.memory_taken_bytes(device) - in_torch
 
-    def _account(self, before: tuple[int, int, int]) -> None:
-        """What was captured since `before` is the graphs'."""
+    def _account(self, before: tuple[int, int, int], num_graphs: int) -> None:
+        """What was taken since `before`, when so many were captured, is the graphs'."""
         buffers, slack, driver = (now - then for now, then in zip(self._held(), before, strict=True))
+        if not 0 <= driver <= num_graphs * MOST_DRIVER_BYTES:
+            driver = 0
         known = self.memory
         self.memory = GraphMemory(
-            known.buffer_bytes + buffers, known.slack_bytes + slack, known.driver_bytes + max(driver, 0)
+            known.buffer_bytes + buffers, known.slack_bytes + slack, known.driver_bytes + driver
         )
 
     @torch.inference_mode()

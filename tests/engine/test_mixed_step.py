@@ -27,7 +27,7 @@ from torch import Tensor
 from service import device as devices
 from service.engine import graphs as graphs_module
 from service.engine.engine import Engine
-from service.engine.graphs import SPARE_BYTES, MixedGraph
+from service.engine.graphs import SPARE_BYTES, GraphMemory, MixedGraph
 from service.engine.mixed_step import (
     MOST_ENDS,
     MOST_PROMPTS,
@@ -213,6 +213,23 @@ def test_a_capture_that_cannot_be_while_serving_is_told_and_stops_nobody(
     [record] = caplog.records
     assert "steps with prompts of other shapes run kernel by kernel from now on" in record.getMessage()
     assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize(("grown_bytes", "own_bytes"), [(2 << 20, 2 << 20), (500 << 20, 0), (-7, 0)])
+def test_what_another_process_takes_meanwhile_is_not_the_graphs(
+    grown_bytes: int, own_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes are captured for a second behind ready, which is when the next resident engine opens the GPU."""
+    engine = fake_engine(captured=True, max_batch_tokens=128)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    graphs.memory = GraphMemory()
+    held = iter([1 << 30, (1 << 30) + grown_bytes])
+    monkeypatch.setattr(devices, "memory_used_bytes", lambda device: 0)
+    monkeypatch.setattr(devices, "memory_taken_bytes", lambda device: next(held))
+    while len(graphs._mixed) == 1:
+        engine.prepare()
+    assert graphs.memory.driver_bytes == own_bytes
 
 
 def test_a_coded_cache_is_copied_for_prompts_of_a_captured_step_or_read_in_place() -> None:
