@@ -178,8 +178,7 @@ class Graphs:
     def _keep(self, logits: Tensor) -> Tensor:
         """-> float32. One tensor for all sizes: in the pool each graph would keep its own."""
         if self._logits is None:
-            most = self._mixed_steps.largest.num_logits if self._mixed_steps else self._sizes[-1]
-            self._logits = torch.empty(most, logits.shape[1], device=logits.device)
+            self._logits = torch.empty(self._sizes[-1], logits.shape[1], device=logits.device)
         return self._logits[: len(logits)].copy_(logits)
 
     def _held(self) -> tuple[int, int, int]:
