@@ -27,7 +27,7 @@ GRAPH_WORKSPACE_BYTES = 20 * MB  # cuBLAS's again, 32 MiB where it multiplies
 GRAPH_NODE_BYTES = 8_000  # of the driver's, for each kernel of a captured step
 GRAPH_KERNELS_OF_LAYER = 9
 GRAPHS_OF_SIZE = 2  # greedy and drawn
-GRAPH_ROWS, GRAPH_PROMPTS = 2048, 32  # of the largest captured step with prompts
+GRAPH_ROWS = 2048  # of the largest captured step with prompts
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ def gpu_parts(
     requests = serving.max_batch_requests
     sizes = len({size for size in (1, 2, 4, *range(8, requests, 8)) if size < requests} | {requests})
     kernels = sizes * GRAPHS_OF_SIZE * config.num_layers * GRAPH_KERNELS_OF_LAYER
-    logits = (requests + GRAPH_PROMPTS) * vocabulary
+    logits = requests * vocabulary
     return {
-        "activations": max(serving.step_tokens * row, requests * vocabulary * width),
+        "activations": max(serving.step_tokens * row, logits * width),
         "workspace": WORKSPACE_BYTES,
-        # the largest captured step, and logits of all rows in float32
+        # the largest captured step, and logits of all requests in float32
         "graphs": max(min(serving.step_tokens, GRAPH_ROWS) * row, logits * width)
         + logits * 4
         + GRAPH_WORKSPACE_BYTES
