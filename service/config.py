@@ -116,8 +116,8 @@ class Settings(BaseSettings):
     prefix_cache: bool = Field(True, description="Reuse KV blocks of repeated prefixes.")
     cuda_graphs: Literal["on", "off"] = Field(
         "on",
-        description="On a GPU: capture steps and replay them, decodes before ready, those with prompts as "
-        "they come; `off` launches kernel by kernel, as always where a precision cannot be captured.",
+        description="On a GPU: capture steps and replay them, decodes before ready, those with prompts "
+        "while nobody asks; `off` launches kernel by kernel, as always where a precision cannot be captured.",
     )
     time_kernels: bool = Field(
         False,

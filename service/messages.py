@@ -55,7 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int = 0  # size of the KV cache; 0: by device memory
     kv_memory_fraction: float = 0.9  # share of free device memory that `kv_tokens = 0` may take
     prefix_cache: bool = True
-    cuda_graphs: Literal["on", "off"] = "on"  # decode steps captured once, on a GPU
+    cuda_graphs: Literal["on", "off"] = "on"  # steps captured once, on a GPU
     deterministic: bool = False  # a request's numbers do not depend on what runs beside it
     head: Literal["16bit", "int8"] = "16bit"  # precision of lm_head
     calibration: str = ""  # text file for calibrated modes; empty: the interpreter's documentation

@@ -26,7 +26,7 @@ WORTH_TELLING_BYTES = 1 << 20
 
 
 class Ledger:
-    """Of an engine that has been warmed up and, on a GPU, has captured its decode steps."""
+    """Of an engine that has been warmed up and, on a GPU, has captured its steps."""
 
     def __init__(
         self, model: ModelInstance, kv: PagedKV, engine: Engine, step_bytes: int, used_before: int | None

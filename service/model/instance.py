@@ -173,7 +173,7 @@ class ModelInstance:
 
     @property
     def is_capturable(self) -> bool:
-        """May a decode step of it run inside a CUDA graph?"""
+        """May steps of it run inside a CUDA graph?"""
         linears: list[QuantLinear] = [getattr(layer, name) for layer in self.layers() for name in GROUPS]
         return all(linear.capturable for linear in linears)
 
