@@ -29,9 +29,7 @@ class StepBatch:
     # has no `context_lengths`: it is empty. Beyond its own rows and sequences it has padding then.
     lengths: Tensor | None = None  # int32 [S]
     starts: Tensor | None = None  # int32 [S + 1]
-    logit_slots: Tensor | None = (
-        None  # int64 [R], of `slots` those of the rows wanted, where some are padding
-    )
+    logit_slots: Tensor | None = None  # int64 [R], slots of the rows wanted, where some are padding
     tiles: PromptTiles | None = None  # where there are prompts among what changes
 
 

@@ -48,7 +48,7 @@ class Step:
     sin: Tensor
     attention: AttentionPlan
     decode: decode_attention.Variant | None  # does rotary and attention of decodes at once, if anything
-    out: Tensor | None = None  # [T, heads, head_dim], where every layer's attention goes that has padding
+    out: Tensor | None = None  # [T, heads, head_dim], for attention in a step with padding
 
 
 def decode_shape(config: ModelConfig, dtype: torch.dtype, kv_dtype: torch.dtype) -> decode_attention.Shape:

@@ -13,9 +13,8 @@ Gathered = tuple[Tensor, Tensor | None]  # cache rows, additive mask
 
 SHORT_PROMPT_TOKENS = 2048  # with what is in the cache already: other tiles are the fastest up to here
 
-COPIED_TOKENS = (
-    16_384  # of a step's prompts and what they see of the cache, where codes are unpacked for them
-)
+# of a step's prompts and what they see of the cache, where codes are unpacked for them
+COPIED_TOKENS = 16_384
 
 
 class Copies(NamedTuple):
