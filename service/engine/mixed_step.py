@@ -1,9 +1,9 @@
 """A step with parts of prompts in it: what the host knows of it, and the step as a function of tensors alone.
 
 runner --chunks--> MixedInputs --batch--> decoder, kernel by kernel
-                        '--MixedStep.fill: one copy--> captured MixedStep --> logits
+                        '--MixedStep.fill--> captured MixedStep --> logits
 
-Such a step is some 400 kernels, and to launch them takes the host longer than a GPU computes many of them.
+Such a step is hundreds of kernels, and to launch them takes the host longer than many a step takes a GPU.
 So it is captured as decode steps are. Its shape is rounded up; what is beyond its own rows is padding: token
 0 at position 0, whose K and V go into block 0 and whom no tile of attention is of.
 """
@@ -48,7 +48,7 @@ class MixedShape(NamedTuple):
 
 
 def decode_sizes(max_requests: int) -> list[int]:
-    """0, 16, 64, 256, ...: a quarter of them would do, the others' rows of attention end at once."""
+    """0, 16, 64, 256, ...: far apart, for attention of a row that is no decode's ends at once."""
     sizes = [0]
     size = 16
     while size < max_requests:
