@@ -84,8 +84,10 @@ def test_64_prompts_together_are_the_cpu_s_in_float32(folder: Path, precision: s
         assert ((logits.amax(1) - drawn) / logits.std(1)).max() <= TIE[precision]
 
 
-def test_replayed_steps_draw_what_steps_kernel_by_kernel_draw(folder: Path) -> None:
-    """Greedy and drawn rows beside each other, seeds apart; some steps replay the forward pass alone."""
+@pytest.mark.parametrize("is_prepared", [False, True], ids=["as they come", "ahead"])
+def test_replayed_steps_draw_what_steps_kernel_by_kernel_draw(folder: Path, is_prepared: bool) -> None:
+    """Greedy and drawn rows beside each other, seeds apart; some steps replay the forward pass alone, and
+    those with prompts are captured when they come, or before."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0},
         {"temperature": 0.5},
@@ -101,8 +103,12 @@ def test_replayed_steps_draw_what_steps_kernel_by_kernel_draw(folder: Path) -> N
     replayed, launched = (engine_of(folder, "fp32", graphs) for graphs in (True, False))
     assert replayed.runner.graphs is not None
     assert launched.runner.graphs is None
+    while is_prepared and replayed.may_prepare:
+        replayed.prepare()
+    known = len(replayed.runner.graphs._mixed)
     assert answers(replayed, submits) == answers(launched, submits)
     assert len(replayed.runner.graphs._mixed) > 1, "steps with prompts were not replayed"
+    assert not is_prepared or len(replayed.runner.graphs._mixed) == known
 
 
 def test_filters_capture_nothing_while_others_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
