@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # predicted to cost 5 to 14 us a step, where a third graph for each size would cost every start a second
 CAPTURED: tuple[Variant, ...] = ("full", "greedy")
 MOST_MIXED = 96  # of some 2 MB each, for a model of 32 layers
-SPARE_BYTES = 256 << 20  # of the device, left to whoever needs them more than steps with prompts do
+SPARE_BYTES = 256 << 20  # of the device: below that nothing more is captured, others need them more
 MOST_DRIVER_BYTES = 16 << 20  # of a graph; where memory went faster it went to another process
 
 
@@ -96,7 +96,7 @@ class Graphs:
         self._mixed_steps = mixed_steps
         self._mixed: dict[MixedShape, MixedGraph] = {}
         self._uncaptured = mixed_steps.usual() if mixed_steps else []
-        self._takes_more = mixed_steps is not None
+        self._takes_more = True
         self._pool = devices.GraphPool()
         self._logits: Tensor | None = None
         self.memory = GraphMemory()
@@ -119,14 +119,15 @@ class Graphs:
         """-> token ids; the smallest that holds so many rows."""
         return self._graphs[self._size(num_rows), "greedy" if variant == "greedy" else "full"]
 
-    def forward(self, num_rows: int) -> Graph:
-        """-> logits; lengths and last tokens are still to be written. It may select other rows."""
+    def forward(self, num_rows: int) -> Graph | None:
+        """-> logits; lengths and last tokens are still to be written. It may select other rows.
+
+        None where it is to run kernel by kernel.
+        """
         size = self._size(num_rows)
         if (size, None) not in self._graphs:
-            before = self._held()
-            self._capture(size, None, partial(self._forward, size))
-            self._account(before, 1)
-        return self._graphs[size, None]
+            self._add(lambda: self._capture(size, None, partial(self._forward, size)))
+        return self._graphs.get((size, None))
 
     def mixed(self, inputs: MixedInputs) -> MixedGraph | None:
         """None where a step with prompts is to run kernel by kernel."""
@@ -148,8 +149,12 @@ class Graphs:
             self._add_mixed(self._mixed_steps, shape)
 
     def _add_mixed(self, steps: MixedSteps, shape: MixedShape) -> None:
-        """Captures it, unless there are enough or something speaks against it, now or earlier."""
-        if not self._takes_more or len(self._mixed) == MOST_MIXED:
+        if len(self._mixed) < MOST_MIXED:
+            self._add(lambda: self._capture_mixed(steps, shape, is_known=True))
+
+    def _add(self, capture: Callable[[], None]) -> None:
+        """One more, behind ready, unless something speaks against it, now or earlier."""
+        if not self._takes_more:
             return
         free = devices.memory_free_bytes(self._state.device)
         if free < SPARE_BYTES:
@@ -157,7 +162,7 @@ class Graphs:
             return
         before = self._held()
         try:
-            self._capture_mixed(steps, shape, is_known=True)
+            capture()
         except DeviceError as error:
             self._take_no_more(str(error))
             return
@@ -165,7 +170,7 @@ class Graphs:
 
     def _take_no_more(self, reason: str) -> None:
         """Said once; what is captured is replayed as before."""
-        logger.warning("steps with prompts of other shapes run kernel by kernel from now on: %s", reason)
+        logger.warning("what is not captured yet runs kernel by kernel from now on: %s", reason)
         self._takes_more = False
         self._uncaptured.clear()
 

@@ -211,8 +211,23 @@ def test_a_capture_that_cannot_be_while_serving_is_told_and_stops_nobody(
     assert graphs._mixed == known
     assert not engine.may_prepare
     [record] = caplog.records
-    assert "steps with prompts of other shapes run kernel by kernel from now on" in record.getMessage()
+    assert "what is not captured yet runs kernel by kernel from now on" in record.getMessage()
     assert reason in record.getMessage()
+
+
+def test_a_forward_pass_that_cannot_be_captured_runs_kernel_by_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Log-probabilities were an error then, though nothing was wrong with the request."""
+    engine = fake_engine(captured=True)
+    fail_captures(monkeypatch, engine)
+    submit = Submit(1, [3, 1, 4], Sampling(9, seed=2, top_k=3, logprobs=1, ignore_eos=True))
+    engine.add(submit)
+    with caplog.at_level(logging.WARNING):
+        client = Client().run(engine)
+    assert client.answers[1] == expected_answer(submit, MAX_CONTEXT_TOKENS)[0]
+    [record] = caplog.records
+    assert "OutOfMemoryError" in record.getMessage()
 
 
 @pytest.mark.parametrize(("grown_bytes", "own_bytes"), [(2 << 20, 2 << 20), (500 << 20, 0), (-7, 0)])
