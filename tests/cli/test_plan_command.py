@@ -18,9 +18,9 @@ def told(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_people_read_a_table_and_what_to_take(capfd: pytest.CaptureFixture[str]) -> None:
-    printed = told(capfd, "--gpu", "24GiB", "--bandwidth", "1008GB/s", "--concurrency", "12")
+    printed = told(capfd, "--gpu", "24GiB", "--bandwidth", "1008GB/s", "--concurrency", "11")
     assert "24.0 GiB, 1,008 GB/s" in printed
-    assert "12 requests at once of 8,192 tokens each" in printed
+    assert "11 requests at once of 8,192 tokens each" in printed
     rows = {line.split()[0]: line for line in printed.splitlines() if line[:4] in ("bf16", "nf4 ", "int8")}
     assert rows["bf16"].rstrip().endswith("holds 6")
     assert rows["int8"].rstrip().endswith("yes")
