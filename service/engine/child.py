@@ -3,8 +3,8 @@ the socket it says on stdout what speaks against the configuration (engine/prefl
 
 front <--socket--> Link <--messages--> this loop --> Engine, evaluation
 
-On the way to ready it says how far it is; what stops it there is one Fatal with the fix. Idle, it waits for
-the front and gives a sign of life each second.
+On the way to ready it says how far it is; what stops it there is one Fatal with the fix. Idle, it prepares
+what steps may need, a little at a time, then waits for the front and gives a sign of life each second.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def check(config_json: str) -> NoReturn:
 
 
 def serve(serving: "Serving", config: EngineConfig, link: Link) -> NoReturn:
-    """Until the front is gone: take what has come, then one step, or one evaluation when nobody waits."""
+    """Until the front is gone: take what has come, then one step, or what can wait when nobody does."""
     from service.engine.ledger import LedgerWatch
     from service.engine.outliers import OutlierWatch
     from service.engine.peaks import PeakWatch
