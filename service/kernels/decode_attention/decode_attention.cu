@@ -14,7 +14,9 @@
 // All of them are over. This launch can only begin when every block of its predecessor (the linear of q, k and v) has, and
 // that one only when every block of the norm before it has passed its own wait, for embedding or the layer before: of the
 // kernels between two attentions only linears release their successor before they wait, and no two linears follow each
-// other. Whatever the norm has waited for has waited in turn for all before it.
+// other. Whatever the norm has waited for has waited in turn for all before it. In a step with prompts kernels/rotary_kv
+// stands between: it writes pages of prompts and, where the step is captured, the rows of new tokens, of which nothing is
+// used here before the wait, and which this launch writes once more.
 #include "operands.h"
 #include "rows.h"
 
