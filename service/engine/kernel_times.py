@@ -56,7 +56,7 @@ def ops(model: ModelInstance, kv: PagedKV, num_rows: int) -> dict[str, Callable[
         "qkv_proj": lambda: [
             layer.qkv_proj.normed(hidden, delta, layer.input_norm, eps)[1] for layer in layers
         ][-1],
-        "attention": lambda: [layer._attend(qkv, step) for layer in layers][-1],
+        "attention": lambda: [layer.attend(qkv, step) for layer in layers][-1],
         "o_proj": lambda: [layer.o_proj(attended) for layer in layers][-1],
         "gate_up_proj": lambda: [
             layer.gate_up_proj.normed(hidden, delta, layer.post_attention_norm, eps)[1] for layer in layers

@@ -118,7 +118,7 @@ class DecoderLayer(nn.Module):
         if observe:
             self._show(observe, "qkv_proj", add_rms_norm(hidden, delta, self.input_norm, eps)[1])
         hidden, x = self._qkv(hidden, delta, self.input_norm, eps)
-        x = self._attend(x, step)
+        x = self.attend(x, step)
         if wanted is not None:
             hidden, x = hidden.index_select(0, wanted), x.index_select(0, wanted)
             self.live.slots = step.batch.logit_slots
@@ -134,7 +134,7 @@ class DecoderLayer(nn.Module):
             self._show(observe, "down_proj", gated_silu(x, self.deterministic))
         return hidden, self._down(x)
 
-    def _attend(self, qkv: Tensor, step: Step) -> Tensor:
+    def attend(self, qkv: Tensor, step: Step) -> Tensor:
         """Packed q, k, v [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
         config, plan, kv = self.config, step.attention, step.kv
         width = config.num_heads * config.head_dim
