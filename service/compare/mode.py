@@ -25,7 +25,7 @@ from service.compare.quality import quality_of
 from service.compare.report import Memory, Mode, Model, Quality, Turn
 from service.compare.windows import EvaluationText
 from service.errors import HalftoneError
-from service.front.host import AppFactory, Host
+from service.front.host import AppFactory, Host, spare_from_collections
 from service.front.supervisor import ENGINE_COMMAND
 from service.messages import EngineInfo, Loading
 
@@ -175,7 +175,9 @@ async def wait_ready(host: Host, advance: Advance) -> EngineInfo:
                 stage = "prepare" if loading.stage == QUANTIZE else stage
                 advance(stage, loading.done / max(loading.total, 1))
             await asyncio.wait({ready}, timeout=POLL_S)
-        return ready.result()
+        info = ready.result()
+        spare_from_collections()
+        return info
     finally:
         ready.cancel()
 

@@ -142,10 +142,7 @@ class Host:
             await asyncio.wait({ready, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
             if not stop_asked.done():
                 info = await ready
-                # what was imported lives as long as the process; a full collection that walks it again and
-                # again would stop every stream for tens of milliseconds
-                gc.collect()
-                gc.freeze()
+                spare_from_collections()
                 on_ready(info)
                 await stop_asked
             await self.drain()
@@ -248,6 +245,14 @@ def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def spare_from_collections() -> None:
+    """What the process holds now is not walked again by full collections, each of which would stop every stream
+    for about 100 ms. To be called before load comes, for each host of a process."""
+    gc.unfreeze()  # what the host before this one left
+    gc.collect()
+    gc.freeze()
 
 
 def metrics_app(residents: Residents) -> ASGIApp:
