@@ -3,11 +3,11 @@
 child --Evaluate--> Evaluation --Evaluated (progress, then the figures)--> front
 
 `prefill` scores each window in one forward pass. `decode1` and `decode8` feed the true tokens one by one
-through the paged cache, one or eight sequences a step; both score the same positions: of the first eight
-windows equal beginnings, then of the next eight, until there are `decode_tokens`. KL and agreement come with
-the prefill pass, against another precision, which goes through all windows a layer at a time (streamed).
-Where both were scored, decode is also paired with prefill token by token: rounding differs at random, and
-only the spread of the pairs, by windows, says what a difference of the means is worth.
+through the steps that serve (forced_decode), one or eight sequences each; both score the same positions: of
+the first eight windows equal beginnings, then of the next eight, until there are `decode_tokens`. KL and
+agreement come with the prefill pass, against another precision, which goes through all windows a layer at a
+time (streamed). Where both were scored, decode is also paired with prefill token by token: rounding differs
+at random, and only the spread of the pairs, by windows, says what a difference of the means is worth.
 """
 
 import logging
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from service import device as devices
+from service.engine.forced_decode import ForcedDecode
 from service.engine.greedy_answers import agreed_tokens, answer_greedily
 from service.engine.link import Throttle
 from service.engine.sources import open_model
@@ -29,7 +30,7 @@ from service.engine.streamed import StreamedModel, in_groups, row_slices
 from service.engine.window_scores import Scored, paired, tell
 from service.errors import HalftoneError, RequestError
 from service.messages import EngineConfig, Evaluate, Evaluated, GreedyAgreement
-from service.model.batch import BLOCK_TOKENS, position_batch, sequence_batch
+from service.model.batch import BLOCK_TOKENS, sequence_batch
 from service.model.verify import verify
 from service.quality.divergence import negative_log_likelihood
 
@@ -241,10 +242,11 @@ class Evaluation:
         for first in range(0, len(scored), num_lanes):
             group = sorted(scored[first : first + num_lanes], key=spans.__getitem__, reverse=True)
             blocks = self._borrow([-(-spans[window] // BLOCK_TOKENS) for window in group])
+            decode = ForcedDecode(self.serving, [self.message.windows[window] for window in group], blocks)
             try:
                 for position in range(spans[group[0]]):
                     group = [window for window in group if spans[window] > position]
-                    for window, value in zip(group, self._decode_step(group, blocks, position), strict=True):
+                    for window, value in zip(group, self._decode_step(decode, group, position), strict=True):
                         nats[window].append(value)
             finally:
                 for borrowed in blocks:
@@ -254,13 +256,11 @@ class Evaluation:
         if self._prefill and scored:
             answer.paired[mode] = paired(nats, [window.nats for window in self._prefill])
 
-    def _decode_step(self, group: list[int], blocks: list[list[int]], position: int) -> list[float]:
+    def _decode_step(self, decode: ForcedDecode, group: list[int], position: int) -> list[float]:
         """Feeds the token at `position` of each window -> nats of the tokens after it."""
-        model = self.serving.model
-        lanes = [self.message.windows[window] for window in group]
-        batch = position_batch(lanes, blocks, position, model.device)
-        targets = torch.tensor([lane[position + 1] for lane in lanes], device=model.device)
-        logits = model.forward(batch, self.serving.kv)
+        windows = [self.message.windows[window] for window in group]
+        targets = torch.tensor([window[position + 1] for window in windows], device=self.serving.model.device)
+        logits = decode.logits(len(group), position)
         self._tick(len(group))
         nats: list[float] = negative_log_likelihood(logits, targets).tolist()
         return nats

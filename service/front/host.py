@@ -248,8 +248,8 @@ def url_of(listener: socket.socket) -> str:
 
 
 def spare_from_collections() -> None:
-    """What the process holds now is not walked again by full collections, each of which would stop every stream
-    for about 100 ms. To be called before load comes, for each host of a process."""
+    """What the process holds now is not walked again by full collections, each of which would stop every
+    stream for about 100 ms. To be called before load comes, for each host of a process."""
     gc.unfreeze()  # what the host before this one left
     gc.collect()
     gc.freeze()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,9 @@ from tiny_models import greedy, load_instance, logits_of, make_checkpoint, one_s
 from torch import Tensor
 
 from service.engine.evaluate import Evaluation, decode_spans
+from service.engine.runner import Runner
 from service.engine.startup import Serving, start
+from service.engine.state import LENGTH
 from service.messages import EngineConfig, Evaluate, Evaluated, GreedyAgreement, Sampling, Submit
 from service.model.instance import GROUPS
 
@@ -67,6 +70,44 @@ def test_all_modes_score_the_same_positions_alike(serve: Serve, folder: Path) ->
     assert got.tokens == {"prefill": num_tokens, "decode1": num_tokens, "decode8": num_tokens}
     wanted = float(nll_of(folder, WINDOWS))
     assert got.nll == pytest.approx({mode: wanted for mode in got.nll}, rel=1e-5)
+
+
+class FakeGraphs:
+    """Stands for the runner's: sizes by four, beyond the lanes padding, computed kernel by kernel."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.asked_for: list[int] = []
+
+    def forward(self, count: int) -> SimpleNamespace:
+        self.asked_for.append(count)
+        size = -(-count // 4) * 4
+        return SimpleNamespace(num_rows=size, replay=lambda: self.replay(size))
+
+    def replay(self, size: int) -> Tensor:
+        state = self.runner.state
+        lengths = state.fields[state.rows[:size].long(), LENGTH] + 1
+        return self.runner.decode_step.logits(size, lengths.tolist())
+
+
+def test_forced_decode_takes_the_graphs_that_serve(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the shorter windows have ended and leave their lanes to padding."""
+    serving, config = serve(max_batch_requests=12)
+    asked = Evaluate(1, WINDOWS, ["decode1", "decode8"], 200)
+    plain = evaluate(serving, config, asked)
+    graphs = FakeGraphs(serving.engine.runner)
+    monkeypatch.setattr(serving.engine.runner, "graphs", graphs)
+    got = evaluate(serving, config, asked)
+    assert len(graphs.asked_for) > 200
+    assert {1, 7, 8} <= set(graphs.asked_for)
+    assert got.nll == pytest.approx(plain.nll, rel=1e-6)
+    assert got.tokens == plain.tokens
+
+
+def test_an_engine_of_fewer_rows_forces_as_many_lanes(serve: Serve) -> None:
+    asked = Evaluate(1, WINDOWS, ["decode8"], 80)
+    narrow = evaluate(*serve(max_batch_requests=3), asked)
+    assert narrow.nll == pytest.approx(evaluate(*serve(), asked).nll, rel=1e-6)
 
 
 def test_decode_scores_beginnings_of_windows(serve: Serve, folder: Path) -> None:
