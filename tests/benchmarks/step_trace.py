@@ -1,6 +1,6 @@
 """Where the GPU's time of a step with prompts goes: by kernel, and what lies between them.
 
-    python -m tests.benchmarks.step_trace --model preset:llama-3.1-8b --precision fp16 --streams 1,64,256
+    python -m tests.benchmarks.step_trace --model preset:llama-3.1-8b --precision fp16 --streams 1,64,240
 
 Of each width a stretch for each of `--chunks`: steps that decode all streams and compute so many tokens of
 prompts beside them. Random weights, 512 prompt tokens behind each stream. `--layer` also prints a layer of
@@ -83,12 +83,16 @@ def trace(engine: Engine, chunk: int, first_id: int, num_layers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_engine_flags(parser)
-    parser.add_argument("--streams", default="1,64,256")
+    parser.add_argument("--streams", default="1,64,240")
     parser.add_argument("--chunks", default="0,512,1024", help="prompt tokens beside them, multiples of 512")
     parser.add_argument("--layer", type=int, default=0, metavar="LAYERS", help="of the model, to print one")
     arguments = parser.parse_args()
+    streams, chunks = ([int(n) for n in text.split(",")] for text in (arguments.streams, arguments.chunks))
     engine = gpu_engine(arguments)
-    for num_streams in map(int, arguments.streams.split(",")):
+    room = engine.limits.max_batch_requests - max(chunks) // PROMPT_TOKENS
+    if max(streams) > room:
+        parser.error(f"prompts of {max(chunks)} tokens a step start beside {room} streams at most")
+    for num_streams in streams:
         generator = random.Random(num_streams)
         for index in range(num_streams):
             prompt = generator.choices(range(engine.limits.vocab_size), k=PROMPT_TOKENS)
@@ -96,7 +100,7 @@ def main() -> None:
         while engine.step().stats.num_prefill_tokens or engine.scheduler.waiting:
             pass
         print(f"\n{num_streams} streams")
-        for chunk in map(int, arguments.chunks.split(",")):
+        for chunk in chunks:
             trace(engine, chunk, 1_000_000 + chunk * 1000, arguments.layer)
         engine.abort(list(range(num_streams)))
         while engine.has_work:
