@@ -23,7 +23,7 @@ from typing import Any
 
 from w4_variants import SHAPES, Kernel, compile_all, kernels_for
 
-ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 1024)
+ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 384, 512, 576, 640, 768, 896, 1024)
 ROTATED_BYTES = 192 << 20
 # relative, in norm; cuBLAS on dequantized float16 weights has 2.9e-4. bfloat16: half a unit in the last place is 2e-3
 LARGEST_ERROR = (6e-4, 4e-3)

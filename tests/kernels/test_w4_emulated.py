@@ -43,6 +43,13 @@ CASES: list[tuple[Variant, tuple[int, ...], int, int, int]] = [
         7,
         3,
     ),  # a whole tile and cut ones
+    (
+        Tile("affine", 0, 2, 1, 1, 192, 1, 2, 1, 1, 0, 0),
+        (144, 16),
+        256,
+        200,
+        3,
+    ),  # four tiles, ragged, one whole
 ]
 
 

@@ -64,9 +64,10 @@ def test_the_shapes_that_were_measured(kind: Kind, name: str) -> None:
     most = {"down": {"affine": 5, "nf4": 4}[kind], "gate_up": 4}.get(name, 8)
     assert max(row.max_rows or 0 for row in rows if isinstance(row.variant, Few)) == most
     ends = [row.max_rows for row in rows if isinstance(row.variant, Tile)]
-    last = [256, None] if name == "gate_up" else [None]
-    assert ends == [*([] if most == 8 else [8]), 16, 32, 64, 128, *last]
-    assert len({row.variant.program for row in rows}) == len(rows)
+    many = [256, 384, 512, 576, *([] if name == "qkv" else [768]), None]
+    assert ends == [*([] if most == 8 else [8]), 16, 32, 64, 128, *many]
+    # of many rows four programs in all, whole tiles or stretched
+    assert len({row.variant.program for row in rows}) <= len(rows) - len(many) + 4
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,22 @@ def test_tiles_keep_the_device_busy(outs: int, num_rows: int, outputs: int, stre
     row = next(row for row in plan(shape("affine", (outs,), 4096)) if row.max_rows in (num_rows, None))
     assert isinstance(row.variant, Tile)
     assert (row.variant.outputs, row.variant.stretched) == (outputs, stretched)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "tile"),
+    [
+        (384, 192),  # two tiles of 256 would be a quarter air
+        (512, 256),
+        (528, 192),  # a prompt of 512 and some that decode
+        (768, 192),  # four, of which a round is as full as of 1,024 rows in four of 256
+        (1024, 256),
+    ],
+)
+def test_tiles_of_many_rows_fit_them(num_rows: int, tile: int) -> None:
+    row = next(r for r in plan(shape("nf4", (4096,), 4096)) if r.max_rows is None or num_rows <= r.max_rows)
+    assert isinstance(row.variant, Tile)
+    assert row.variant.tile == tile
 
 
 def test_where_no_row_fits_there_is_no_row_of_the_table() -> None:

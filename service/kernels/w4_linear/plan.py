@@ -24,6 +24,7 @@ MULTIPROCESSORS = 132  # of the H100 that was measured
 WIDE = 16384  # outputs whose whole tiles keep most multiprocessors busy
 ROWS = 1024  # for which the last row of a table is chosen, and any number served
 ANOTHER_ROUND = 0.99  # what a round of whole tiles is worth beside one of the same sum
+DECODING_ROWS = 28  # to decode a tile's weights takes as long as to multiply so many rows by them
 
 
 class FewSettings(NamedTuple):
@@ -55,7 +56,14 @@ class Table(NamedTuple):
 
 
 # No tile leaves room for a second block on a multiprocessor, of which the first to be free would get two.
-MANY_ROWS = (TileSettings(256, 1, 2, 1, 4), TileSettings(256, 1, 2, 1, 4, stretched=0.9))
+MANY_ROWS = (
+    TileSettings(256, 1, 2, 1, 4),
+    TileSettings(256, 1, 2, 1, 4, stretched=0.9),
+    TileSettings(192, 1, 2, 1, 5),
+    TileSettings(192, 1, 2, 1, 5, stretched=0.9),
+)
+# Of so many rows: how many tiles they take, and how full the last are, decides.
+MANY = tuple((most, MANY_ROWS) for most in (256, 384, 512, 576, 768, None))
 # fmt: off
 TABLES: dict[Kind, Table] = {
     "affine": Table((FewSettings(16, 3, 2, 1),), (FewSettings(16, 3, 2, 1, most_rows=4),), (
@@ -78,8 +86,7 @@ TABLES: dict[Kind, Table] = {
                TileSettings(128, 1, 3, 1, 6),
                TileSettings(128, 2, 2, 1, 7),
                TileSettings(128, 2, 2, 1, 7, stretched=0.8))),
-        (256, MANY_ROWS),
-        (None, MANY_ROWS),
+        *MANY,
     )),
     "nf4": Table((FewSettings(16, 3, 2, 1),), (
         FewSettings(8, 4, 2, 2, wide_table=1, most_rows=4),
@@ -97,8 +104,7 @@ TABLES: dict[Kind, Table] = {
                TileSettings(128, 1, 3, 1, 6, wide_table=1),
                TileSettings(128, 2, 2, 1, 6, wide_table=1),
                TileSettings(128, 2, 2, 1, 6, wide_table=1, stretched=0.8))),
-        (256, MANY_ROWS),
-        (None, MANY_ROWS),
+        *MANY,
     )),
 }
 # fmt: on
@@ -174,10 +180,14 @@ def best(shape: Shape, tiles: tuple[TileSettings, ...], num_rows: int) -> TileSe
 
 
 def worth(shape: Shape, tile: TileSettings, num_rows: int) -> float:
-    """Share of the device's multiprocessors that work, all the time, for outputs there are."""
-    if tile.stretched:
-        return tile.stretched
+    """How much of the device does something for a row that there is."""
     row_tiles = math.ceil(num_rows / tile.tile)
+    useful = num_rows / (row_tiles * (tile.tile + DECODING_ROWS))
+    return useful * (tile.stretched or busy_share(shape, tile, row_tiles))
+
+
+def busy_share(shape: Shape, tile: TileSettings, row_tiles: int) -> float:
+    """Of the device's multiprocessors, all the time, for outputs that there are."""
     wanted = shape.out_features / (64 * tile.rt * tile.wgs) * row_tiles
     tiles = math.ceil(wanted / row_tiles) * row_tiles
     if tiles > MULTIPROCESSORS // 2:
