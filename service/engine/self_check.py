@@ -82,13 +82,15 @@ def check(linear: QuantLinear, bound: float) -> None:
     part = least_part(linear)
     columns = part_rows(group, part)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(ROWS), group.in_features, generator=generator).to(group.device, group.dtype)
+    last = max(linear.kernel_rows, default=0) + 1  # the least that the last kernel takes
+    numbers = sorted({*ROWS, *linear.kernel_rows, last})
+    x = torch.randn(numbers[-1], group.in_features, generator=generator).to(group.device, group.dtype)
     x[:, -1] *= 20  # outliers, which int8 multiplies apart
     want = x.float() @ linear.dense(part).to(group.device).t()
     bias: torch.Tensor | None = getattr(linear, "bias", None)
     if bias is not None:
         want += bias[columns].float()
-    for num_rows in sorted({*ROWS, *linear.kernel_rows}):
+    for num_rows in numbers:
         got = linear(x[:num_rows])[:, columns].float()
         size = want[:num_rows].norm().clamp(min=torch.finfo(torch.float32).tiny)  # weights may be all zeros
         error = float((got - want[:num_rows]).norm() / size)

@@ -24,7 +24,6 @@ MULTIPROCESSORS = 132  # of the H100 that was measured
 WIDE = 16384  # outputs whose whole tiles keep most multiprocessors busy
 ROWS = 1024  # for which the last row of a table is chosen, and any number served
 ANOTHER_ROUND = 0.99  # what a round of whole tiles is worth beside one of the same sum
-DECODING_ROWS = 28  # to decode a tile's weights takes as long as to multiply so many rows by them
 
 
 class FewSettings(NamedTuple):
@@ -47,6 +46,7 @@ class TileSettings(NamedTuple):
     scaled_sums: int = 0
     stretched: float = 0.0  # if tiles are laid end to end: how busy others must keep the device to be as good
     least_outputs: int = 0  # of a linear
+    rate: float = 1.0  # of its products, beside other tiles in the same row of a table
 
 
 class Table(NamedTuple):
@@ -56,14 +56,17 @@ class Table(NamedTuple):
 
 
 # No tile leaves room for a second block on a multiprocessor, of which the first to be free would get two.
-MANY_ROWS = (
-    TileSettings(256, 1, 2, 1, 4),
-    TileSettings(256, 1, 2, 1, 4, stretched=0.9),
-    TileSettings(192, 1, 2, 1, 5),
-    TileSettings(192, 1, 2, 1, 5, stretched=0.9),
+MANY_ROWS = (TileSettings(256, 1, 2, 1, 4), TileSettings(256, 1, 2, 1, 4, stretched=0.9))
+TALL, FLAT = TileSettings(192, 1, 2, 1, 5, rate=0.886), TileSettings(128, 2, 2, 1, 7, rate=0.88)
+# Here the last tiles of rows may be half empty, and a round of tiles half of the device.
+BETWEEN = tuple(
+    tile._replace(stretched=stretched) for tile in (MANY_ROWS[0], TALL, FLAT) for stretched in (0.0, 0.86)
 )
-# Of so many rows: how many tiles they take, and how full the last are, decides.
-MANY = tuple((most, MANY_ROWS) for most in (256, 384, 512, 576, 768, None))
+MANY = (
+    (256, MANY_ROWS),
+    *((most, BETWEEN) for most in (384, 512, 576, 640, 768, 896)),
+    (None, MANY_ROWS),
+)
 # fmt: off
 TABLES: dict[Kind, Table] = {
     "affine": Table((FewSettings(16, 3, 2, 1),), (FewSettings(16, 3, 2, 1, most_rows=4),), (
@@ -180,9 +183,9 @@ def best(shape: Shape, tiles: tuple[TileSettings, ...], num_rows: int) -> TileSe
 
 
 def worth(shape: Shape, tile: TileSettings, num_rows: int) -> float:
-    """How much of the device does something for a row that there is."""
+    """How much of the device multiplies, all the time, for outputs and rows that there are."""
     row_tiles = math.ceil(num_rows / tile.tile)
-    useful = num_rows / (row_tiles * (tile.tile + DECODING_ROWS))
+    useful = num_rows / (row_tiles * tile.tile) * tile.rate
     return useful * (tile.stretched or busy_share(shape, tile, row_tiles))
 
 
