@@ -21,6 +21,7 @@ from service.kernels.dense_linear import few_rows
 from service.kernels.int8_linear import triton as int8
 from service.kernels.int8_rows import ALL_LIVE
 from service.kernels.w4_linear import cuda as w4_cuda
+from service.kernels.w4_linear.plan import GROUPS as W4_GROUPS
 from service.kernels.w4_linear.plan import TABLES, few_of, tile_of
 from service.kernels.w4_linear.variants import Few
 from service.kernels.w4_linear.variants import Variant as W4Variant
@@ -29,7 +30,7 @@ from service.kernels.w8_linear.plan import AFTER_ROWS, DEEP, TILES, WIDE
 from tests.kernels.decodes import EPS, decodes
 from tests.kernels.given import Given
 from tests.kernels.triton_launches import rule_of
-from tests.kernels.w4_weights import random_weight
+from tests.kernels.w4_weights import KINDS, random_weight
 
 DTYPES = (torch.float16, torch.bfloat16)
 THRESHOLD = 3.0
@@ -42,16 +43,16 @@ GROUPS = (4, 7, 1, 16)  # query heads of a KV head
 
 
 def w4_variants() -> Iterator[tuple[W4Variant, w4_linear.Shape, int]]:
-    """With a shape, and a number of rows whose last tile is not full."""
+    """With a shape, and a number of rows whose last tile is not full; a kind's groups in turn."""
     dtypes = cycle(DTYPES)
     for kind, table in TABLES.items():
-        group = 128 if kind == "affine" else 64
+        groups = cycle(W4_GROUPS[kind])
         for few in dict.fromkeys((*table.few, *table.few_of_wide)):
-            shape = w4_linear.Shape(kind, W4_OUTS, W4_INPUTS, group, next(dtypes))
+            shape = w4_linear.Shape(kind, W4_OUTS, W4_INPUTS, next(groups), next(dtypes))
             variant = few_of(shape, few)
             yield variant, shape, min(few.most_rows, variant.max_rows(W4_INPUTS)) - 1
         for tile in dict.fromkeys(tile for _, tiles in table.tiles for tile in tiles):
-            shape = w4_linear.Shape(kind, W4_OUTS, W4_INPUTS, group, next(dtypes))
+            shape = w4_linear.Shape(kind, W4_OUTS, W4_INPUTS, next(groups), next(dtypes))
             yield tile_of(shape, tile), shape, tile.tile + tile.tile // 2 + 1
 
 
@@ -66,10 +67,13 @@ def w4_tile(given: Given) -> None:
 def w4(given: Given, *, few: bool) -> None:
     torch.manual_seed(0)
     device = str(given.device)
-    weights = {kind: random_weight(kind, W4_OUTS, W4_INPUTS, device).pack(W4_OUTS) for kind in TABLES}
+    weights = {
+        told: random_weight(told[0], W4_OUTS, W4_INPUTS, device, told[1]).pack(W4_OUTS) for told in KINDS
+    }
     for variant, shape, num_rows in w4_variants():
         if isinstance(variant, Few) is few:
-            multiply = w4_cuda.Bound(weights[shape.kind], (w4_linear.Row(None, variant),), shape.dtype)
+            weight = weights[shape.kind, shape.group_size]
+            multiply = w4_cuda.Bound(weight, (w4_linear.Row(None, variant),), shape.dtype)
             multiply(given.normal(num_rows, W4_INPUTS, dtype=shape.dtype))
 
 

@@ -142,6 +142,7 @@ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
     return each_half(a, b, c, [](double x, double y, double z) { return x * y + z; });
 }
 inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
+inline uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) { return (a & mask) | (b & ~mask); }
 inline uint32_t to_pair(float low, float high) { return bits_of(low) | uint32_t(bits_of(high)) << 16; }
 inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 inline float reciprocal(float v) { return 1 / v; }

@@ -104,12 +104,12 @@ def test_so_is_every_variant_of_a_table(programs: set[Program]) -> None:
         }
 
     for kind, (few, few_of_wide, tiles) in TABLES.items():
-        affine = int(kind == "affine")
-        assert seen("w4_few", "WARPS", "STAGES", "TILES", "WIDE_TABLE", AFFINE=affine) == {
+        codes = {"AFFINE": int(kind != "nf4"), "BITS": 3 if kind == "int3" else 4}
+        assert seen("w4_few", "WARPS", "STAGES", "TILES", "WIDE_TABLE", **codes) == {
             (each.warps, each.stages, each.tiles, each.wide_table) for each in (*few, *few_of_wide)
         }
         names = ("TILE", "RT", "WGS", "KS", "STAGES", "STRETCHED", "SCALED_SUMS")
-        assert seen("w4_tile", *names, AFFINE=affine) == {
+        assert seen("w4_tile", *names, **codes) == {
             (each.tile, each.rt, each.wgs, each.ks, each.stages, each.stretched > 0, each.scaled_sums)
             for _, choices in tiles
             for each in choices

@@ -65,7 +65,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Driver:
 def bound(kind: Kind) -> tuple[Bound, Weight]:
     torch.manual_seed(0)
     weight = random_weight(kind, OUTS, IN).pack(OUTS)
-    shape = Shape(kind, OUTS, IN, 128 if kind == "affine" else 64, torch.float16)
+    shape = Shape(kind, OUTS, IN, weight.group_size, torch.float16)
     return Bound(weight, plan(shape), torch.float16), weight
 
 
@@ -77,7 +77,7 @@ def integer(address: int) -> int:
     return ctypes.c_int.from_address(address).value
 
 
-@pytest.mark.parametrize("kind", ["affine", "nf4"])
+@pytest.mark.parametrize("kind", ["affine", "nf4", "int3"])
 def test_few_rows(library: Driver, kind: Kind) -> None:
     """codes, scales, zeros, nested absmax, map, x, y, rows, N twice, K, parts."""
     multiply, weight = bound(kind)
@@ -103,7 +103,7 @@ def test_few_rows(library: Driver, kind: Kind) -> None:
     assert config.stream == STREAM
 
 
-@pytest.mark.parametrize("kind", ["affine", "nf4"])
+@pytest.mark.parametrize("kind", ["affine", "nf4", "int3"])
 def test_many_rows(library: Driver, kind: Kind) -> None:
     """Maps of x and codes; scales, zeros, nested absmax, map, y, sums, flags, rows, N twice, K, parts."""
     multiply, weight = bound(kind)
@@ -114,8 +114,9 @@ def test_many_rows(library: Driver, kind: Kind) -> None:
     variant = next(row.variant for row in multiply.rows if row.max_rows == 64)
     assert isinstance(variant, Tile)
     assert rows == (6, x.data_ptr(), [IN, 50], [2 * IN], [64, 64], 3)
-    box = [variant.ks * 128, variant.outputs // 16]
-    assert codes == (2, weight.codes.data_ptr(), [IN * 2, 16], [IN * 8], box, 0)
+    tile_words = 96 if kind == "int3" else 128
+    box, width = [variant.ks * tile_words, variant.outputs // 16], IN // 64 * tile_words
+    assert codes == (2, weight.codes.data_ptr(), [width, 16], [width * 4], box, 0)
     config, told = library.launches[0]
     assert pointers(told, range(2, 3)) == [weight.scales.data_ptr()]
     workspace = cuda.workspace_on(weight.codes.device)

@@ -33,23 +33,19 @@ SIGNATURES = {
 }
 # (variant, outputs, input features, rows, blocks): ragged ends, tiles cut over blocks, several rounds
 CASES: list[tuple[Variant, tuple[int, ...], int, int, int]] = [
-    (Few("nf4", 0, 3, 2, 1, 8, 1, 1), (48, 16, 32), 1152, 7, 2),  # warps with one chunk and with two
-    (Few("affine", 1, 4, 1, 1, 16, 2, 0), (64, 32), 640, 13, 5),  # more warps than chunks
-    (Tile("nf4", 0, 3, 1, 1, 64, 1, 2, 2, 0, 0, 1), (144, 16, 32), 512, 50, 5),  # two tiles, two shares each
-    (
-        Tile("affine", 1, 3, 2, 1, 8, 1, 2, 2, 1, 1, 0),
-        (128, 256, 160),
-        384,
-        7,
-        3,
-    ),  # a whole tile and cut ones
-    (
-        Tile("affine", 0, 2, 1, 1, 192, 1, 2, 1, 1, 0, 0),
-        (144, 16),
-        256,
-        200,
-        3,
-    ),  # four tiles, ragged, one whole
+    (Few("nf4", 64, 0, 3, 2, 1, 8, 1, 1), (48, 16, 32), 1152, 7, 2),  # warps with one chunk and with two
+    (Few("affine", 128, 1, 4, 1, 1, 16, 2, 0), (64, 32), 640, 13, 5),  # more warps than chunks
+    (Few("int3", 64, 0, 5, 2, 1, 8, 1, 0), (48, 16, 32), 1152, 7, 2),
+    (Few("int3", 128, 1, 3, 2, 1, 8, 1, 0), (32, 64), 1152, 3, 3),
+    # two tiles, two shares each
+    (Tile("nf4", 64, 0, 3, 1, 1, 64, 1, 2, 2, 0, 0, 1), (144, 16, 32), 512, 50, 5),
+    (Tile("int3", 128, 0, 3, 1, 1, 16, 1, 2, 2, 0, 1, 0), (144, 16, 32), 512, 13, 5),
+    # a whole tile and cut ones
+    (Tile("affine", 128, 1, 3, 2, 1, 8, 1, 2, 2, 1, 1, 0), (128, 256, 160), 384, 7, 3),
+    (Tile("int3", 64, 1, 3, 2, 1, 8, 1, 2, 2, 1, 0, 0), (128, 256, 160), 384, 7, 3),
+    (Tile("int3", 64, 0, 3, 2, 1, 8, 1, 2, 1, 0, 0, 0), (128, 32), 256, 9, 2),  # a group a stage
+    # four tiles, ragged, one whole
+    (Tile("affine", 128, 0, 2, 1, 1, 192, 1, 2, 1, 1, 0, 0), (144, 16), 256, 200, 3),
 ]
 
 
@@ -77,10 +73,11 @@ class Machine:
         num_rows, n, k = x.shape[0], weight.out_features, weight.in_features
         told: tuple[Tensor | None, ...] = (weight.codes, *rest, x, y)
         if isinstance(variant, Tile):
-            words, box_rows = weight.codes.view(torch.int32), variant.outputs // 16
+            words, box_rows = weight.codes.flatten(2).view(torch.int32), variant.outputs // 16
+            tile_words = words.shape[2]
             maps = (
                 box(x, (num_rows, k), variant.tile, 64, swizzled=1),
-                box(words, (n // 16, k * 2), box_rows, 128 * variant.ks, swizzled=0),
+                box(words, (n // 16, k // 64 * tile_words), box_rows, tile_words * variant.ks, swizzled=0),
             )
             sums = torch.full((self.num_blocks, variant.sums_of_block), float("nan"))
             told = (*maps, *rest, y, sums, self.flags)
@@ -106,7 +103,7 @@ def test_kernels_compute_what_their_weights_mean(
     torch.manual_seed(0)
     dtype = torch.bfloat16 if variant.bf16 else torch.float16
     kind: Kind = variant.kind
-    source = random_weight(kind, outs, in_features)
+    source = random_weight(kind, outs, in_features, group_size=variant.group)
     weight, machine = source.pack(outs), Machine(variant, num_blocks, tmp_path)
     x = torch.randn(num_rows, in_features).to(dtype)
     want = x.double() @ source.dense().double().t()

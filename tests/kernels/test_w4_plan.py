@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.kernels.w4_linear import Kind, Shape, kernel_name, plan, refusal
-from service.kernels.w4_linear.plan import most_sums
+from service.kernels.w4_linear.plan import GROUPS, most_sums
 from service.kernels.w4_linear.variants import Few, Tile, most_shared_bytes
 
 HALF = torch.float16
@@ -19,12 +19,12 @@ LLAMA = {
 
 
 def shape(kind: Kind, outs: tuple[int, ...], in_features: int, **changes: object) -> Shape:
-    told = {"group_size": 128 if kind == "affine" else 64, "dtype": HALF} | changes
+    told = {"group_size": GROUPS[kind][0], "dtype": HALF} | changes
     return Shape(kind, outs, in_features, **told)  # type: ignore[arg-type]
 
 
 @given(
-    kind=st.sampled_from(["affine", "nf4"]),
+    kind_and_group=st.sampled_from([(kind, group) for kind, groups in GROUPS.items() for group in groups]),
     outs=st.builds(
         lambda outs, step: [out * step for out in outs],
         st.lists(st.integers(1, 120), min_size=1, max_size=5),
@@ -35,9 +35,10 @@ def shape(kind: Kind, outs: tuple[int, ...], in_features: int, **changes: object
     dtype=st.sampled_from([HALF, torch.bfloat16]),
 )
 def test_it_has_a_kernel_or_a_reason(
-    kind: Kind, outs: list[int], in_features: int, num_rows: int, dtype: torch.dtype
+    kind_and_group: tuple[Kind, int], outs: list[int], in_features: int, num_rows: int, dtype: torch.dtype
 ) -> None:
-    asked = shape(kind, tuple(outs), in_features, dtype=dtype)
+    kind, group_size = kind_and_group
+    asked = shape(kind, tuple(outs), in_features, dtype=dtype, group_size=group_size)
     if reason := refusal(asked):
         assert "no multiple" in reason or "share an input" in reason
         return
@@ -50,10 +51,10 @@ def test_it_has_a_kernel_or_a_reason(
     assert variant.threads <= 1024
     assert not isinstance(variant, Few) or num_rows <= 8 * variant.tiles
     assert not isinstance(variant, Tile) or variant.each * variant.sums_of_block <= most_sums()
-    assert variant.bf16 == (dtype is torch.bfloat16)
+    assert (variant.bf16, variant.group) == (dtype is torch.bfloat16, group_size)
 
 
-@pytest.mark.parametrize("kind", ["affine", "nf4"])
+@pytest.mark.parametrize("kind", GROUPS)
 @pytest.mark.parametrize("name", LLAMA)
 def test_the_shapes_that_were_measured(kind: Kind, name: str) -> None:
     rows = plan(shape(kind, *LLAMA[name]))
@@ -61,7 +62,7 @@ def test_the_shapes_that_were_measured(kind: Kind, name: str) -> None:
     assert kernels == sorted(kernels)
     assert set(kernels) == {"w4_few", "w4_tile"}
     # a block has all rows of x in shared memory
-    most = {"down": {"affine": 5, "nf4": 4}[kind], "gate_up": 4}.get(name, 8)
+    most = {"down": {"affine": 5, "nf4": 4, "int3": 5}[kind], "gate_up": 4}.get(name, 8)
     assert max(row.max_rows or 0 for row in rows if isinstance(row.variant, Few)) == most
     ends = [row.max_rows for row in rows if isinstance(row.variant, Tile)]
     many = [256, 384, 512, 576, 640, 768, *([896] if name in ("qkv", "gate_up") else []), None]

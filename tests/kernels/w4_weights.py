@@ -1,11 +1,13 @@
 """Random W4 linears in the layouts of their checkpoints, and what these mean, without our layout."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from service.kernels.w4_linear import Kind, Nested, Weight, pack_awq, pack_nf4
+from service.kernels.w4_linear import Kind, Nested, Weight, pack_awq, pack_int3, pack_nf4
+from service.kernels.w4_linear.plan import GROUPS
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of eight, that nibble 0, 1, ... of AutoAWQ's word holds
 NF4 = [
@@ -63,6 +65,22 @@ class Nf4:
         return (values * torch.cat(scales)[:, None]).view(sum(self.outs), self.in_features)
 
 
+@dataclass
+class Int3:
+    codes: Tensor  # uint8 [out, in], values 0..7
+    zeros: Tensor  # uint8 [out, in / group], likewise
+    scales: Tensor  # float16 [out, in / group]
+
+    def pack(self, outs: tuple[int, ...]) -> Weight:
+        return pack_int3(self.codes, self.zeros, self.scales, outs)
+
+    def dense(self) -> Tensor:
+        """float32 [out, in]."""
+        group_size = self.codes.shape[1] // self.zeros.shape[1]
+        centred = self.codes.float() - self.zeros.float().repeat_interleave(group_size, dim=1)
+        return centred * self.scales.float().repeat_interleave(group_size, dim=1)
+
+
 def random_awq(outs: tuple[int, ...], in_features: int, device: str = "cpu") -> Awq:
     out_features, groups = sum(outs), in_features // 128
 
@@ -89,6 +107,32 @@ def random_nf4(outs: tuple[int, ...], in_features: int, device: str = "cpu") -> 
     return Nf4(codes, [some(count) for count in padded], nested, outs, in_features)
 
 
-def random_weight(kind: Kind, outs: tuple[int, ...], in_features: int, device: str = "cpu") -> Awq | Nf4:
-    make = random_awq if kind == "affine" else random_nf4
-    return make(outs, in_features, device)
+def random_int3(outs: tuple[int, ...], in_features: int, device: str = "cpu", group_size: int = 64) -> Int3:
+    def some(columns: int) -> Tensor:
+        return torch.randint(0, 8, (sum(outs), columns), device=device).to(torch.uint8)
+
+    groups = in_features // group_size
+    scales = torch.rand(sum(outs), groups, device=device) * 0.02 + 0.004
+    return Int3(some(in_features), some(groups), scales.half())
+
+
+class Codes(NamedTuple):
+    """What the kernels tell apart of a weight."""
+
+    kind: Kind
+    group_size: int  # weights of an output under one scale
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.group_size}"
+
+
+KINDS = tuple(Codes(kind, size) for kind, sizes in GROUPS.items() for size in sizes)
+
+
+def random_weight(
+    kind: Kind, outs: tuple[int, ...], in_features: int, device: str = "cpu", group_size: int = 64
+) -> Awq | Nf4 | Int3:
+    """`group_size`: of int3, which alone has two."""
+    if kind == "int3":
+        return random_int3(outs, in_features, device, group_size)
+    return (random_awq if kind == "affine" else random_nf4)(outs, in_features, device)

@@ -114,6 +114,11 @@ DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {  // (word 
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(word), "r"(mask), "r"(bits));
     return v;
 }
+DEVICE uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {  // of a where the mask has them, else of b
+    uint32_t v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(v) : "r"(a), "r"(b), "r"(mask));
+    return v;
+}
 DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 DEVICE uint32_t to_pair(float low, float high) {
     uint32_t v;

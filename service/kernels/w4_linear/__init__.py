@@ -1,9 +1,9 @@
-"""Linears with 4-bit codes, AWQ's and NF4's, in one order of memory, for any number of rows.
+"""Linears with codes of four bits, AWQ's and NF4's, or three, in one order of memory, for any number of rows.
 
 precision/w4 --layout.pack (once, at load)--> Weight --bind--> x [tokens, in] -> y [tokens, out]
 
 On an H100 two kernels in CUDA C++ (cuda.py) by the table in plan.py; elsewhere the reference, for tests: what
-the table refuses, and every other device, keeps the kernels in awq_linear and nf4_linear.
+the table refuses, and every other device, keeps the kernels in awq_linear, nf4_linear and int3_linear.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from service.kernels.cuda import absence
 from service.kernels.w4_linear import reference
-from service.kernels.w4_linear.layout import Kind, Nested, Weight, pack_awq, pack_nf4
+from service.kernels.w4_linear.layout import Kind, Nested, Weight, pack_awq, pack_int3, pack_nf4
 from service.kernels.w4_linear.plan import Row, Shape, plan, refusal
 from service.kernels.w4_linear.reference import dequantize
 from service.kernels.w4_linear.variants import Variant
 
 __all__ = [
     "Kind", "Nested", "Row", "Shape", "Weight", "absence", "bind", "dequantize", "kernel_name", "load",
-    "pack_awq", "pack_nf4", "plan", "refusal",
+    "pack_awq", "pack_int3", "pack_nf4", "plan", "refusal",
 ]  # fmt: skip
 
 

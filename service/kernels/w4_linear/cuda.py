@@ -21,7 +21,7 @@ from service.kernels import launch as launching
 from service.kernels.cuda import Kernel, Launch, TensorMap, kernel_of
 from service.kernels.cuda.driver import SWIZZLE_NONE, multiprocessors, tensor_map
 from service.kernels.cuda.maps import readable, rows_map
-from service.kernels.w4_linear.layout import BLOCK_ROWS, NESTED_BLOCK, Weight
+from service.kernels.w4_linear.layout import BLOCK_ROWS, NESTED_BLOCK, TILE_BYTES, Weight
 from service.kernels.w4_linear.plan import MAX_PARTS, Row, most_sums
 from service.kernels.w4_linear.variants import Few, Tile, Variant, most_shared_bytes
 
@@ -153,7 +153,8 @@ def _pointer(tensor: Tensor) -> c_void_p:
 
 
 def _code_map(weight: Weight, variant: Tile) -> TensorMap:
-    """Blocks of 16 outputs, each 128 words of 32 bits for 64 input features."""
+    """Blocks of 16 outputs, each so many words of 32 bits for 64 input features."""
     blocks, tiles = weight.codes.shape[:2]
-    box = (variant.outputs // BLOCK_ROWS, variant.ks * 128)
-    return tensor_map(weight.codes.data_ptr(), torch.int32, (blocks, tiles * 128), box, SWIZZLE_NONE)
+    words = TILE_BYTES[weight.kind] // 4
+    box = (variant.outputs // BLOCK_ROWS, variant.ks * words)
+    return tensor_map(weight.codes.data_ptr(), torch.int32, (blocks, tiles * words), box, SWIZZLE_NONE)

@@ -1,6 +1,6 @@
 """Which kernel and variant serves a W4 linear behind how many rows: one table, and why a linear is not in it.
 
-precision/awq, nf4 --Shape--> refusal, or plan --> cuda.py, engine/kernels_ahead
+precision/awq, nf4, int3 --Shape--> refusal, or plan --> cuda.py, engine/kernels_ahead
 
 A plan is a row for each range of numbers of rows, whose end is included. It follows from shape and kind
 alone: layers, self-check and compilation ahead of the first launch share it. Measured in
@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from service.kernels.w4_linear.layout import AFFINE_GROUP, BLOCK_ROWS, NF4_BLOCK, Kind
+from service.kernels.w4_linear.layout import BLOCK_ROWS, NF4_BLOCK, Kind
 from service.kernels.w4_linear.variants import Few, Tile, Variant, most_shared_bytes
 
+GROUPS: dict[Kind, tuple[int, ...]] = {"affine": (128,), "nf4": (NF4_BLOCK,), "int3": (64, 128)}
+UNIT_K = 128  # input features in which work is dealt
 MAX_PARTS = 4  # of a merged layer, as w4_device.h has it
 MOST_SHARES = 8  # of a tile, as w4_tile.cu has it
 OUTPUTS = 32  # that the outputs are a multiple of: scales are fetched so
@@ -109,6 +111,28 @@ TABLES: dict[Kind, Table] = {
                TileSettings(128, 2, 2, 1, 6, wide_table=1, stretched=0.8))),
         *MANY,
     )),
+    "int3": Table((FewSettings(16, 5, 2, 1),), (FewSettings(16, 5, 2, 1, most_rows=4),), (
+        (8, (TileSettings(8, 2, 2, 2, 11, scaled_sums=1, least_outputs=WIDE),
+             TileSettings(8, 1, 4, 2, 11, scaled_sums=1),
+             TileSettings(8, 1, 4, 2, 11, scaled_sums=1, stretched=0.8))),
+        (16, (TileSettings(16, 1, 2, 2, 14, scaled_sums=1),
+              TileSettings(16, 1, 3, 2, 11, scaled_sums=1),
+              TileSettings(16, 2, 2, 2, 10, scaled_sums=1),
+              TileSettings(16, 2, 2, 2, 10, scaled_sums=1, stretched=0.8))),
+        (32, (TileSettings(32, 1, 2, 2, 12),
+              TileSettings(32, 1, 3, 2, 9),
+              TileSettings(32, 2, 2, 2, 8),
+              TileSettings(32, 2, 2, 2, 8, stretched=0.8))),
+        (64, (TileSettings(64, 1, 2, 2, 8),
+              TileSettings(64, 1, 3, 2, 6),
+              TileSettings(64, 2, 2, 2, 6),
+              TileSettings(64, 2, 2, 2, 6, stretched=0.8))),
+        (128, (TileSettings(128, 1, 2, 1, 8),
+               TileSettings(128, 1, 3, 1, 8),
+               TileSettings(128, 2, 2, 1, 7),
+               TileSettings(128, 2, 2, 1, 7, stretched=0.8))),
+        *MANY,
+    )),
 }
 # fmt: on
 
@@ -139,19 +163,19 @@ class Row:
 
 def refusal(shape: Shape) -> str:
     """Why these kernels do not serve it; empty where they do."""
-    group_size = AFFINE_GROUP if shape.kind == "affine" else NF4_BLOCK
     if shape.dtype not in DTYPES:
         return f"activations are {shape.dtype}, they compute with 16-bit types"
-    if shape.group_size != group_size:
-        return f"groups are of {shape.group_size} weights, they read {group_size}"
+    if shape.group_size not in GROUPS[shape.kind]:
+        read = " or ".join(map(str, GROUPS[shape.kind]))
+        return f"groups are of {shape.group_size} weights, they read {read}"
     if not shape.is_nested:
         return "absmax values are float32, they read the 8-bit codes of double quantization"
     if len(shape.outs) > MAX_PARTS:
         return f"{len(shape.outs)} linears share an input, they take {MAX_PARTS}"
     if any(out % BLOCK_ROWS for out in shape.outs) or shape.out_features % OUTPUTS:
         return f"outputs {list(shape.outs)} are no multiple of {BLOCK_ROWS} each and of {OUTPUTS} together"
-    if shape.in_features % AFFINE_GROUP:
-        return f"{shape.in_features} input features are no multiple of {AFFINE_GROUP}"
+    if shape.in_features % UNIT_K:
+        return f"{shape.in_features} input features are no multiple of {UNIT_K}"
     return ""
 
 
@@ -196,19 +220,19 @@ def busy_share(shape: Shape, tile: TileSettings, row_tiles: int) -> float:
     if tiles > MULTIPROCESSORS // 2:
         rounds = math.ceil(tiles / MULTIPROCESSORS)
         return wanted / (rounds * MULTIPROCESSORS) * (ANOTHER_ROUND if rounds > 1 else 1)
-    shares = min(MULTIPROCESSORS // tiles, MOST_SHARES, shape.in_features // AFFINE_GROUP)
+    shares = min(MULTIPROCESSORS // tiles, MOST_SHARES, shape.in_features // UNIT_K)
     return wanted * shares / MULTIPROCESSORS
 
 
 def few_of(shape: Shape, few: FewSettings) -> Few:
     rest = (few.warps, few.tiles, few.wide_table)
-    return Few(shape.kind, is_bf16(shape), few.stages, few.per_sm, few.each, *rest)
+    return Few(shape.kind, shape.group_size, is_bf16(shape), few.stages, few.per_sm, few.each, *rest)
 
 
 def tile_of(shape: Shape, tile: TileSettings) -> Tile:
     size = (tile.tile, tile.rt, tile.wgs, tile.ks)
     rest = (int(tile.stretched > 0), tile.scaled_sums, tile.wide_table)
-    found = Tile(shape.kind, is_bf16(shape), tile.stages, 1, 1, *size, *rest)
+    found = Tile(shape.kind, shape.group_size, is_bf16(shape), tile.stages, 1, 1, *size, *rest)
     assert most_shared_bytes(2) < found.shared_bytes <= most_shared_bytes(1), found
     return found
 

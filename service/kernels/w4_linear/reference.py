@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from service.kernels.w4_linear.layout import (
-    AFFINE_GROUP,
     BLOCK_ROWS,
     NESTED_BLOCK,
     NF4_BLOCK,
     Weight,
     from_block,
     unpack_codes,
+    unpack_zeros,
 )
 
 # quantiles of a normal distribution, the largest magnitude 1: arXiv 2305.14314, appendix E
@@ -46,10 +46,10 @@ def dequantize(weight: Weight, part: int | None = None) -> Tensor:
     if weight.zeros is None:
         levels = torch.tensor(NF4_LEVELS, device=codes.device)
         return levels[codes.int()] * absmax(weight)[start:end].repeat_interleave(NF4_BLOCK, dim=1)
-    zeros = from_block(torch.stack((weight.zeros & 15, weight.zeros >> 4), dim=-1))[start:end]
+    zeros = unpack_zeros(weight.zeros)[start:end]
     scales = from_block(weight.scales)[start:end].float()
-    centred = codes.float() - zeros.float().repeat_interleave(AFFINE_GROUP, dim=1)
-    return centred * scales.repeat_interleave(AFFINE_GROUP, dim=1)
+    centred = codes.float() - zeros.float().repeat_interleave(weight.group_size, dim=1)
+    return centred * scales.repeat_interleave(weight.group_size, dim=1)
 
 
 def w4_linear(x: Tensor, weight: Weight) -> Tensor:

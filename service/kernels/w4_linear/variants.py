@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from service.kernels.cuda import Program
-from service.kernels.w4_linear.layout import Kind
+from service.kernels.w4_linear.layout import BLOCK_ROWS, TILE_BYTES, Kind
 
 FOLDER = Path(__file__).parent
 SHARED_BYTES = 228 << 10  # of a multiprocessor
@@ -41,6 +41,7 @@ class Variant(ABC):
 
     kernel: ClassVar[str]
     kind: Kind
+    group: int  # weights of an output under one scale
     bf16: int  # activations are bfloat16, not float16
     stages: int  # of the ring through which weights arrive
     per_sm: int  # blocks that registers leave room for: two, and the next launch's wait beside this one's
@@ -49,8 +50,14 @@ class Variant(ABC):
     @property
     def program(self) -> Program:
         settings = {name.upper(): value for name, value in asdict(self).items() if name not in NOT_DEFINED}
-        known = {"AFFINE": int(self.kind == "affine"), "SHARED_BYTES": self.shared_bytes} | settings
+        codes = {"AFFINE": int(self.is_affine), "BITS": 3 if self.kind == "int3" else 4}
+        known = codes | {"SHARED_BYTES": self.shared_bytes} | settings
         return Program(FOLDER / f"{self.kernel}.cu", self.kernel, tuple(known.items()))
+
+    @property
+    def is_affine(self) -> bool:
+        """Codes are numbers beside a zero, not places in a table of levels."""
+        return self.kind != "nf4"
 
     @property
     def name(self) -> str:
@@ -85,8 +92,9 @@ class Few(Variant):
 
     @property
     def shared_bytes(self) -> int:
-        chunk = 1072 if self.kind == "affine" else 1056
-        table = 1024 if self.kind == "affine" else 2048 + table_bytes(self.wide_table)
+        side = 48 * (128 // self.group) if self.is_affine else 32
+        chunk = 2 * TILE_BYTES[self.kind] + side
+        table = 1024 if self.is_affine else 2048 + table_bytes(self.wide_table)
         return rounded_up(table + self.warps * self.stages * chunk, 128) - 1024
 
     def shared_bytes_for(self, num_rows: int, in_features: int) -> int:
@@ -129,9 +137,10 @@ class Tile(Variant):
 
     @property
     def shared_bytes(self) -> int:
-        affine = self.kind == "affine"
-        scales = self.outputs * 5 // 2 if affine else self.outputs * self.ks
-        stage = rounded_up(self.ks * self.tile * 128 + self.outputs * 32 * self.ks + scales, 1024)
+        affine = self.is_affine
+        scales = (self.outputs * 5 // 2 if affine else self.outputs) * (self.ks if self.group == 64 else 1)
+        codes = self.outputs // BLOCK_ROWS * TILE_BYTES[self.kind] * self.ks
+        stage = rounded_up(self.ks * self.tile * 128 + codes + scales, 1024)
         table = rounded_up((1280 if affine else 2304) + self.wgs * 4 * min(self.tile, 16) * 32, 1024)
         return table + (0 if affine else table_bytes(self.wide_table)) + self.stages * stage - 1024
 

@@ -5,6 +5,20 @@
 #include "wgmma_registers.h"
 #endif
 
+#ifndef AFFINE  // (code - zero) * scale; else NF4's levels times absmax
+#define AFFINE 0
+#endif
+#ifndef BITS  // of a code: 4, or of affine ones 3
+#define BITS 4
+#endif
+#ifndef GROUP  // weights of an output under one scale: 64 or, of affine codes, 128
+#define GROUP (AFFINE ? 128 : 64)
+#endif
+static_assert(BITS == 4 || BITS == 3 && AFFINE);
+static_assert(GROUP == 64 || GROUP == 128 && AFFINE);
+constexpr int TILE_BYTES = 128 * BITS;  // codes of 16 outputs and 64 K
+constexpr int SETS = 128 / GROUP;       // of scales for 128 K
+
 // The parts of a merged layer under nested absmax: the first block of 16 rows of each, the place of its first absmax
 // in the numbering that nested blocks of 256 cut (parts start a block of their own), and its offset.
 struct Parts {
@@ -74,9 +88,38 @@ template <int BYTE, int TABLE>
 DEVICE float wide_level(uint32_t word, uint32_t bank) {
     return bits_to_float(look_up_at<TABLE + 128>(entry<BYTE>(word, bank)));
 }
+// A lane's codes of a tile, as they lie in shared memory, and the word of each fragment.
+struct Codes {
+#if BITS == 3  // bit 3 of a nibble is one of the last fragment's; who decodes a word does not read it
+    uint2 first;
+    uint32_t third;
+    DEVICE Codes(const char* tile, int lane)
+        : first(*reinterpret_cast<const uint2*>(tile + lane * 8)),
+          third(*reinterpret_cast<const uint32_t*>(tile + 256 + lane * 4)) {}
+    DEVICE void words(uint32_t* four) const {
+        four[0] = first.x, four[1] = first.y, four[2] = third;
+        four[3] = select_bits(first.x >> 1, select_bits(first.y >> 2, third >> 3, 0x22222222), 0x44444444);
+    }
+#else
+    uint4 word;
+    DEVICE Codes(const char* tile, int lane) : word(*reinterpret_cast<const uint4*>(tile + lane * 16)) {}
+    DEVICE void words(uint32_t* four) const { four[0] = word.x, four[1] = word.y, four[2] = word.z, four[3] = word.w; }
+#endif
+};
 // Registers 0 and 2 hold row g, 1 and 3 row g + 8. float16: 1024 + code, or 1024 + 16 code, less the zero; bfloat16:
-// 128 + code less the zero. Exact.
-#if BF16
+// 128 + code, or with three bits 128 + 16 code, less the zero. Exact.
+constexpr uint32_t FIRST = BITS == 3 ? 0x00070007 : 0x000f000f, SECOND = FIRST << 4;
+#if BF16 && BITS == 3
+DEVICE void decode_affine(uint32_t word, uint32_t low_zero, uint32_t high_zero, uint32_t* a) {
+    const uint32_t upper = word >> 8;
+    a[0] = subtract(and_or(word, FIRST, 0x43004300), low_zero);
+    a[1] = multiply_add(and_or(word, SECOND, 0x43004300), 0x3d803d80, high_zero);  // / 16
+    a[2] = subtract(and_or(upper, FIRST, 0x43004300), low_zero);
+    a[3] = multiply_add(and_or(upper, SECOND, 0x43004300), 0x3d803d80, high_zero);
+}
+DEVICE uint32_t low_zero_of(uint32_t zeros) { return (zeros & 15) * 0x10001u + 0x43004300u; }     // 128 + zero
+DEVICE uint32_t high_zero_of(uint32_t zeros) { return (zeros & 0xf0) * 0x10001u + 0xc100c100u; }  // -(8 + zero)
+#elif BF16
 DEVICE void decode_affine(uint32_t word, uint32_t low_zero, uint32_t high_zero, uint32_t* a) {
     a[0] = subtract(and_or(word, 0x000f000f, 0x43004300), low_zero);
     a[1] = subtract(and_or(word >> 4, 0x000f000f, 0x43004300), high_zero);
@@ -88,10 +131,10 @@ DEVICE uint32_t high_zero_of(uint32_t zeros) { return (zeros >> 4) * 0x10001u + 
 #else
 DEVICE void decode_affine(uint32_t word, uint32_t low_zero, uint32_t high_zero, uint32_t* a) {
     const uint32_t upper = word >> 8;
-    a[0] = subtract(and_or(word, 0x000f000f, 0x64006400), low_zero);
-    a[1] = multiply_add(and_or(word, 0x00f000f0, 0x64006400), 0x2c002c00, high_zero);  // / 16
-    a[2] = subtract(and_or(upper, 0x000f000f, 0x64006400), low_zero);
-    a[3] = multiply_add(and_or(upper, 0x00f000f0, 0x64006400), 0x2c002c00, high_zero);
+    a[0] = subtract(and_or(word, FIRST, 0x64006400), low_zero);
+    a[1] = multiply_add(and_or(word, SECOND, 0x64006400), 0x2c002c00, high_zero);  // / 16
+    a[2] = subtract(and_or(upper, FIRST, 0x64006400), low_zero);
+    a[3] = multiply_add(and_or(upper, SECOND, 0x64006400), 0x2c002c00, high_zero);
 }
 DEVICE uint32_t low_zero_of(uint32_t zeros) { return (zeros & 15) * 0x10001u + 0x64006400u; }     // 1024 + zero
 DEVICE uint32_t high_zero_of(uint32_t zeros) { return (zeros & 0xf0) * 0x10001u + 0xd400d400u; }  // -(64 + zero)

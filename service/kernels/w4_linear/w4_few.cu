@@ -1,7 +1,7 @@
 // W4 linear for up to 8 rows, or 16: weights stream once, every block has all of K.
 //
-// y[m, n] = sum_k w[n, k] x[m, k]; w = nf4(code) * absmax (groups of 64) or (code - zero) * scale (groups of 128),
-// zeros 4-bit, absmax 8-bit codes under nested absmax and an offset a part; layout: layout.py.
+// y[m, n] = sum_k w[n, k] x[m, k]; w = nf4(code) * absmax (groups of 64) or (code - zero) * scale (of 64 or 128), codes of
+// 4 bits or 3, zeros 4-bit, absmax 8-bit codes under nested absmax and an offset a part; layout: layout.py.
 //
 //   persistent block: 16 outputs at a time; chunks of 128 input features are dealt to its warps in turn
 //       warp: chunks arrive through its own cp.async ring, across outputs without a gap; x comes from shared memory in
@@ -13,9 +13,6 @@
 // while this one works.
 #include "w4_device.h"
 
-#ifndef AFFINE
-#define AFFINE 0
-#endif
 #ifndef WARPS
 #define WARPS 16
 #endif
@@ -32,8 +29,9 @@
 #define WIDE_TABLE 0
 #endif
 constexpr int THREADS = WARPS * 32;
-// chunk of the ring: codes 1024, then scales 32 and zeros 8, or absmax 2 x 16
-constexpr int CHUNK_BYTES = AFFINE ? 1072 : 1056;
+// chunk of the ring: codes of two tiles, then scales 32 of each set and behind them zeros 8 of each, 16 apart, or absmax 2 x 16
+constexpr int CODE_BYTES = 2 * TILE_BYTES, ZEROS = CODE_BYTES + 32 * SETS;
+constexpr int CHUNK_BYTES = CODE_BYTES + (AFFINE ? 48 * SETS : 32);
 // addresses in shared memory; the first 1024 bytes are the system's
 constexpr int MAP = 1024, TABLE = 2048, RING = AFFINE ? 1024 : TABLE + (WIDE_TABLE ? 65536 : 32768);
 constexpr int PARTIALS = (RING + WARPS * STAGES * CHUNK_BYTES + 127) / 128 * 128;
@@ -59,29 +57,31 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
     const int x_at = PARTIALS + rows * ROW_PARTIALS * 2;
     const uint32_t ring = RING + warp * STAGES * CHUNK_BYTES;
 
-    // The chunk that is fetched next, its codes, and its place among the scales (two places a chunk for NF4); lanes 0 and
-    // 1 copy scales or absmax, lane 2 zeros.
-    constexpr int PLACES = AFFINE ? 1 : 2;
+    // The chunk that is fetched next, its codes, and its place among the scales (a place for each set of a chunk); the
+    // first lanes copy scales or absmax, 16 bytes each, the next ones zeros.
     const int turns = (chunks - warp + WARPS - 1) / WARPS;
     int next_unit = warp < chunks ? blockIdx.x : units, next_chunk = warp;
-    const char* next_codes = codes + (size_t(next_unit) * chunks + warp) * 1024 + lane * 16;
-    const size_t to_next_unit = size_t(gridDim.x) * chunks * 1024 - turns * WARPS * 1024;
-    int next_place = warp * PLACES * units + next_unit;
-    const char* side = AFFINE ? (lane < 2 ? scales + lane * 16 : zeros) : scales + lane * units * 16;
-    const int side_bytes = !AFFINE ? 16 : lane < 2 ? 32 : 8;
+    const char* next_codes = codes + (size_t(next_unit) * chunks + warp) * CODE_BYTES + lane * 16;
+    const size_t to_next_unit = size_t(gridDim.x) * chunks * CODE_BYTES - turns * WARPS * CODE_BYTES;
+    int next_place = warp * SETS * units + next_unit;
+    constexpr int SCALE_LANES = AFFINE ? 2 * SETS : 2;
+    const char* side = scales + lane * units * 16;
+    if (AFFINE)
+        side = lane < SCALE_LANES ? scales + ((lane >> 1) * units * 2 + (lane & 1)) * 16 : zeros + (lane - SCALE_LANES) * units * 8;
+    const int side_bytes = !AFFINE ? 16 : lane < SCALE_LANES ? 32 : 8;
     uint32_t next_stage = ring;
     auto fetch = [&]() {
         if (next_unit < units) {
             const uint32_t to = here + next_stage + lane * 16;
             copy16(to, next_codes);
-            copy16(to + 512, next_codes + 512);
+            if (lane * 16 < CODE_BYTES - 512) copy16(to + 512, next_codes + 512);
             const char* from = side + size_t(next_place) * side_bytes;
-            if (lane < 2) copy16(to + 1024, from);
-            if (AFFINE && lane == 2) copy8(to + 1024, from);
-            next_chunk += WARPS, next_codes += WARPS * 1024, next_place += WARPS * PLACES * units;
+            if (lane < SCALE_LANES) copy16(to + CODE_BYTES, from);
+            if (AFFINE && lane - SCALE_LANES >= 0 && lane - SCALE_LANES < SETS) copy8(to + CODE_BYTES, from);
+            next_chunk += WARPS, next_codes += WARPS * CODE_BYTES, next_place += WARPS * SETS * units;
             if (next_chunk >= chunks) {
                 next_chunk = warp, next_codes += to_next_unit, next_unit += gridDim.x;
-                next_place = warp * PLACES * units + next_unit;
+                next_place = warp * SETS * units + next_unit;
             }
         }
         copies_commit();
@@ -141,19 +141,22 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
             sync_warp();
             const char* stage = window + this_stage;
             this_stage = this_stage == ring + (STAGES - 1) * CHUNK_BYTES ? ring : this_stage + CHUNK_BYTES;
-            const uint4 word[2] = {*reinterpret_cast<const uint4*>(stage + lane * 16),
-                                   *reinterpret_cast<const uint4*>(stage + 512 + lane * 16)};
-            uint32_t low_zero = 0, high_zero = 0;
+            const Codes read[2] = {Codes(stage, lane), Codes(stage + TILE_BYTES, lane)};
+            uint32_t low_zero[2] = {}, high_zero[2] = {};
             float scale[2][2];
             if (AFFINE) {
-                const uint32_t both = *reinterpret_cast<const uint32_t*>(stage + 1024 + g * 4);
-                const uint32_t packed = *reinterpret_cast<const uint8_t*>(stage + 1056 + g);
-                scale[0][0] = scale[1][0] = to_float(both & 0xffff), scale[0][1] = scale[1][1] = to_float(both >> 16);
-                low_zero = low_zero_of(packed), high_zero = high_zero_of(packed);
+#pragma unroll
+                for (int tile = 0; tile < 2; tile++) {
+                    const int set = tile * SETS / 2;
+                    const uint32_t both = *reinterpret_cast<const uint32_t*>(stage + CODE_BYTES + set * 32 + g * 4);
+                    const uint32_t packed = *reinterpret_cast<const uint8_t*>(stage + ZEROS + set * 16 + g);
+                    scale[tile][0] = to_float(both & 0xffff), scale[tile][1] = to_float(both >> 16);
+                    low_zero[tile] = low_zero_of(packed), high_zero[tile] = high_zero_of(packed);
+                }
             } else {
 #pragma unroll
                 for (int tile = 0; tile < 2; tile++) {
-                    const uint32_t both = *reinterpret_cast<const uint16_t*>(stage + 1024 + tile * 16 + g * 2);
+                    const uint32_t both = *reinterpret_cast<const uint16_t*>(stage + CODE_BYTES + tile * 16 + g * 2);
                     const float low = WIDE_TABLE ? wide_level<0, TABLE>(both, bank) : levels[both & 255];
                     const float high = WIDE_TABLE ? wide_level<1, TABLE>(both, bank) : levels[both >> 8];
                     scale[tile][0] = low * outer_low + offset, scale[tile][1] = high * outer_high + offset;
@@ -164,7 +167,8 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
             float part[2][TILES][4] = {};
 #pragma unroll
             for (int tile = 0; tile < 2; tile++) {
-                const uint32_t words[4] = {word[tile].x, word[tile].y, word[tile].z, word[tile].w};
+                uint32_t words[4];
+                read[tile].words(words);
                 uint4 b[TILES][2];
 #pragma unroll
                 for (int n = 0; n < TILES; n++)
@@ -174,7 +178,7 @@ w4_few(const char* __restrict__ codes, const char* __restrict__ scales, const ch
 #pragma unroll
                 for (int s = 0; s < 4; s++) {
                     uint32_t a[4];
-                    if (AFFINE) decode_affine(words[s], low_zero, high_zero, a);
+                    if (AFFINE) decode_affine(words[s], low_zero[tile], high_zero[tile], a);
                     else if (WIDE_TABLE) decode_nf4_wide<TABLE>(words[s], bank, a);
                     else decode_nf4<TABLE>(words[s], bank, a);
 #pragma unroll

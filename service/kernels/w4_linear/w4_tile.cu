@@ -1,11 +1,11 @@
 // W4 linear: wgmma with the dequantized weights as the register operand. Computes y^T = W x^T, so that weights are the
 // 64-row side and R outputs x T rows of activations are a tile; layout of weights: layout.py.
 //
-//   producer (one thread): x [T][64 K] boxes under the 128-byte swizzle and codes [R/16][512 * KS bytes] boxes through
+//   producer (one thread): x [T][64 K] boxes under the 128-byte swizzle and codes [R/16][TILE_BYTES * KS] boxes through
 //       tensor maps, scales (and zeros) of R outputs as plain bulk copies, into STAGES stages of KS * 64 K; the first
 //       STAGES stages of weights before it waits for the kernel that writes x
-//   WGS consumer warpgroups: 64 * RT outputs each, a warp 16 of every 64. It reads its tile of codes (16 bytes a lane)
-//       and decodes the next 64 of K into one set of fragments while the tensor cores work on the other set.
+//   WGS consumer warpgroups: 64 * RT outputs each, a warp 16 of every 64. It reads its tile of codes (16 bytes a lane,
+//       or 12) and decodes the next 64 of K into one set of fragments while the tensor cores work on the other set.
 //
 // Work: one block a multiprocessor, all at once. Tiles fill rounds of the grid; what is left is cut by K, one of two ways:
 //   few tiles       each into as many equal shares as there are blocks for; every share leaves its sums in the workspace
@@ -19,9 +19,6 @@
 // on one stream.
 #include "w4_device.h"
 
-#ifndef AFFINE
-#define AFFINE 0
-#endif
 #ifndef TILE
 #define TILE 64
 #endif
@@ -53,8 +50,10 @@ constexpr int T = TILE, R = 64 * RT * WGS, J = T / 8, WARPS = WGS * 4, CONSUMERS
 constexpr int MOST_SHARES = 8, PIECES = RT * J;  // pieces of a warp: 8 rows of 16 outputs, 16 bytes a lane
 constexpr int LOADS = WGS == 4 || PER_SM == 2 ? 8 : 16, SHARES_AT_ONCE = 4, ITEMS = LOADS / SHARES_AT_ONCE;  // in flight a thread
 constexpr int UNIT = 2 / KS;  // steps of the 128 K in which work is dealt
-constexpr int X_BYTES = T * 128, CODE_BYTES = R * 32 * KS;
-constexpr int SCALE_BYTES = AFFINE ? R * 2 : R * KS, ZERO_BYTES = AFFINE ? R / 2 : 0;
+constexpr int STAGE_SETS = GROUP == 64 ? KS : 1;  // of scales for a stage
+constexpr int X_BYTES = T * 128, CODE_BYTES = R / 16 * TILE_BYTES * KS;
+constexpr int SET_BYTES = AFFINE ? R * 2 : R, SCALE_BYTES = SET_BYTES * STAGE_SETS;
+constexpr int ZERO_BYTES = AFFINE ? R / 2 * STAGE_SETS : 0;
 constexpr int CODES = KS * X_BYTES, SCALES = CODES + CODE_BYTES, ZEROS = SCALES + SCALE_BYTES;
 constexpr int STAGE_BYTES = (ZEROS + ZERO_BYTES + 1023) / 1024 * 1024;
 // addresses in shared memory; the first 1024 bytes are the system's
@@ -129,16 +128,19 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
             auto fetch_weights = [&](const Cursor& at, int stage) {
                 const uint32_t full = here + FULL + 8 * stage, to = here + RING + stage * STAGE_BYTES;
                 const int outputs = N - at.n < R ? N - at.n : R;
-                barrier_expect(full, KS * X_BYTES + CODE_BYTES + (AFFINE ? outputs * 5 / 2 : outputs * KS));
-                copy_box(to + CODES, &code_map, at.step * KS * 128, at.n / 16, full, row_tiles == 1 ? READ_ONCE : KEEP);
-                if (AFFINE) {
-                    const size_t from = size_t(at.step * KS / 2) * N + at.n;
-                    copy_bulk(to + SCALES, scales + from * 2, outputs * 2, full);
-                    copy_bulk(to + ZEROS, zeros + from / 2, outputs / 2, full);
-                } else {
+                const int side = AFFINE ? outputs * 5 / 2 : outputs;
+                barrier_expect(full, KS * X_BYTES + CODE_BYTES + side * STAGE_SETS);
+                const uint64_t kept = row_tiles == 1 ? READ_ONCE : KEEP;
+                copy_box(to + CODES, &code_map, at.step * KS * (TILE_BYTES / 4), at.n / 16, full, kept);
 #pragma unroll
-                    for (int i = 0; i < KS; i++)
-                        copy_bulk(to + SCALES + i * R, scales + size_t(at.step * KS + i) * N + at.n, outputs, full);
+                for (int i = 0; i < STAGE_SETS; i++) {
+                    const size_t from = size_t(at.step * KS * 64 / GROUP + i) * N + at.n;
+                    if (AFFINE) {
+                        copy_bulk(to + SCALES + i * SET_BYTES, scales + from * 2, outputs * 2, full);
+                        copy_bulk(to + ZEROS + i * (R / 2), zeros + from / 2, outputs / 2, full);
+                    } else {
+                        copy_bulk(to + SCALES + i * SET_BYTES, scales + from, outputs, full);
+                    }
                 }
             };
             auto fetch_x = [&](const Cursor& at, int stage) {
@@ -205,18 +207,19 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
 #pragma unroll
         for (int r = 0; r < RT; r++) {
             const int place = (group * RT + r) * 4 + quarter;
-            const uint4 word = *reinterpret_cast<const uint4*>(from + CODES + (place * KS + i) * 512 + lane * 16);
+            const Codes read(from + CODES + (place * KS + i) * TILE_BYTES, lane);
             if (AFFINE) {
-                if (i == 0) {
-                    const uint32_t both = *reinterpret_cast<const uint32_t*>(from + SCALES + place * 32 + g * 4);
-                    const uint32_t packed = *reinterpret_cast<const uint8_t*>(from + ZEROS + place * 8 + g);
+                if (i < STAGE_SETS) {
+                    const char* scales_at = from + SCALES + i * SET_BYTES + place * 32;
+                    const uint32_t both = *reinterpret_cast<const uint32_t*>(scales_at + g * 4);
+                    const uint32_t packed = *reinterpret_cast<const uint8_t*>(from + ZEROS + i * (R / 2) + place * 8 + g);
                     scales_here[r][0] = to_float(both & 0xffff), scales_here[r][1] = to_float(both >> 16);
                     zero[r][0] = low_zero_of(packed), zero[r][1] = high_zero_of(packed);
                 } else {
                     scales_here[r][0] = scale[0][r][0], scales_here[r][1] = scale[0][r][1];
                 }
             } else {
-                const uint32_t both = *reinterpret_cast<const uint16_t*>(from + SCALES + i * R + place * 16 + g * 2);
+                const uint32_t both = *reinterpret_cast<const uint16_t*>(from + SCALES + i * SET_BYTES + place * 16 + g * 2);
                 const int low = absmax_at[r] + k_tile, high = low + 8 * all_tiles;
                 if (is_first || (low & 255) == 0) outer[r][0] = load_global(nested + (low >> 8));
                 if (is_first || (high & 255) == 0) outer[r][1] = load_global(nested + (high >> 8));
@@ -226,7 +229,8 @@ w4_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap code_map, const c
                 scales_here[r][1] = high_level * outer[r][1] + offset[r];
             }
             const Factor low = factor_of(scales_here[r][0]), high = factor_of(scales_here[r][1]);
-            const uint32_t words[4] = {word.x, word.y, word.z, word.w};
+            uint32_t words[4];
+            read.words(words);
 #pragma unroll
             for (int s = 0; s < 4; s++) {
                 uint32_t* a = fragments[r][s];
