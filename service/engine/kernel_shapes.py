@@ -45,7 +45,7 @@ class Shapes:
     max_requests: int
     max_context_tokens: int
     deterministic: bool
-    w4_kind: w4_linear.Kind | None = None  # of codes, where our own 4-bit kernels serve what their table has
+    w4_kind: w4_linear.Kind | None = None  # of codes, where kernels/w4_linear serves what its table has
     cuda_dense: bool = False  # our own 16-bit kernel in CUDA C++ serves what its table has
     cuda_int8: bool = False  # our own 8-bit kernel in CUDA C++ serves many rows of what its table has
     cuda_decode: bool = False  # our own attention in CUDA C++ serves decodes, where its table has them
@@ -125,6 +125,8 @@ def group_size_of(source: TensorSource, backend: Backend) -> int:
 def w4_kind(backend: Backend) -> w4_linear.Kind | None:
     if backend.name == "nf4":
         return "nf4" if getattr(backend.options, "double_quant", False) else None
+    if backend.name == "int3":
+        return "int3"
     return "affine" if backend.name == "awq" else None
 
 

@@ -102,6 +102,8 @@ def load_on_device(compiled: Any) -> None:
 def walk(shapes: Shapes, sizes: Iterable[int]) -> None:
     """Every kernel of a start's steps is launched once or more, on meta tensors."""
     steps = Steps(shapes)
+    if shapes.linears == "int3":
+        steps.weights()
     steps.prompts(PROMPT_TOKENS)
     steps.prompts(PROMPT_TOKENS, behind=LONG_TOKENS)
     if steps.scales is not None and not shapes.deterministic:
@@ -136,6 +138,12 @@ class Steps:
         self.table = empty(1, config.head_dim, dtype=torch.float32)  # cos and sin
         self.norm = self.activations(config.hidden_size)
         self.head_norm = self.activations(config.head_dim) if config.qk_norm else None
+
+    def weights(self) -> None:
+        """What int3 makes of them while they load; most checkpoints have the type of activations."""
+        from service.kernels.int3_round.triton import round_groups
+
+        round_groups(self.activations(1, self.shapes.group_size), self.shapes.group_size)
 
     def prompts(self, num_tokens: int, behind: int = 0) -> None:
         """`behind`: tokens that are in the cache already, if a context may be as long."""
@@ -253,8 +261,8 @@ class Steps:
     def linear(self, name: str, x: Tensor) -> Tensor:
         parts = layer_groups(self.shapes.config, 0)[name]
         out_features = sum(part.out_features for part in parts)
-        if self.shapes.linears == "awq" and self.shapes.w4(name) is None:
-            return self.awq(x, out_features)
+        if self.shapes.linears in ("awq", "int3") and self.shapes.w4(name) is None:
+            return self.awq(x, out_features) if self.shapes.linears == "awq" else self.int3(x, out_features)
         is_biased = any(part.bias for part in parts)
         if self.shapes.linears == "dense":
             return self.dense(x, out_features, is_biased=is_biased)
@@ -262,8 +270,6 @@ class Steps:
             from service.kernels.fp8_linear.triton import quantize_rows
 
             return self.fp8(name, x, *quantize_rows(x))
-        if self.shapes.linears == "int3":
-            return self.int3(x, out_features)
         if self.shapes.int8 and name not in self.shapes.int8.skipped:
             from service.kernels.int8_linear.triton import int8_linear
 
@@ -305,7 +311,7 @@ class Steps:
         return int3_linear(
             x,
             empty(x.shape[1] // 32, 3, out_features, dtype=torch.int32),
-            empty(out_features // 32, 3, num_groups, dtype=torch.int32),
+            empty(num_groups, out_features // 2, dtype=torch.uint8),
             empty(num_groups, out_features, dtype=torch.float16),
         )
 

@@ -130,7 +130,7 @@ def int3(options: INT3Options, name: str, parts: Sequence[LinearSpec], width: in
     return {
         "codes": weights(parts) * 3 // 8,
         "scales": HALF_BYTES * groups,
-        "zeros": groups * 3 // 8,
+        "zeros": groups // 2,
         "linear16": bias_bytes(parts, width),
     }
 

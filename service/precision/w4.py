@@ -1,6 +1,6 @@
-"""The layer that awq and nf4 share where our own 4-bit kernels serve: AWQ's or bitsandbytes' bits, moved.
+"""The layer that awq, nf4 and int3 share where our own kernels in CUDA C++ serve: their bits, moved.
 
-precision/awq, nf4 --serves--> W4Linear --forward--> kernels/w4_linear
+precision/awq, nf4, int3 --serves--> W4Linear --forward--> kernels/w4_linear
 
 Which linears they serve is a table (kernels/w4_linear/plan.py). Who is not in it keeps the kernels of its own
 backend, and the log says why, once for each class of layers.
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 class W4Linear(QuantLinear):
     codes: Tensor  # uint8, in the order that kernels/w4_linear draws; so the rest
-    scales: Tensor  # AWQ: float16 scales; NF4: uint8 codes of absmax
-    zeros: Tensor | None  # AWQ's
+    scales: Tensor  # float16; NF4: uint8 codes of absmax
+    zeros: Tensor | None  # of affine codes
     nested_absmax: Tensor | None  # NF4's: float32 [nested blocks of all parts]
     offsets: Tensor | None  # NF4's: float32 [parts]
     bias: Tensor | None  # [out_features of all parts]
@@ -80,4 +80,4 @@ def serves(group: LinearGroup, shape: w4_linear.Shape) -> bool:
 
 @cache
 def tell_refusal(layer: str, reason: str) -> None:
-    logger.info("`%s` is not served by our own 4-bit kernels: %s", layer, reason)
+    logger.info("`%s` is not served by our own kernels in CUDA C++: %s", layer, reason)

@@ -313,8 +313,10 @@ def test_a_start_goes_on_where_nothing_could_be_compiled_ahead(
     assert "no compiler" in caplog.text
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("awq", "affine"), ("nf4", "nf4"), ("fp16", None)])
-def test_on_an_h100_every_variant_of_the_4_bit_kernels_is_compiled(
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("awq", "affine"), ("nf4", "nf4"), ("int3", "int3"), ("fp16", None)]
+)
+def test_on_an_h100_every_variant_of_the_w4_kernels_is_compiled(
     precision: str, kind: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no Triton kernel for linears that they serve."""
@@ -331,7 +333,7 @@ def test_on_an_h100_every_variant_of_the_4_bit_kernels_is_compiled(
     assert shapes.w4_kind == kind
     with recorded() as ahead:
         walk(shapes, batch_sizes(8))
-    assert "awq_linear_kernel" not in {launched[0] for launched in ahead}
+    assert not {"awq_linear_kernel", "int3_linear_kernel"} & {launched[0] for launched in ahead}
     for load in cuda_loads(shapes):
         load()
     assert {variant.kind for variant in loaded} == ({kind} if kind else set())

@@ -1,11 +1,18 @@
-"""Three-bit linears on a GPU: as exact as cuBLAS over the same weights, captured, twice the same."""
+"""Three bits on a GPU: Triton's linear, as exact as cuBLAS over the same weights, and how they are rounded.
+
+What serves on an H100 is in test_w4_on_gpu.py.
+"""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from service.kernels.int3_linear import dequantize, int3_linear, pack
+from service.kernels.int3_linear import dequantize, int3_linear, pack, pack_zeros
+from service.kernels.int3_round import reference, round_groups
+from tests.kernels.test_int3_round import check_as_good
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +36,7 @@ def layer_of(out_features: int, in_features: int, group: int) -> tuple[Tensor, T
     zeros = torch.randint(0, 8, (out_features, num_groups), device=CUDA)
     scales = torch.rand(num_groups, out_features, device=CUDA) * 0.02 + 1e-3
     scales[0, :3] = torch.tensor([0.0, 6e-8, 100.0], device=CUDA)
-    return pack(codes), pack(zeros), scales.half()
+    return pack(codes), pack_zeros(zeros), scales.half()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -60,3 +67,37 @@ def test_a_graph_replays_what_was_captured() -> None:
     x.copy_(torch.randn(16, 4096, device=CUDA))
     graph.replay()
     assert torch.equal(y, int3_linear(x, *layer))
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_weights_are_rounded_as_on_a_cpu(dtype: torch.dtype, group_size: int) -> None:
+    """Where two clippings tie to float32's last digits, either is taken; -> few groups."""
+    torch.manual_seed(group_size)
+    weight = torch.randn(300, 1024)
+    for each in (weight * 0.02, weight.pow(3), weight - 5, (weight * 4).round(), torch.zeros_like(weight)):
+        told = each.to(dtype)
+        got = [part.cpu() for part in round_groups(told.cuda(), group_size)]
+        want = reference.round_groups(told, group_size)
+        assert check_as_good(told, (got[0], got[1], got[2]), want, group_size) < 0.02
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_no_number_has_no_scale(broken: float) -> None:
+    weight = torch.randn(3, 128)
+    weight[1, 70] = broken
+    scales = round_groups(weight.cuda(), 64)[2]
+    assert scales.isfinite().tolist() == [[True, True], [True, False], [True, True]]
+
+
+def test_how_long_rounding_takes(record_property: Callable[[str, object], None]) -> None:
+    """Of Llama-3.1-8B's gate_proj; all 224 linears are 119 times as many weights."""
+    weight = torch.randn(14336, 4096, device=CUDA).bfloat16()
+    round_groups(weight, 64)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(5):
+        round_groups(weight, 64)
+    end.record()
+    end.synchronize()
+    record_property("figure", f"58.7M weights rounded to three bits: {start.elapsed_time(end) / 5:.2f} ms")

@@ -1,15 +1,12 @@
-"""AWQ and NF4 on an H100 by our own kernels: right for any number of rows, each time alike, also captured.
+"""AWQ, NF4 and int3 on an H100 by our own kernels: right for any number of rows, alike each time.
 
 The measure is cuBLAS in float16 on the same weights dequantized, against float64; the weights' meaning comes
 from their checkpoints' layouts, not from ours. `pytest -m gpu tests/gpu/test_w4_on_gpu.py`, by hand.
 """
 
 import random
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import product
 
 import pytest
@@ -18,42 +15,25 @@ from torch import Tensor
 
 from service.engine.self_check import check
 from service.kernels import w4_linear
-from service.kernels.w4_linear import Kind, Shape, Weight, absence, bind, plan
+from service.kernels.w4_linear import Shape, Weight, absence, bind
 from service.precision import load_backend
 from service.precision.base import LinearGroup
 from service.precision.linear import LinearSpec
 from service.precision.w4 import W4Linear
-from tests.kernels.w4_weights import Awq, Nf4, random_awq, random_nf4, random_weight
+from tests.gpu.w4_linears import AFFINE, CUDA, DTYPES, LINEARS, linear, load, shape_of
+from tests.kernels.w4_weights import KINDS, Awq, Codes, random_awq, random_int3, random_nf4, random_weight
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda", 0)
 ROWS = (1, 7, 8, 9, 16, 17, 33, 64, 65, 128, 257, 1024, 4096)
 FEWER_ROWS = (1, 5, 8, 16, 24, 64, 128, 257, 1024)
-KINDS: tuple[Kind, ...] = ("affine", "nf4")
-DTYPES = (torch.float16, torch.bfloat16)
-# Llama-3.1-8B's, Qwen3's and sizes that fill no table evenly
-LINEARS = {
-    "qkv": ((4096, 1024, 1024), 4096),
-    "o": ((4096,), 4096),
-    "gate_up": ((14336, 14336), 4096),
-    "down": ((4096,), 14336),
-    "small": ((128,), 128),
-    "narrow": ((1040, 80), 2048),
-    "uneven": ((16, 4096, 240), 1536),
-    "few in": ((3072, 1024), 896),
-}
 WORSE_THAN_CUBLAS = 2.0
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    """Every variant of the shapes above, compiled and loaded."""
     if reason := absence():
         pytest.skip(reason)
-    shapes = [shape_of(kind, *told, dtype) for kind, told, dtype in product(KINDS, LINEARS.values(), DTYPES)]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(w4_linear.load, {row.variant for shape in shapes for row in plan(shape)}))
 
 
 @pytest.fixture(autouse=True)
@@ -69,26 +49,6 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def shape_of(
-    kind: Kind, outs: tuple[int, ...], in_features: int, dtype: torch.dtype = torch.float16
-) -> Shape:
-    return Shape(kind, outs, in_features, 128 if kind == "affine" else 64, dtype)
-
-
-@cache
-def packed(kind: Kind, name: str) -> tuple[Weight, Tensor]:
-    torch.manual_seed(1)
-    outs, in_features = LINEARS[name]
-    source = random_weight(kind, outs, in_features, "cuda")
-    return source.pack(outs), source.dense()
-
-
-def linear(kind: Kind, name: str, dtype: torch.dtype = torch.float16) -> tuple[Weight, Shape, Tensor]:
-    """-> packed, its shape, and what it means in float32."""
-    weight, dense = packed(kind, name)
-    return weight, shape_of(kind, *LINEARS[name], dtype), dense
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -112,14 +72,14 @@ def check_product(weight: Weight, shape: Shape, dense: Tensor, x: Tensor) -> Non
     [*product(DTYPES[:1], ROWS), *product(DTYPES[1:], FEWER_ROWS)],
 )
 @pytest.mark.parametrize("name", LINEARS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_is_as_right_as_cublas(kind: Kind, dtype: torch.dtype, name: str, num_rows: int) -> None:
-    weight, shape, dense = linear(kind, name, dtype)
+@pytest.mark.parametrize("codes", KINDS, ids=str)
+def test_it_is_as_right_as_cublas(codes: Codes, dtype: torch.dtype, name: str, num_rows: int) -> None:
+    weight, shape, dense = linear(codes, name, dtype)
     check_product(weight, shape, dense, torch.randn(num_rows, shape.in_features, device=CUDA).to(dtype))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_so_it_is_for_shapes_that_nobody_chose(kind: Kind) -> None:
+@pytest.mark.parametrize("codes", KINDS, ids=str)
+def test_so_it_is_for_shapes_that_nobody_chose(codes: Codes) -> None:
     """250 of them: parts, outputs and input features that fill no tile, any number of rows."""
     draw = random.Random(7)
     for _ in range(250):
@@ -130,17 +90,17 @@ def test_so_it_is_for_shapes_that_nobody_chose(kind: Kind) -> None:
         outs = (16 * cut, 32 * blocks - 16 * cut) if cut else (32 * blocks,)
         num_rows = draw.choice([1, 2, 3, 8, 13, 16, 31, 40, 100, 129, 300, 700])
         dtype = draw.choice(DTYPES)
-        shape = shape_of(kind, outs, in_features, dtype)
-        source = random_weight(kind, outs, in_features, "cuda")
+        shape = shape_of(codes, outs, in_features, dtype)
+        source = random_weight(codes.kind, outs, in_features, "cuda", codes.group_size)
         x = torch.randn(num_rows, in_features, device=CUDA).to(dtype)
         check_product(source.pack(outs), shape, source.dense(), x)
 
 
 @pytest.mark.parametrize("num_rows", ROWS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_element_is_right_and_not_only_the_norm(kind: Kind, num_rows: int) -> None:
+@pytest.mark.parametrize("codes", KINDS, ids=str)
+def test_an_element_is_right_and_not_only_the_norm(codes: Codes, num_rows: int) -> None:
     """A lost row, column or group would be a hundred times what rounding is."""
-    weight, shape, dense = linear(kind, "narrow")
+    weight, shape, dense = linear(codes, "narrow")
     x = torch.randn(num_rows, shape.in_features, device=CUDA).half()
     want = x.double() @ dense.double().t()
     size = x.double().norm(dim=1)[:, None] * dense.double().norm(dim=1)
@@ -159,7 +119,7 @@ def test_awq_s_scales_may_be_extreme(dtype: torch.dtype, scale: float, num_rows:
         source.qzeros[:] = 0x77777777
         source.qweight[:] = source.qweight & 0x11111111 | 0x66666666
     x = (torch.randn(num_rows, in_features, device=CUDA) * (1e-4 if scale > 1 else 1)).to(dtype)
-    y = bind(source.pack(outs), shape_of("affine", outs, in_features, dtype))(x)
+    y = bind(source.pack(outs), shape_of(AFFINE, outs, in_features, dtype))(x)
     dense = source.dense()
     want, cublas = x.double() @ dense.double().t(), x @ dense.to(dtype).t()
     for columns in (slice(0, None, 2), slice(1, None, 2)):
@@ -180,7 +140,7 @@ def test_nf4_s_absmax_may_be_extreme(dtype: torch.dtype, absmax: float, num_rows
     source.nested.absmax.fill_(absmax)
     source.nested.offsets.fill_(0)
     x = (torch.randn(num_rows, in_features, device=CUDA) * (1e-4 if absmax > 1 else 1)).to(dtype)
-    y = bind(source.pack(outs), shape_of("nf4", outs, in_features, dtype))(x)
+    y = bind(source.pack(outs), shape_of(Codes("nf4", 64), outs, in_features, dtype))(x)
     dense = source.dense()
     want, cublas = x.double() @ dense.double().t(), x @ dense.to(dtype).t()
     assert torch.isfinite(y).all()
@@ -198,20 +158,39 @@ def test_every_zero_point_is_subtracted(num_rows: int) -> None:
     word = torch.where(word >= 1 << 31, word - (1 << 32), word).int()
     source.qzeros[:] = word
     source.qweight[:] = word
-    multiply = bind(source.pack(outs), shape_of("affine", outs, in_features))
+    multiply = bind(source.pack(outs), shape_of(AFFINE, outs, in_features))
     x = torch.randn(num_rows, in_features, device=CUDA).half()
     assert (multiply(x) == 0).all()
     for code in range(16):
         value = code * 0x11111111
         source.qweight[:] = value - (1 << 32) if value >= 1 << 31 else value
-        check_product(source.pack(outs), shape_of("affine", outs, in_features), source.dense(), x)
+        check_product(source.pack(outs), shape_of(AFFINE, outs, in_features), source.dense(), x)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 33, 257])
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_so_is_every_zero_of_three_bits(dtype: torch.dtype, group_size: int, num_rows: int) -> None:
+    """All eight, against all eight codes; beside scales of 0, the least and the greatest."""
+    outs, in_features = (256,), 512
+    source = random_int3(outs, in_features, "cuda", group_size)
+    source.zeros[:] = torch.arange(256, device=CUDA).remainder(8)[:, None]
+    source.codes[:] = source.zeros.repeat_interleave(group_size, dim=1)
+    source.scales[:3, 0] = torch.tensor([0.0, 6e-8, 65504.0], device=CUDA)
+    shape = shape_of(Codes("int3", group_size), outs, in_features, dtype)
+    x = torch.randn(num_rows, in_features, device=CUDA).to(dtype)
+    assert (bind(source.pack(outs), shape)(x) == 0).all()
+    source.scales[2, 0] = 100.0
+    for code in range(8):
+        source.codes[:] = code
+        check_product(source.pack(outs), shape, source.dense(), x)
 
 
 @pytest.mark.parametrize("num_rows", [1, 16, 24, 64, 257])
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_can_be_captured(kind: Kind, num_rows: int) -> None:
+@pytest.mark.parametrize("codes", KINDS, ids=str)
+def test_it_can_be_captured(codes: Codes, num_rows: int) -> None:
     """A graph computes with what its x holds when it is replayed, and y is the eager one bit for bit."""
-    weight, shape, _ = linear(kind, "qkv")
+    weight, shape, _ = linear(codes, "qkv")
     multiply = bind(weight, shape)
     x = torch.randn(num_rows, shape.in_features, device=CUDA).half()
     multiply(x)  # loads the kernel
@@ -226,12 +205,12 @@ def test_it_can_be_captured(kind: Kind, num_rows: int) -> None:
         assert torch.equal(captured, again)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_launches_that_follow_each_other(kind: Kind) -> None:
+@pytest.mark.parametrize("codes", KINDS, ids=str)
+def test_launches_that_follow_each_other(codes: Codes) -> None:
     """Each placed while the one before it works, of both kernels and several grids, as in a model's step: a
     thousand times, and as a graph that is replayed."""
     names = ("narrow", "uneven", "few in", "small", "o")
-    layers = [linear(kind, name)[:2] for name in names]
+    layers = [linear(codes, name)[:2] for name in names]
     products = [bind(weight, shape) for weight, shape in layers]
 
     def all_of(num_rows: int) -> list[Tensor]:
@@ -256,10 +235,10 @@ def test_launches_that_follow_each_other(kind: Kind) -> None:
                 assert torch.equal(again, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_another_tensor_s_middle(kind: Kind) -> None:
+@pytest.mark.parametrize("codes", KINDS, ids=str)
+def test_rows_of_another_tensor_s_middle(codes: Codes) -> None:
     """x that begins anywhere, and rows that lie apart."""
-    weight, shape, _ = linear(kind, "few in")
+    weight, shape, _ = linear(codes, "few in")
     multiply = bind(weight, shape)
     wide = torch.randn(50, shape.in_features + 3, device=CUDA).half()
     for x in (wide[:, 1:-2], wide[5:25, 3:]):
@@ -290,17 +269,18 @@ def tensors(source: Awq | None) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["awq", "nf4"])
+@pytest.mark.parametrize("precision", ["awq", "nf4", "int3"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_precision_s_layer_is_served(dtype: torch.dtype, precision: str) -> None:
     """With biases; its bits mean what the backend's own layer means."""
+    load(next(codes for codes in KINDS if codes.kind == {"awq": "affine"}.get(precision, precision)))
     read = tensors(random_awq((512, 128, 128), 1024, "cuda") if precision == "awq" else None)
     layer = load_backend(precision).build(group(dtype), read.__getitem__)
     assert isinstance(layer, W4Linear)
     assert layer.kernel == "cuda.w4_few up to 8 rows, cuda.w4_tile"
     check(layer, 0.002 if dtype == torch.float16 else 0.012)
     bits = 8 * sum(size for part, size in layer.bytes().items() if part != "linear16") / (768 * 1024)
-    assert bits <= 1.01 * {"awq": 4.156, "nf4": 4.127}[precision]
+    assert bits <= 1.01 * {"awq": 4.156, "nf4": 4.127, "int3": 3.313}[precision]
     if precision == "nf4":
         for number, part in enumerate(layer.group.parts):
             source = read[f"{part.path}.weight"].cuda()
@@ -309,6 +289,9 @@ def test_a_precision_s_layer_is_served(dtype: torch.dtype, precision: str) -> No
                 codes, absmax, 64, "nf4", source.shape, torch.float32
             )
             assert error(layer.dense(number), want.double().cpu()) < 0.01  # absmax are 8-bit codes
+    if precision == "int3":
+        for number, part in enumerate(layer.group.parts):
+            assert error(layer.dense(number), read[f"{part.path}.weight"].double()) < 0.25
 
 
 @pytest.mark.parametrize(
@@ -331,63 +314,8 @@ def test_what_the_table_refuses_keeps_its_kernel(
     assert layer.row_invariant == (deterministic and precision == "awq")
 
 
-@pytest.mark.parametrize("num_rows", [1, 64])
-def test_what_a_call_costs_the_host(num_rows: int, record_property: Callable[[str, object], None]) -> None:
-    weight, shape, _ = linear("affine", "small")
-    multiply = bind(weight, shape)
-    x = torch.randn(num_rows, shape.in_features, device=CUDA).half()
-    for _ in range(3):
-        multiply(x)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(500):
-        multiply(x)
-    us = (time.perf_counter() - start) * 1e6 / 500
-    torch.cuda.synchronize()
-    record_property("figure", f"a call of a 4-bit linear, {num_rows} rows: {us:.1f} us of the host")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_how_long_a_layer_takes(kind: Kind, record_property: Callable[[str, object], None]) -> None:
-    """Llama-3.1-8B's four linears from weights rotated past the L2, in a captured graph."""
-    names = ("qkv", "o", "gate_up", "down")
-    for num_rows in (1, 8, 16, 32, 64, 128, 256, 1024):
-        times = [time_of(kind, name, num_rows) for name in names]
-        told = " + ".join(f"{us:.1f}" for us in times)
-        record_property("figure", f"{kind:6} {num_rows:5} rows: {sum(times):6.1f} us = {told}")
-
-
-def time_of(kind: Kind, name: str, num_rows: int) -> float:
-    """Median microseconds of a product."""
-    weight, shape, _ = linear(kind, name)
-    copies = max(2, (192 << 20) // weight.codes.nbytes)
-    products = [bind(weight, shape)]
-    for _ in range(copies - 1):
-        fields = {field: getattr(weight, field) for field in ("nested", "outs")}
-        zeros = None if weight.zeros is None else weight.zeros.clone()
-        copy = Weight(codes=weight.codes.clone(), scales=weight.scales.clone(), zeros=zeros, **fields)
-        products.append(bind(copy, shape))
-    x = torch.randn(num_rows, shape.in_features, device=CUDA).half()
-    for multiply in products:
-        multiply(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for multiply in products:
-            multiply(x)
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(products))
-    return sorted(times)[len(times) // 2]
-
-
 def test_random_weights_are_what_they_are_said_to_be() -> None:
-    for source in (random_awq((256,), 512, "cuda"), random_nf4((256,), 512, "cuda")):
-        assert isinstance(source, Awq | Nf4)
+    for codes in KINDS:
+        source = random_weight(codes.kind, (256,), 512, "cuda", codes.group_size)
         weight = source.pack((256,))
         torch.testing.assert_close(w4_linear.dequantize(weight), source.dense(), rtol=1e-6, atol=0)

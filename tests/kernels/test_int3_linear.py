@@ -23,14 +23,14 @@ def random_layer(in_features: int, out_features: int, group: int) -> tuple[Tenso
     codes = torch.randint(0, 8, (in_features, out_features), generator=generator)
     zeros = torch.randint(0, 8, (out_features, num_groups), generator=generator)
     scales = torch.rand(num_groups, out_features, generator=generator) * 0.02 + 1e-3
-    return reference.pack(codes), reference.pack(zeros), scales.half()
+    return reference.pack(codes), reference.pack_zeros(zeros), scales.half()
 
 
 def meaning(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     """float64 [in, out], bit by bit as README.md draws it: none of the code that is tested."""
     in_features, (num_groups, out_features) = codes.shape[0] * 32, scales.shape
     weight = torch.empty(in_features, out_features, dtype=torch.float64)
-    words, zero_words = codes.tolist(), zeros.tolist()
+    words, pairs = codes.tolist(), zeros.tolist()
 
     def code(three: list[list[int]], column: int, place: int) -> int:
         low = three[place // 16][column] >> 2 * (place % 16) & 3
@@ -39,7 +39,7 @@ def meaning(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     for n in range(out_features):
         for k in range(in_features):
             group = k * num_groups // in_features
-            zero = code(zero_words[n // 32], group, n % 32)
+            zero = pairs[group][n // 2] >> 4 * (n % 2) & 15
             weight[k, n] = (code(words[k // 32], n, k % 32) - zero) * float(scales[group, n])
     return weight
 
@@ -60,6 +60,9 @@ def test_every_code_comes_back(rows: int, columns: int) -> None:
     words = reference.pack(codes)
     assert words.numel() * 4 == rows * columns * 3 / 8
     assert torch.equal(reference.unpack(words), codes.to(torch.uint8))
+    pairs = reference.pack_zeros(codes)
+    assert pairs.numel() * 2 == codes.numel()
+    assert torch.equal(reference.unpack_zeros(pairs).t(), codes.to(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", RELATIVE_RMS, ids=str)
@@ -137,7 +140,7 @@ from service.kernels.int3_linear.triton import BLOCK_K, BLOCK_N, STAGES, int3_li
 
 block_m, y_type = int(sys.argv[1]), sys.argv[2]
 constants = {"GROUP": 64, "BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K, "IS_DEPENDENT": True}
-signature = {"x_ptr": "*bf16", "codes_ptr": "*i32", "zeros_ptr": "*i32", "scales_ptr": "*fp16"}
+signature = {"x_ptr": "*bf16", "codes_ptr": "*i32", "zeros_ptr": "*u8", "scales_ptr": "*fp16"}
 signature |= {"y_ptr": f"*{y_type}"}
 signature |= dict.fromkeys(("num_rows", "out_features", "in_features", "groups_per_split"), "i32")
 divisible = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 4, 6, 7)}

@@ -20,6 +20,7 @@ from service.kernels.gated_silu.triton import gated_silu as gate
 from service.kernels.greedy.triton import CHUNK
 from service.kernels.greedy.triton import greedy as likeliest
 from service.kernels.int3_linear.triton import int3_linear as int3
+from service.kernels.int3_round.triton import round_groups as int3_groups
 from service.kernels.int8_linear import triton as int8
 from service.kernels.int8_rows import ALL_LIVE, Live, Marks, OutlierRule
 from service.kernels.int8_rows.triton import MOST_NUMBERS, quantize_gated, quantize_normed, quantize_rows
@@ -202,10 +203,16 @@ def awq_linear(given: Given) -> None:
 
 def int3_linear(given: Given) -> None:
     for (width, outs, group), num_rows in product(((384, 96, 128), (192, 32, 64)), (1, 17, 70)):
-        words = given.words(width // 32, 3, outs), given.words(outs // 32, 3, width // group)
+        zeros = given.integers(0, 256, width // group, outs // 2, dtype=torch.uint8)
+        words = given.words(width // 32, 3, outs), zeros
         scales = given.scales(width // group, outs, dtype=HALF)
         for dtype in (HALF, BRAIN):
             int3(given.normal(num_rows, width, dtype=dtype), *words, scales)
+
+
+def int3_round(given: Given) -> None:
+    for group, dtype in product((64, 128), (HALF, BRAIN, FLOAT)):
+        int3_groups(given.normal(7, 3 * group, dtype=dtype), group)
 
 
 def fp8_linear(given: Given) -> None:
@@ -262,6 +269,7 @@ def read_only(given: Given) -> None:
 
 CASES: tuple[Callable[[Given], None], ...] = (
     add_rms_norm, gated_silu, greedy, sample, sample_likely, shape_logits, row_state, rotary_kv,
-    paged_attention, coded_attention, dense_linear, fixed_linear, awq_linear, int3_linear, fp8_linear,
+    paged_attention, coded_attention, dense_linear, fixed_linear, awq_linear, int3_linear, int3_round,
+    fp8_linear,
     int8_linear, int8_rows, read_only,
 )  # fmt: skip

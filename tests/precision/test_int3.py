@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from service.errors import PrecisionError
-from service.precision import int3, load_backend
+from service.kernels.int3_round import reference, round_groups
+from service.precision import load_backend
 from service.precision.base import LinearGroup
 from service.precision.linear import LinearSpec
 from service.precision.options import INT3_GROUPS
@@ -26,21 +27,21 @@ def random_weights(group: LinearGroup, spread: float = 0.05) -> dict[str, Tensor
     }
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("int3", 3 + 19 / 64), ("int3:group=128", 3 + 19 / 128)])
+@pytest.mark.parametrize(("precision", "bits"), [("int3", 3 + 20 / 64), ("int3:group=128", 3 + 20 / 128)])
 def test_the_ledger_has_the_bits_that_are_said(precision: str, bits: float) -> None:
-    """README.md: 3.297 and 3.148 bits a weight."""
+    """README.md: 3.313 and 3.156 bits a weight."""
     group = group_of(1024, 256, 64, 96)
     layer = load_backend(precision).build(group, random_weights(group).__getitem__)
     assert 8 * sum(layer.bytes().values()) / (1024 * 416) == pytest.approx(bits, rel=1e-9)
-    assert round(bits, 3) in (3.297, 3.148)
+    assert round(bits, 4) in (3.3125, 3.1562)
 
 
 def error_of(weight: Tensor, group_size: int) -> float:
     """Of the power that the search is for, relative to the largest weight."""
-    codes, zeros, scales = int3.round_groups(weight, group_size)
+    codes, zeros, scales = round_groups(weight, group_size)
     centred = codes.unflatten(1, (-1, group_size)).float() - zeros.float()[..., None]
     meant = (centred * scales.float()[..., None]).flatten(1)
-    return float((meant - weight).norm(int3.ERROR_POWER) / weight.abs().max())
+    return float((meant - weight).norm(reference.ERROR_POWER) / weight.abs().max())
 
 
 @pytest.mark.parametrize("group_size", INT3_GROUPS)
@@ -48,22 +49,22 @@ def test_clipping_is_worth_its_search(group_size: int, monkeypatch: pytest.Monke
     """Against the same rounding of the whole range, on normal weights."""
     weight = random_weights(group_of(512, 256))["part0.weight"]
     searched = error_of(weight, group_size)
-    monkeypatch.setattr(int3, "CLIPPINGS", (1.0,))
+    monkeypatch.setattr(reference, "CLIPPINGS", (1.0,))
     assert 0.1 < searched < 0.97 * error_of(weight, group_size)
 
 
 def test_no_group_is_worse_than_unclipped(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weights(group_of(512, 64))["part0.weight"].pow(3)
     rows = [error_of(row[None], 64) for row in weight]
-    monkeypatch.setattr(int3, "CLIPPINGS", (1.0,))
+    monkeypatch.setattr(reference, "CLIPPINGS", (1.0,))
     assert all(got <= error_of(row[None], 64) for got, row in zip(rows, weight, strict=True))
 
 
 def test_rows_are_rounded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weights(group_of(128, 96))["part0.weight"]
-    whole = int3.round_groups(weight, 64)
-    monkeypatch.setattr(int3, "ROWS_AT_ONCE", 7 * 128)
-    for got, want in zip(int3.round_groups(weight, 64), whole, strict=True):
+    whole = round_groups(weight, 64)
+    monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 7 * 128)
+    for got, want in zip(round_groups(weight, 64), whole, strict=True):
         assert torch.equal(got, want)
 
 

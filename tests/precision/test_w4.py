@@ -1,4 +1,4 @@
-"""The layer that awq and nf4 share on an H100: the same weights as their own layers', in another order."""
+"""The layer that awq, nf4 and int3 share on an H100: the weights of their own layers, in another order."""
 
 import logging
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import Tensor
 from service.engine.self_check import ROWS, check
 from service.errors import DeviceError
 from service.kernels.awq_linear.reference import pack
-from service.precision import load_backend, w4
+from service.precision import load_backend, parse_precision, w4
 from service.precision.base import LinearGroup
 from service.precision.linear import LinearSpec
 from service.precision.w4 import W4Linear
@@ -46,7 +46,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(w4, "serves", lambda group, shape: not w4.w4_linear.refusal(shape))
 
 
-@pytest.mark.parametrize("precision", ["awq", "nf4"])
+@pytest.mark.parametrize("precision", ["awq", "nf4", "int3", "int3:group=128"])
 def test_it_is_the_backend_s_own_layer(precision: str, tensors: dict[str, Tensor], everywhere: None) -> None:
     """Part by part and as a product, biases included."""
     ours = load_backend(precision).build(group(), tensors.__getitem__)
@@ -68,7 +68,10 @@ def test_it_is_the_backend_s_own_layer(precision: str, tensors: dict[str, Tensor
     assert not ours.row_invariant
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("awq", 4.156), ("nf4", 4.127)])
+@pytest.mark.parametrize(
+    ("precision", "bits"),
+    [("awq", 4.156), ("nf4", 4.127), ("int3", 3 + 20 / 64), ("int3:group=128", 3 + 20 / 128)],
+)
 def test_bytes_are_those_of_the_buffers(
     precision: str, bits: float, tensors: dict[str, Tensor], everywhere: None
 ) -> None:
@@ -76,16 +79,20 @@ def test_bytes_are_those_of_the_buffers(
     ledger = layer.bytes()
     assert sum(ledger.values()) == sum(buffer.nbytes for buffer in layer.buffers())
     assert ledger.pop("linear16") == sum(OUTS) * 2
-    assert ("zeros" in ledger) == (precision == "awq")
+    assert ("zeros" in ledger) == (precision != "nf4")
     # three parts of few weights: a nested absmax and an offset each
-    assert 8 * sum(ledger.values()) / (sum(OUTS) * IN) == pytest.approx(bits, rel=0.01)
+    room = 0.01 if precision == "nf4" else 1e-4
+    assert 8 * sum(ledger.values()) / (sum(OUTS) * IN) == pytest.approx(bits, rel=room)
+    if precision != "awq":  # whose group is chosen for a model
+        told = parse_precision(precision).sizes("qkv_proj", layer.group.parts, 2)
+        assert {part: told[part] for part in ledger} == ledger
 
 
-@pytest.mark.parametrize("precision", ["nf4:double_quant=off", "awq"])
+@pytest.mark.parametrize("precision", ["nf4:double_quant=off", "awq", "int3"])
 def test_what_the_table_refuses_is_the_backend_s(
     precision: str, tensors: dict[str, Tensor], everywhere: None
 ) -> None:
-    dtype = torch.float32 if precision == "awq" else HALF
+    dtype = HALF if precision.startswith("nf4") else torch.float32
     layer = load_backend(precision).build(group(dtype), tensors.__getitem__)
     assert not isinstance(layer, W4Linear)
 

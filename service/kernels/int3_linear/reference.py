@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 TOGETHER = 32  # codes in three words
-LARGEST = 7  # code, and zero
 CHUNK_WEIGHTS = 1 << 20  # that exist dequantized at once: 4 MiB in float32, more would only take memory
 
 
@@ -33,11 +32,22 @@ def unpack(words: Tensor) -> Tensor:
     return low.reshape(blocks, TOGETHER, columns).add_(high.reshape(blocks, TOGETHER, columns)).flatten(0, 1)
 
 
+def pack_zeros(zeros: Tensor) -> Tensor:
+    """Integers 0..7 [out, groups] -> uint8 [groups, out / 2]: even outputs in low nibbles."""
+    by_group = zeros.t().to(torch.uint8).contiguous()
+    return by_group[:, 0::2] | by_group[:, 1::2] << 4
+
+
+def unpack_zeros(zeros: Tensor) -> Tensor:
+    """Inverse of `pack_zeros`, by group: uint8 [groups, out]."""
+    return torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(1)
+
+
 def dequantize(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """-> [in, out]: (code - zero) * scale, computed in float32 and rounded once."""
     num_groups, columns = scales.shape
     centred = unpack(codes).view(torch.int8).unflatten(0, (num_groups, -1))  # [groups, group, out]
-    centred -= unpack(zeros).view(torch.int8).t()[:, None].contiguous()
+    centred -= unpack_zeros(zeros).view(torch.int8)[:, None]
     weight = centred.float().mul_(scales.float()[:, None])
     return weight.view(-1, columns).to(dtype)
 
@@ -49,6 +59,6 @@ def int3_linear(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tens
     y = x.new_empty(x.shape[0], out_features)
     for start in range(0, out_features, columns):
         block = slice(start, start + columns)
-        words = slice(start // TOGETHER, (start + columns) // TOGETHER)
-        y[:, block] = x @ dequantize(codes[:, :, block], zeros[words], scales[:, block], x.dtype)
+        pairs = slice(start // 2, (start + columns) // 2)
+        y[:, block] = x @ dequantize(codes[:, :, block], zeros[:, pairs], scales[:, block], x.dtype)
     return y

@@ -24,7 +24,7 @@ STAGES = 3
 def int3_linear_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [num_rows, in_features]
     codes_ptr,  # int32 [in_features / 32, 3, out_features]
-    zeros_ptr,  # int32 [out_features / 32, 3, in_features / GROUP]
+    zeros_ptr,  # uint8 [in_features / GROUP, out_features / 2]
     scales_ptr,  # float16 [in_features / GROUP, out_features]
     y_ptr,  # float32 [splits, num_rows, out_features], or x's dtype [1, num_rows, out_features]
     num_rows,
@@ -51,11 +51,8 @@ def int3_linear_kernel(  # type: ignore[no-untyped-def]
         group = split * groups_per_split + step
         # the last share may be shorter: masked groups have codes, zeros and scales of 0, so they add nothing
         inside = (columns < out_features) & (group < num_groups)
-        zero_words = zeros_ptr + (columns // 32) * 3 * num_groups + group
-        half = (columns % 32) // 16
-        low_zero = tl.load(zero_words + half * num_groups, mask=inside, other=0) >> (columns % 16) * 2 & 3
-        high_zero = tl.load(zero_words + 2 * num_groups, mask=inside, other=0) >> columns % 32 & 1
-        zeros = low_zero + high_zero * 4
+        pairs = tl.load(zeros_ptr + group * (out_features // 2) + columns // 2, mask=inside, other=0)
+        zeros = pairs.to(tl.int32) >> columns % 2 * 4 & 15
         scales = tl.load(scales_ptr + group * out_features + columns, mask=inside, other=0.0)
         partial = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
         for inner in tl.static_range(GROUP // BLOCK_K):
