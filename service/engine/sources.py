@@ -39,8 +39,8 @@ def open_model(
 
         if isinstance(source, RandomWeights):
             return source.quantized(packing(source.config, backend)), backend
-        told = f"the 16-bit weights that `{backend.canonical}` is made from"
-        with told_shortage(device, told, lambda: source.num_parameters * source.dtype.itemsize):
+        told = f"one layer at a time of the 16-bit weights that `{backend.canonical}` is made from"
+        with told_shortage(device, told):
             path = prepare(source.path, backend, config, progress)
         source = Checkpoint(path)
     return source, backend

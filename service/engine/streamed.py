@@ -19,12 +19,12 @@ from service import device as devices
 from service.engine.shortage import told_shortage
 from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.dense_linear import pack_weight
-from service.kernels.int8_rows import Live
-from service.model.batch import BLOCK_TOKENS, PagedKV, sequence_batch
+from service.model.batch import BLOCK_TOKENS, sequence_batch
 from service.model.checkpoint import TensorSource
 from service.model.decoder import DecoderLayer, Step, plan_step
 from service.model.head import Embedding, FullHead
 from service.model.instance import accepted
+from service.model.one_layer import build_layer, one_layer_cache
 from service.model.rotary import rotary_table
 from service.precision.base import Backend, Read
 
@@ -57,10 +57,9 @@ class StreamedModel:
         with told_shortage(device, what), self.source.reading(device) as read:
             streams = self._embedded(read, sequences)
             steps = self._steps(sequences)
-            live = Live()  # no row is padding
             shares = [len(sequence) for sequence in sequences]
             for index in range(config.num_layers):
-                layer = DecoderLayer(config, index, self.backend, read, device, self.dtype, False, live)
+                layer = build_layer(config, index, self.backend, read, device, self.dtype)
                 for number, step in enumerate(steps):
                     before = streams[number]
                     streams[number] = self._one(layer, before, step)
@@ -84,10 +83,7 @@ class StreamedModel:
         """All of them through the same blocks of one layer's cache: each layer begins anew."""
         config, longest = self.source.config, max(map(len, sequences))
         num_blocks = -(-longest // BLOCK_TOKENS)
-        kv = PagedKV(1, num_blocks + 1, config.num_kv_heads, config.head_dim, self.dtype, self.device)
-        kv.keys *= config.num_layers
-        kv.values *= config.num_layers
-        kv.scales *= config.num_layers
+        kv = one_layer_cache(config, num_blocks + 1, self.dtype, self.device)
         cos, sin = rotary_table(config.rope, config.head_dim, longest, self.device)
         blocks = list(range(1, num_blocks + 1))
         return [

@@ -21,14 +21,13 @@ from service.kernels.awq_linear.reference import pack
 from service.model.checkpoint import Checkpoint
 from service.model.config import ModelConfig, read_json
 from service.model.folders import RANDOM, write_json, write_manifest
-from service.model.instance import ModelInstance
 from service.model.layout import layer_groups
 from service.model.shards import ShardWriter, copy_companions
-from service.precision import load_backend
+from service.model.verify import verify
 from service.precision.sizes import choose_awq_group
 from service.quality.texts import Text, spread, token_windows
 from service.quantize.awq import Grid, Rounded, quantize_layer
-from service.quantize.calibration import InputStatistics, observe_layers
+from service.quantize.calibration import ObservedLayer, observe_layers
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit: as messages.Loading
 
@@ -83,18 +82,17 @@ def quantize_checkpoint(
     progress("calibrate", 0, num_layers, "layers")
     tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
     windows = spread(token_windows(text, tokenizer, WINDOW_TOKENS), WINDOWS)
-    instance = load_16bit(checkpoint, device)
+    verify(checkpoint)
     writer = ShardWriter(folder)
-    layer_names: dict[int, list[str]] = {}
-    for name in checkpoint.names:
-        if name.startswith("model.layers."):
-            layer_names.setdefault(int(name.split(".")[2]), []).append(name)
-        else:
-            writer.add(name, checkpoint.read(name))
-    for layer, inputs in observe_layers(instance, windows):
-        for name, tensor in quantized_tensors(checkpoint, layer, layer_names[layer], inputs, grid, device):
-            writer.add(name, tensor)
-        progress("quantize", layer + 1, num_layers, "layers")
+    with checkpoint.reading(device) as read:
+        for layer in observe_layers(checkpoint, read, windows, device):
+            for name, tensor in quantized_tensors(checkpoint, layer, grid):
+                writer.add(name, tensor)
+            progress("quantize", layer.index + 1, num_layers, "layers")
+            del layer  # before the next one comes
+        for name in checkpoint.names:
+            if not name.startswith("model.layers."):
+                writer.add(name, read(name))
     writer.finish()
     copy_companions(checkpoint.path, folder)
     config = read_json(checkpoint.path / "config.json")
@@ -106,40 +104,22 @@ def quantize_checkpoint(
     write_manifest(folder, manifest)
 
 
-def load_16bit(checkpoint: Checkpoint, device: torch.device) -> ModelInstance:
-    """The unquantized model in the checkpoint's own type; a CPU, slow in float16, has that as bfloat16."""
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    precision = names[checkpoint.dtype]
-    if device.type == "cpu" and precision == "fp16":
-        precision = "bf16"
-    return ModelInstance.load(
-        checkpoint.path, load_backend(precision), device, max_context_tokens=WINDOW_TOKENS
-    )
-
-
 @torch.inference_mode()
-def quantized_tensors(
-    checkpoint: Checkpoint,
-    layer: int,
-    names: list[str],
-    inputs: dict[str, InputStatistics],
-    grid: Grid,
-    device: torch.device,
-) -> list[tuple[str, Tensor]]:
+def quantized_tensors(checkpoint: Checkpoint, layer: ObservedLayer, grid: Grid) -> list[tuple[str, Tensor]]:
     """What the new checkpoint has for one layer, by full tensor name."""
-    prefix = f"model.layers.{layer}."
-    for group, moments in inputs.items():
+    prefix = f"model.layers.{layer.index}."
+    for group, moments in layer.inputs.items():
         if not moments.gram.isfinite().all():
             raise CheckpointError(
-                f"activations at `{group}` of layer {layer} overflow {checkpoint.dtype}",
+                f"activations at `{group}` of layer {layer.index} overflow {checkpoint.dtype}",
                 hint="calibrate on a CPU (`--device cpu`), which computes in bfloat16",
             )
     groups = {
         group: tuple(part.path.removeprefix(prefix) for part in parts)
-        for group, parts in layer_groups(checkpoint.config, layer).items()
+        for group, parts in layer_groups(checkpoint.config, layer.index).items()
     }
-    tensors = {name.removeprefix(prefix): checkpoint.read(name).to(device) for name in names}
-    quantized = quantize_layer(tensors, groups, inputs, grid)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in layer.tensors.items()}
+    quantized = quantize_layer(tensors, groups, layer.inputs, grid)
     made = [
         (f"{prefix}{name}", quantized.folded.get(name, tensor))
         for name, tensor in tensors.items()

@@ -1,22 +1,28 @@
 """What calibrated quantizers know of the activations: second moments of each linear's input.
 
-16-bit model + token windows --observe_layers()--> layer by layer, {layer class: InputStatistics}
+16-bit tensors + token windows --observe_layers()--> ObservedLayer by layer: its tensors, InputStatistics
 
 With G = X^T X of an input X, the squared output error of any candidate weight W + D is tr(D G D^T): one
-forward pass serves every candidate, and only one layer's moments are alive at a time.
+forward pass serves every candidate. One layer is on the device at a time, its weights, its moments and its
+part of the KV cache, so a model is quantized by a device that it does not fit.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from service.model.batch import BLOCK_TOKENS, StepBatch
-from service.model.decoder import DecoderLayer
-from service.model.instance import ModelInstance
-from service.model.layout import layer_groups
+from service.model.checkpoint import TensorSource
+from service.model.decoder import DecoderLayer, Step, plan_step
+from service.model.one_layer import build_layer, one_layer_cache
+from service.model.rotary import rotary_table
+from service.precision import load_backend
+from service.precision.base import Read
 
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 BLOCKS = 6  # of a symmetric product: 21 of its 36 parts are computed
 
 
@@ -77,27 +83,67 @@ def windows_batch(windows: list[list[int]], device: torch.device) -> tuple[StepB
     return batch, next_block
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class ObservedLayer:
+    """One decoder layer and what came into it."""
+
+    index: int
+    tensors: dict[str, Tensor]  # by full name, on the device, as the source has them
+    inputs: dict[str, InputStatistics]  # qkv_proj, o_proj, gate_up_proj, down_proj: moments of its input
+
+
+def calibration_dtype(source: TensorSource, device: torch.device) -> torch.dtype:
+    """The weights' own type; a CPU, slow in float16, has that as bfloat16."""
+    is_slow = device.type == "cpu" and source.dtype == torch.float16
+    return torch.bfloat16 if is_slow else source.dtype
+
+
+def one_layer_step(source: TensorSource, windows: list[list[int]], device: torch.device) -> Step:
+    """All windows in one prefill, over a cache of one layer, which each layer begins anew."""
+    config = source.config
+    batch, num_blocks = windows_batch(windows, device)
+    dtype = calibration_dtype(source, device)
+    kv = one_layer_cache(config, num_blocks, dtype, device)
+    cos, sin = rotary_table(config.rope, config.head_dim, max(map(len, windows)), device)
+    return plan_step(batch, kv, cos, sin)
+
+
 def observe_layers(
-    instance: ModelInstance, windows: list[list[int]]
-) -> Iterator[tuple[int, dict[str, InputStatistics]]]:
-    """-> (layer, {qkv_proj, o_proj, gate_up_proj, down_proj: moments of its input}), in the model's order.
+    source: TensorSource, read: Read, windows: list[list[int]], device: torch.device
+) -> Iterator[ObservedLayer]:
+    """In the model's order; every layer sees what the layers before it make with their unquantized weights.
 
-    Every layer sees what the layers before it make with their unquantized weights.
+    `read`: from `source.reading(device)`. Nothing here holds a layer when the next one is asked for.
     """
-    batch, num_blocks = windows_batch(windows, instance.device)
-    decoder = instance.decoder
-    step = decoder.prepare(batch, instance.new_kv(num_blocks))
-    hidden, delta = decoder.embed(batch.token_ids), None
-    for index, layer in enumerate(decoder.layers):
-        assert isinstance(layer, DecoderLayer), "the decoder is made of nothing else"
-        groups = layer_groups(instance.config, index)
-        first_part = {parts[0].path: name for name, parts in groups.items()}
-        seen: dict[str, InputStatistics] = {}
+    config, dtype = source.config, calibration_dtype(source, device)
+    backend = load_backend(PRECISIONS[dtype])
+    names: dict[int, list[str]] = {}
+    for name in source.names:
+        if name.startswith("model.layers."):
+            names.setdefault(int(name.split(".")[2]), []).append(name)
+    step = one_layer_step(source, windows, device)
+    hidden = F.embedding(step.batch.token_ids, read("model.embed_tokens.weight").to(device, dtype))
+    delta: Tensor | None = None
+    for index in range(config.num_layers):
+        tensors = {name: read(name).to(device) for name in names[index]}
+        layer = build_layer(config, index, backend, tensors.__getitem__, device, dtype)
+        hidden, delta, inputs = observe_layer(layer, hidden, delta, step)
+        del layer
+        yield ObservedLayer(index, tensors, inputs)
+        del tensors, inputs  # before the next ones come
 
-        def observe(path: str, x: Tensor, names: dict[str, str] = first_part) -> None:
-            if path in names:
-                seen[names[path]] = InputStatistics.of(x)  # noqa: B023  (called within this iteration)
 
-        hidden, delta = layer(hidden, delta, step, observe)
-        yield index, seen
+@torch.inference_mode()  # not around the generator: torch's wrapper holds what it yielded last
+def observe_layer(
+    layer: DecoderLayer, hidden: Tensor, delta: Tensor | None, step: Step
+) -> tuple[Tensor, Tensor | None, dict[str, InputStatistics]]:
+    """The residual stream before a layer -> that behind it, and by layer class the moments of inputs."""
+    classes = {paths[0]: name for name, paths in layer.paths.items()}  # parts of a group see the same tensor
+    inputs: dict[str, InputStatistics] = {}
+
+    def observe(path: str, x: Tensor) -> None:
+        if path in classes:
+            inputs[classes[path]] = InputStatistics.of(x)
+
+    hidden, delta = layer(hidden, delta, step, observe)
+    return hidden, delta, inputs

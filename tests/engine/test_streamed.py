@@ -115,7 +115,7 @@ def test_a_device_without_room_for_a_layer_is_told(tmp_path: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(streamed, "DecoderLayer", full)
+    monkeypatch.setattr(streamed, "build_layer", full)
     with pytest.raises(DeviceError, match="one layer at a time of the reference `fp32`"):
         StreamedModel(Checkpoint(tmp_path), load_backend("fp32"), CPU).through(SEQUENCES, ignored)
 

@@ -20,8 +20,15 @@ from service.precision import load_backend
 from service.quality.texts import Text
 from service.quantize import awq_checkpoint, cache, calibration_info, prepare, quantize_to
 from service.quantize.awq import Grid, Rounded, quantize_layer, round_weight
-from service.quantize.awq_checkpoint import checkpoint_bytes, choose_grid, gemm_layout, quantize_checkpoint
+from service.quantize.awq_checkpoint import (
+    checkpoint_bytes,
+    choose_grid,
+    gemm_layout,
+    quantize_checkpoint,
+    quantized_tensors,
+)
 from service.quantize.cache import cache_key, source_sha256
+from service.quantize.calibration import InputStatistics, ObservedLayer
 from tests.tiny_models import load_instance, logits_of, make_checkpoint
 from tests.tiny_tokenizers import byte_level
 
@@ -196,9 +203,9 @@ def test_group_sizes(source: Path, tmp_path: Path) -> None:
 
 
 def test_activations_that_overflow_are_an_error(source: Path) -> None:
-    inputs = {"qkv_proj": awq_checkpoint.InputStatistics(torch.full((64, 64), torch.inf), torch.ones(64))}
+    inputs = {"qkv_proj": InputStatistics(torch.full((64, 64), torch.inf), torch.ones(64))}
     with pytest.raises(CheckpointError, match="activations at `qkv_proj` of layer 1 overflow"):
-        awq_checkpoint.quantized_tensors(Checkpoint(source), 1, [], inputs, Grid(4, 32), CPU)
+        quantized_tensors(Checkpoint(source), ObservedLayer(1, {}, inputs), Grid(4, 32))
 
 
 class TestCache:
@@ -312,6 +319,6 @@ def test_quantize_layer_changes_no_tensor_it_was_given() -> None:
     tensors = {f"{path}.weight": torch.randn(32, 32) for group in paths.values() for path in group}
     tensors |= {f"{norm}.weight": torch.ones(32) for norm in ("input_layernorm", "post_attention_layernorm")}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    inputs = {name: awq_checkpoint.InputStatistics.of(torch.randn(64, 32) * 3) for name in paths}
+    inputs = {name: InputStatistics.of(torch.randn(64, 32) * 3) for name in paths}
     quantize_layer(tensors, paths, inputs, Grid(4, 32))
     assert all(torch.equal(tensors[name], before[name]) for name in before)
