@@ -42,7 +42,6 @@ PLANNED = (
     *("revision", "cache_dir", "head", "kv_memory_fraction", "max_context_tokens"),
     *("max_batch_requests", "max_batch_tokens", "log_level", "log_format"),
 )
-DRAWN = ("load_format", "load_seed", "random_outliers", "random_std", "tokenizer")
 
 
 @app.callback(invoke_without_command=True)
@@ -167,7 +166,7 @@ def compare(
 
 
 @app.command()
-@with_settings(without=["model", "precision", "save", *DRAWN, *HTTP_SETTINGS])
+@with_settings(without=["model", "precision", "save", *HTTP_SETTINGS])
 def quantize(
     model: Model = None,
     *,

@@ -1,17 +1,19 @@
-"""`halftone quantize`: a 16-bit checkpoint and text -> a folder with the quantized checkpoint."""
+"""`halftone quantize`: 16-bit weights and text -> a folder with the quantized checkpoint."""
 
 from pathlib import Path
 
 from rich.console import Console
 
+from service import device as devices
 from service import logs
 from service.cli.display import Display
 from service.cli.model import find_model
 from service.cli.serve import check_calibration, check_precision
 from service.config import Settings
 from service.disk import folder_bytes, megabytes, told_disk_errors
-from service.errors import SettingError
+from service.model.random_weights import Draw, RandomWeights
 from service.quantize import own_tokenizer, quantize_to
+from service.quantize.spent import Spent
 
 
 def quantize(settings: Settings, precision: str, out: Path) -> None:
@@ -20,17 +22,30 @@ def quantize(settings: Settings, precision: str, out: Path) -> None:
     check_precision(precision)
     check_calibration(settings.calibration, [precision])
     with Display() as display:
+        settings, path = find_model(settings, display, needs_text=True)
+        source: Path | RandomWeights = path
         if settings.is_random:
-            raise SettingError(
-                f"`{settings.model}` has random weights, which there is nothing to calibrate on",
-                hint="`halftone serve --load-format random --precision awq --save DIR` draws AWQ weights",
-            )
-        settings, source = find_model(settings, display)
-        if settings.tokenizer:
+            draw = Draw(settings.load_seed, settings.random_outliers, settings.random_std)
+            source = RandomWeights(path, devices.resolve(settings.device), draw)
+        elif settings.tokenizer:
             raise own_tokenizer(settings.tokenizer)
+        tokenizer = settings.tokenizer_folder(path)
         with told_disk_errors(out):
-            quantize_to(source, precision, out, settings.calibration, display, settings.device)
-    before, after = megabytes(folder_bytes(source)), megabytes(folder_bytes(out))
-    Console(highlight=False, soft_wrap=True).print(
-        f"{out}: {after}, from {before}\nserve it with: halftone serve {out}", markup=False
-    )
+            spent = quantize_to(
+                source, precision, out, settings.calibration, display, settings.device, tokenizer
+            )
+    before = source.num_bytes if isinstance(source, RandomWeights) else folder_bytes(source)
+    kind = " of random weights" if settings.is_random else ""
+    lines = [
+        f"{out}: {megabytes(folder_bytes(out))}, from {megabytes(before)}{kind}",
+        told(spent),
+        f"serve it with: halftone serve {out}",
+    ]
+    Console(highlight=False, soft_wrap=True).print("\n".join(lines), markup=False)
+
+
+def told(spent: Spent) -> str:
+    """`62 s: hash 9.1, text 0.3, read 4.2, ...; at most 5.9 GB of NVIDIA H100 80GB HBM3's memory`."""
+    parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in spent.seconds.items())
+    peak, name = megabytes(spent.peak_bytes), devices.device_name(spent.device)
+    return f"{sum(spent.seconds.values()):.0f} s: {parts}; at most {peak} of memory on {name}"

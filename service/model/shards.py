@@ -43,7 +43,7 @@ class ShardWriter:
         self.total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.cpu().contiguous()
+        tensor = tensor.contiguous().cpu()  # in this order: a device transposes sooner than the host
         size = tensor.numel() * tensor.element_size()
         if self.pending and self.pending_bytes + size > SHARD_BYTES:
             self._flush()

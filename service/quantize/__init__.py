@@ -8,19 +8,19 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from service import device as devices
 from service.errors import CheckpointError, PrecisionError, SettingError, SystemProblem
 from service.messages import EngineConfig
-from service.model.checkpoint import Checkpoint
+from service.model.checkpoint import Checkpoint, TensorSource
 from service.model.config import ModelConfig
 from service.model.folders import MANIFEST, is_whole, make_whole
+from service.model.random_weights import RandomWeights
 from service.precision import load_backend
 from service.precision.base import Backend
-from service.quality.texts import Text, calibration_text
+from service.quality.texts import calibration_text
 from service.quantize.awq import Grid
 from service.quantize.awq_checkpoint import (
+    Calibration,
     Progress,
     checkpoint_bytes,
     choose_grid,
@@ -28,6 +28,7 @@ from service.quantize.awq_checkpoint import (
     quantize_checkpoint,
 )
 from service.quantize.cache import cache_key, code_version, locked, source_sha256
+from service.quantize.spent import Spent
 
 QUANTIZER = "awq"  # the `Backend.quantizer` that this package has a step for
 
@@ -49,30 +50,40 @@ def prepare(checkpoint_path: Path, backend: Backend, config: EngineConfig, progr
     if not is_whole(folder):
         with locked(folder.parent / f"{folder.name}.lock"):
             if not is_whole(folder):  # another process may have made it while this one waited
-                device = devices.resolve(config.device)
-                _make(checkpoint_path, source, backend, folder, text, device, progress)
+                spent = Spent(devices.resolve(config.device))
+                calibration = Calibration(text, checkpoint_path)
+                _make(Checkpoint(checkpoint_path), source, backend, folder, calibration, progress, spent)
     return folder
 
 
 def quantize_to(
-    checkpoint_path: Path,
+    source: Path | RandomWeights,
     precision: str,
     out: Path,
     calibration: str,
     progress: Progress,
     device: Literal["auto", "cuda", "cpu"] = "auto",
-) -> None:
-    """Write the checkpoint in this precision to `out`; SystemProblem if something is there already.
+    tokenizer: Path | None = None,
+) -> Spent:
+    """Write a checkpoint's folder, or drawn weights, in this precision to `out`.
 
-    `calibration` is a text file; empty: half A of the interpreter's documentation.
+    `calibration` is a text file; empty: half A of the interpreter's documentation. `tokenizer` is the folder
+    of one that is not the source's. Raises as `prepare`, and SystemProblem if something is at `out` already.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SystemProblem(
             f"`{out}` is there already and not an empty folder", hint="choose another folder with `--out`"
         )
     backend, text = load_backend(precision), calibration_text(calibration)
-    source = source_sha256(checkpoint_path)
-    _make(checkpoint_path, source, backend, out, text, devices.resolve(device), progress)
+    spent = Spent(devices.resolve(device))
+    sha256 = ""  # no file's hash: the manifest says what weights were drawn with
+    weights: Path | TensorSource = source
+    if isinstance(weights, Path):
+        with spent.on("hash"):
+            sha256 = source_sha256(weights)
+        weights = Checkpoint(weights)
+    _make(weights, sha256, backend, out, Calibration(text, tokenizer or weights.path), progress, spent)
+    return spent
 
 
 def packing(config: ModelConfig, backend: Backend) -> dict[str, Any]:
@@ -102,42 +113,41 @@ def calibration_info(checkpoint_path: Path) -> dict[str, str]:
 
 
 def _make(
-    checkpoint_path: Path,
-    source: str,
+    source: TensorSource,
+    sha256: str,
     backend: Backend,
     folder: Path,
-    text: Text,
-    device: torch.device,
+    calibration: Calibration,
     progress: Progress,
+    spent: Spent,
 ) -> None:
-    """Quantize into `folder`, which appears when all of it is written."""
+    """Quantize into `folder`, which appears when all of it is written. `sha256`: of the source's files."""
     if backend.quantizer != QUANTIZER:
         raise PrecisionError(
             f"precision `{backend.name}` has no checkpoint of its own; accepted is `{QUANTIZER}`",
             hint=f"serve the 16-bit checkpoint with `--precision {backend.name}`",
         )
-    checkpoint = Checkpoint(checkpoint_path)
-    if checkpoint.quantization is not None:
-        method = checkpoint.quantization.get("quant_method", "unknown")
+    if source.quantization is not None:
+        method = source.quantization.get("quant_method", "unknown")
         raise PrecisionError(
-            f"`{checkpoint_path}` is quantized by `{method}` already; a 16-bit checkpoint is needed",
+            f"`{source.path}` is quantized by `{method}` already; a 16-bit checkpoint is needed",
             hint="quantize the checkpoint that it was made from",
         )
-    if not (checkpoint_path / "tokenizer.json").is_file():
+    if not (calibration.tokenizer / "tokenizer.json").is_file():
         raise CheckpointError(
-            f"`{checkpoint_path}` has no tokenizer.json, and `{backend.name}` is calibrated on text",
+            f"`{source.path}` has no tokenizer.json, and `{backend.name}` is calibrated on text",
             hint="put the model's tokenizer.json there, or choose a mode that is not calibrated",
         )
-    grid = grid_of(checkpoint.config, backend)
+    grid = grid_of(source.config, backend)
     origin = {
-        "source": checkpoint_path.name,
-        "source_sha256": source,
+        "source": source.path.name,
+        **({"source_sha256": sha256} if sha256 else {}),
         "precision": backend.canonical,
         "code_sha256": code_version(),
     }
     make_whole(
         folder,
-        checkpoint_bytes(checkpoint, grid),
-        f"`{checkpoint_path.name}` in `{backend.canonical}`",
-        lambda partial: quantize_checkpoint(checkpoint, partial, grid, text, device, origin, progress),
+        checkpoint_bytes(source, grid),
+        f"`{source.path.name}` in `{backend.canonical}`",
+        lambda partial: quantize_checkpoint(source, partial, grid, calibration, origin, progress, spent),
     )

@@ -1,6 +1,6 @@
 """A 16-bit checkpoint -> the same model in AutoAWQ's GEMM layout, in a folder that stands alone.
 
-Checkpoint + text --quantize_checkpoint()--> safetensors shards, config.json, tokenizer, halftone.json
+16-bit tensors + text --quantize_checkpoint()--> safetensors shards, config.json, tokenizer, halftone.json
 
 Layout of one linear: `qweight` int32 [in, out/8], `qzeros` int32 [in/group, out/8], `scales` float16
 [in/group, out]; the order of the eight nibbles in a word is kernels/awq_linear's. With `bits: 3` codes
@@ -9,6 +9,7 @@ folded into them.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from service.errors import CheckpointError
 from service.kernels.awq_linear.reference import pack
-from service.model.checkpoint import Checkpoint
+from service.model.checkpoint import TensorSource
 from service.model.config import ModelConfig, read_json
 from service.model.folders import RANDOM, write_json, write_manifest
 from service.model.layout import layer_groups
@@ -28,11 +29,25 @@ from service.precision.sizes import choose_awq_group
 from service.quality.texts import Text, spread, token_windows
 from service.quantize.awq import Grid, Rounded, quantize_layer
 from service.quantize.calibration import ObservedLayer, observe_layers
+from service.quantize.spent import Spent
 
 Progress = Callable[[str, int, int, str], None]  # stage, done, total, unit: as messages.Loading
 
 WINDOWS = 16
 WINDOW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text to observe activations on, and what cuts it into tokens."""
+
+    text: Text
+    tokenizer: Path  # folder with tokenizer.json
+
+    def windows(self) -> list[list[int]]:
+        """Evenly spaced over the text; SettingError where it is too short for one."""
+        tokenizer = Tokenizer.from_file(str(self.tokenizer / "tokenizer.json"))
+        return spread(token_windows(self.text, tokenizer, WINDOW_TOKENS), WINDOWS)
 
 
 def choose_grid(config: ModelConfig, bits: int, group_size: int) -> Grid:
@@ -41,16 +56,16 @@ def choose_grid(config: ModelConfig, bits: int, group_size: int) -> Grid:
     return Grid(bits, choose_awq_group(parts, group_size))
 
 
-def checkpoint_bytes(checkpoint: Checkpoint, grid: Grid) -> int:
+def checkpoint_bytes(source: TensorSource, grid: Grid) -> int:
     """Bytes that the quantized folder will take: 4-bit containers, a scale and a zero a group, the rest."""
     linear = {
         part.path: part.in_features * part.out_features
-        for layer in range(checkpoint.config.num_layers)
-        for group in layer_groups(checkpoint.config, layer).values()
+        for layer in range(source.config.num_layers)
+        for group in layer_groups(source.config, layer).values()
         for part in group
     }
     packed = sum(linear.values()) // 2 + sum(linear.values()) * 20 // (8 * grid.group_size)
-    infos = (checkpoint.info(name) for name in checkpoint.names if name.removesuffix(".weight") not in linear)
+    infos = (source.info(name) for name in source.names if name.removesuffix(".weight") not in linear)
     rest = sum(torch.Size(info.shape).numel() * 4 for info in infos)
     return packed + rest + 32_000_000  # tokenizer and headers
 
@@ -65,58 +80,73 @@ def gemm_layout(rounded: Rounded) -> dict[str, Tensor]:
 
 
 def quantize_checkpoint(
-    checkpoint: Checkpoint,
+    source: TensorSource,
     folder: Path,
     grid: Grid,
-    text: Text,
-    device: torch.device,
+    calibration: Calibration,
     origin: dict[str, str],
     progress: Progress,
+    spent: Spent,
 ) -> None:
     """Fill the empty `folder`; the caller makes it appear at its place when this has returned.
 
-    `origin` goes into the manifest beside the calibration text: what was quantized, and how.
-    Raises CheckpointError when activations overflow the model's type, SettingError for a text too short.
+    `origin` goes into the manifest beside the calibration text: what was quantized, and how. Computes on
+    `spent`'s device. Raises CheckpointError when activations overflow the model's type, SettingError for a
+    text too short.
     """
-    num_layers = checkpoint.config.num_layers
+    device, num_layers = spent.device, source.config.num_layers
     progress("calibrate", 0, num_layers, "layers")
-    tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
-    windows = spread(token_windows(text, tokenizer, WINDOW_TOKENS), WINDOWS)
-    verify(checkpoint)
+    verify(source, calibration.tokenizer)
+    with spent.on("text"):
+        windows = calibration.windows()
     writer = ShardWriter(folder)
-    with checkpoint.reading(device) as read:
-        for layer in observe_layers(checkpoint, read, windows, device):
-            for name, tensor in quantized_tensors(checkpoint, layer, grid):
-                writer.add(name, tensor)
-            progress("quantize", layer.index + 1, num_layers, "layers")
+    with source.reading(device) as read_there:
+
+        def read(name: str) -> Tensor:
+            with spent.on("read"):
+                return read_there(name)
+
+        layers = observe_layers(source, read, windows, device)
+        for index in range(num_layers):
+            with spent.on("observe"):
+                layer = next(layers)
+            with spent.on("search"):
+                made = quantized_tensors(source, layer, grid)
             del layer  # before the next one comes
-        for name in checkpoint.names:
+            with spent.on("write"):
+                for name, tensor in made:
+                    writer.add(name, tensor)
+            progress("quantize", index + 1, num_layers, "layers")
+        for name in source.names:
             if not name.startswith("model.layers."):
                 writer.add(name, read(name))
-    writer.finish()
-    copy_companions(checkpoint.path, folder)
-    config = read_json(checkpoint.path / "config.json")
-    write_json(folder / "config.json", config | {"quantization_config": quantization_config(grid)})
-    amount = {"tokens": str(sum(map(len, windows))), "windows": str(len(windows))}
-    manifest = {**origin, "calibration": text.provenance | amount}
-    if checkpoint.random_weights:
-        manifest[RANDOM] = checkpoint.random_weights
-    write_manifest(folder, manifest)
+    with spent.on("write"):
+        writer.finish()
+        copy_companions(source.path, folder)
+        if calibration.tokenizer != source.path:
+            copy_companions(calibration.tokenizer, folder)
+        config = read_json(source.path / "config.json")
+        write_json(folder / "config.json", config | {"quantization_config": quantization_config(grid)})
+        amount = {"tokens": str(sum(map(len, windows))), "windows": str(len(windows))}
+        manifest = {**origin, "calibration": calibration.text.provenance | amount}
+        if source.random_weights:
+            manifest[RANDOM] = source.random_weights
+        write_manifest(folder, manifest)
 
 
 @torch.inference_mode()
-def quantized_tensors(checkpoint: Checkpoint, layer: ObservedLayer, grid: Grid) -> list[tuple[str, Tensor]]:
+def quantized_tensors(source: TensorSource, layer: ObservedLayer, grid: Grid) -> list[tuple[str, Tensor]]:
     """What the new checkpoint has for one layer, by full tensor name."""
     prefix = f"model.layers.{layer.index}."
     for group, moments in layer.inputs.items():
         if not moments.gram.isfinite().all():
             raise CheckpointError(
-                f"activations at `{group}` of layer {layer.index} overflow {checkpoint.dtype}",
+                f"activations at `{group}` of layer {layer.index} overflow {source.dtype}",
                 hint="calibrate on a CPU (`--device cpu`), which computes in bfloat16",
             )
     groups = {
         group: tuple(part.path.removeprefix(prefix) for part in parts)
-        for group, parts in layer_groups(checkpoint.config, layer.index).items()
+        for group, parts in layer_groups(source.config, layer.index).items()
     }
     tensors = {name.removeprefix(prefix): tensor for name, tensor in layer.tensors.items()}
     quantized = quantize_layer(tensors, groups, layer.inputs, grid)

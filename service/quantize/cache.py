@@ -23,6 +23,7 @@ CODE = (
     "quantize/awq.py",
     "quantize/awq_checkpoint.py",
     "quantize/calibration.py",
+    "quantize/spent.py",
     "quality/hub_texts.py",
     "quality/texts.py",
     "kernels/awq_linear/reference.py",

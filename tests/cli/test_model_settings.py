@@ -102,10 +102,10 @@ def test_only_serve_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert found({**flags, "save": "out"}, may_save=True)[0].save == str(tmp_path / "out")
 
 
-def test_nothing_is_calibrated_on_random_weights_or_with_another_tokenizer(
+def test_trained_weights_are_calibrated_with_their_own_tokenizer_and_drawn_ones_with_a_given_one(
     tmp_path: Path, tokenizer: Path
 ) -> None:
-    with pytest.raises(SettingError, match="nothing to calibrate"):
+    with pytest.raises(SettingError, match=r"has no tokenizer.*\n.*`--tokenizer FOLDER`"):
         quantize(load_settings(model="preset:qwen3-8b"), "awq", tmp_path / "out")
     for name in ("config.json", "model.safetensors"):
         (tokenizer / name).write_text("{}")

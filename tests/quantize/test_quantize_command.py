@@ -1,0 +1,110 @@
+"""`halftone quantize`: trained weights and drawn ones, and what it says of time and memory."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.cli.quantize import quantize
+from service.config import load_settings
+from service.model.checkpoint import Checkpoint
+from service.model.random_weights import Draw, RandomWeights
+from service.quantize import calibration_info, quantize_to, spent
+from service.quantize.spent import Spent
+from tests.tiny_models import load_instance, logits_of, make_checkpoint
+from tests.tiny_tokenizers import byte_level
+
+SHAPE = {"vocab_size": 424, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+TEXT = "the quick brown fox jumps over the lazy dog and says hello world to everyone in the street; " * 60
+CPU = torch.device("cpu")
+TIMES = re.compile(
+    r"\d+ s: hash \d+\.\d, text \d+\.\d, read [^;]*, write \d+\.\d; at most [\d.]+ [MG]B of memory on "
+)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    (tmp_path / "foxes.txt").write_text(TEXT)
+    return str(tmp_path / "foxes.txt")
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> Path:
+    """config.json alone."""
+    make_checkpoint(tmp_path / "whole", "llama", torch.bfloat16, **SHAPE)
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "whole" / "config.json").rename(tmp_path / "shape" / "config.json")
+    return tmp_path / "shape"
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer").mkdir()
+    byte_level().save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    return tmp_path / "tokenizer"
+
+
+def test_drawn_weights_are_calibrated_like_the_checkpoint_they_would_be(
+    shape: Path, tokenizer: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a shape can be timed, and shown to fit, before its weights are fetched."""
+    settings = load_settings(
+        model=str(shape), load_format="random", random_std="0.1", load_seed="3", random_outliers="2",
+        tokenizer=str(tokenizer), calibration=text, device="cpu",
+    )  # fmt: skip
+    quantize(settings, "awq", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "MB of random weights\n" in said
+    assert f"serve it with: halftone serve {tmp_path / 'out'}" in said
+    made = Checkpoint(tmp_path / "out")
+    assert made.random_weights["seed"] == "3"
+    assert calibration_info(tmp_path / "out")["text"] == "foxes.txt"
+    assert "source_sha256" not in json.loads((tmp_path / "out" / "halftone.json").read_text())
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    tokens = byte_level().encode(TEXT).ids[:100]
+    drawn = RandomWeights(shape, CPU, Draw(3, 2, 0.1))
+    wanted = logits_of(load_instance(drawn), tokens)
+    got = logits_of(load_instance(tmp_path / "out", "awq", dtype=torch.float32), tokens)
+    assert (got - wanted).norm() < 0.3 * wanted.norm()
+
+
+def test_it_says_where_the_time_went(
+    shape: Path, tokenizer: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole"
+    (shape / "config.json").rename(whole / "config.json")
+    (tokenizer / "tokenizer.json").rename(whole / "tokenizer.json")
+    quantize(load_settings(model=str(whole), calibration=text, device="cpu"), "awq", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert TIMES.search(said), said
+    assert "random" not in said
+
+
+def test_drawn_weights_are_quantized_to_the_same_bytes_each_time(
+    shape: Path, tokenizer: Path, text: str, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        source = RandomWeights(shape, CPU, Draw(1))
+        quantize_to(source, "awq", tmp_path / name, text, lambda *_: None, "cpu", tokenizer)
+    one, two = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two")
+    assert one.names == two.names
+    assert all(one.read(name).equal(two.read(name)) for name in one.names)
+
+
+def test_a_part_within_a_part_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(spent.time, "monotonic", lambda: now[0])
+    took = Spent(CPU)
+    with took.on("observe"):
+        now[0] += 1
+        with took.on("read"):
+            now[0] += 4
+            with took.on("hash"):
+                now[0] += 16
+        now[0] += 32
+    with took.on("observe"):
+        now[0] += 64
+    assert took.seconds == {"observe": 97, "read": 4, "hash": 16}
+    assert took.peak_bytes > 0
