@@ -17,9 +17,12 @@ def seed() -> None:
 
 
 @pytest.mark.parametrize("rows_at_once", [16, 2048])
-def test_awq_comes_back_bit_for_bit(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_awq_comes_back_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, rows_at_once: int, group_size: int
+) -> None:
     monkeypatch.setattr(layout, "ROWS_AT_ONCE", rows_at_once)
-    source = random_awq(OUTS, IN)
+    source = random_awq(OUTS, IN, group_size=group_size)
     qweight, qzeros, scales = unpack_awq(source.pack(OUTS))
     assert torch.equal(qweight, source.qweight)
     assert torch.equal(qzeros, source.qzeros)
@@ -113,6 +116,7 @@ def test_bytes_a_weight() -> None:
     weights = sum(outs) * in_features
     bits = 8 * (awq.codes.nbytes + awq.scales.nbytes + awq.zeros.nbytes) / weights
     assert bits == 4 + 20 / 128
+    assert random_awq(outs, in_features, group_size=64).pack(outs).scales.nbytes == 2 * awq.scales.nbytes
     bits = 8 * (nf4.codes.nbytes + nf4.scales.nbytes + nf4.nested.absmax.nbytes) / weights
     assert bits == 4 + 8 / 64 + 32 / 16384
     for group_size in (64, 128):

@@ -21,16 +21,17 @@ NF4 = [
 @dataclass
 class Awq:
     qweight: Tensor  # int32 [in, out / 8]
-    qzeros: Tensor  # int32 [in / 128, out / 8]
-    scales: Tensor  # float16 [in / 128, out]
+    qzeros: Tensor  # int32 [in / group, out / 8]
+    scales: Tensor  # float16 [in / group, out]
 
     def pack(self, outs: tuple[int, ...]) -> Weight:
         return pack_awq(self.qweight, self.qzeros, self.scales, outs)
 
     def dense(self) -> Tensor:
         """float32 [out, in]."""
-        centred = nibbles(self.qweight) - nibbles(self.qzeros).repeat_interleave(128, dim=0)
-        return (centred * self.scales.float().repeat_interleave(128, dim=0)).t().contiguous()
+        group_size = len(self.qweight) // len(self.scales)
+        centred = nibbles(self.qweight) - nibbles(self.qzeros).repeat_interleave(group_size, dim=0)
+        return (centred * self.scales.float().repeat_interleave(group_size, dim=0)).t().contiguous()
 
 
 def nibbles(words: Tensor) -> Tensor:
@@ -81,8 +82,8 @@ class Int3:
         return centred * self.scales.float().repeat_interleave(group_size, dim=1)
 
 
-def random_awq(outs: tuple[int, ...], in_features: int, device: str = "cpu") -> Awq:
-    out_features, groups = sum(outs), in_features // 128
+def random_awq(outs: tuple[int, ...], in_features: int, device: str = "cpu", group_size: int = 128) -> Awq:
+    out_features, groups = sum(outs), in_features // group_size
 
     def words(rows: int) -> Tensor:
         return torch.randint(-(1 << 31), 1 << 31, (rows, out_features // 8), device=device).int()
@@ -130,9 +131,12 @@ KINDS = tuple(Codes(kind, size) for kind, sizes in GROUPS.items() for size in si
 
 
 def random_weight(
-    kind: Kind, outs: tuple[int, ...], in_features: int, device: str = "cpu", group_size: int = 64
+    kind: Kind, outs: tuple[int, ...], in_features: int, device: str = "cpu", group_size: int = 0
 ) -> Awq | Nf4 | Int3:
-    """`group_size`: of int3, which alone has two."""
-    if kind == "int3":
-        return random_int3(outs, in_features, device, group_size)
-    return (random_awq if kind == "affine" else random_nf4)(outs, in_features, device)
+    """`group_size` 0: the kind's first."""
+    assert group_size in (0, *GROUPS[kind])
+    if kind == "nf4":
+        return random_nf4(outs, in_features, device)
+    return (random_awq if kind == "affine" else random_int3)(
+        outs, in_features, device, group_size or GROUPS[kind][0]
+    )

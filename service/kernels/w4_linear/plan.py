@@ -16,7 +16,7 @@ import torch
 from service.kernels.w4_linear.layout import BLOCK_ROWS, NF4_BLOCK, Kind
 from service.kernels.w4_linear.variants import Few, Tile, Variant, most_shared_bytes
 
-GROUPS: dict[Kind, tuple[int, ...]] = {"affine": (128,), "nf4": (NF4_BLOCK,), "int3": (64, 128)}
+GROUPS: dict[Kind, tuple[int, ...]] = {"affine": (128, 64), "nf4": (NF4_BLOCK,), "int3": (64, 128)}
 UNIT_K = 128  # input features in which work is dealt
 MAX_PARTS = 4  # of a merged layer, as w4_device.h has it
 MOST_SHARES = 8  # of a tile, as w4_tile.cu has it
