@@ -178,6 +178,9 @@ def quantize(
 ) -> None:
     """Write a quantized checkpoint that this server and others load."""
     checked = load_settings(model=model, **settings)
+    from service.engine.child import set_threads
+
+    set_threads(checked.threads)  # this process computes, as an engine's does
     from service.cli.quantize import quantize
 
     quantize(checked, precision, out)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,16 @@ def test_drawn_weights_are_quantized_to_the_same_bytes_each_time(
     one, two = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two")
     assert one.names == two.names
     assert all(one.read(name).equal(two.read(name)) for name in one.names)
+
+
+def test_threads_are_told_to_wait_asleep_before_torch_is_there() -> None:
+    """Beside one other busy process a search of 0.5 s took 36, its threads spinning."""
+    program = (
+        "import os, sys; from service.engine import child; from service.__main__ import run; "
+        "child.set_threads = lambda count: os._exit(40 + count + ('torch' in sys.modules)); "
+        "run(['quantize', 'demo', '--threads', '3', '--out', 'out'])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 43
 
 
 def test_a_part_within_a_part_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
