@@ -111,14 +111,19 @@ TABLES: dict[Kind, Table] = {
                TileSettings(128, 2, 2, 1, 6, wide_table=1, stretched=0.8))),
         *MANY,
     )),
-    "int3": Table((FewSettings(16, 5, 2, 1),), (FewSettings(16, 5, 2, 1, most_rows=4),), (
+    "int3": Table((
+        FewSettings(8, 6, 2, 2, most_rows=1),
+        FewSettings(16, 5, 2, 1),
+    ), (
+        FewSettings(8, 6, 2, 2, most_rows=1),
+        FewSettings(16, 5, 2, 1, most_rows=4),
+    ), (
         (8, (TileSettings(8, 2, 2, 2, 11, scaled_sums=1, least_outputs=WIDE),
              TileSettings(8, 1, 4, 2, 11, scaled_sums=1),
              TileSettings(8, 1, 4, 2, 11, scaled_sums=1, stretched=0.8))),
-        (16, (TileSettings(16, 1, 2, 2, 14, scaled_sums=1),
-              TileSettings(16, 1, 3, 2, 11, scaled_sums=1),
-              TileSettings(16, 2, 2, 2, 10, scaled_sums=1),
-              TileSettings(16, 2, 2, 2, 10, scaled_sums=1, stretched=0.8))),
+        (16, (TileSettings(16, 2, 2, 2, 7, scaled_sums=1, least_outputs=WIDE),
+              TileSettings(16, 1, 4, 2, 7, scaled_sums=1),
+              TileSettings(16, 2, 2, 2, 7, scaled_sums=1, stretched=0.8))),
         (32, (TileSettings(32, 1, 2, 2, 12),
               TileSettings(32, 1, 3, 2, 9),
               TileSettings(32, 2, 2, 2, 8),
