@@ -30,6 +30,7 @@ SYMBOLS = (
 )
 PERCENTILES = (50.0, 95.0, 99.0)
 TAIL_PERCENTILES = (*PERCENTILES, 99.9)
+MOST_PAUSES = 5
 
 
 @dataclass
@@ -156,6 +157,29 @@ def all_busy(measured: Sequence[Record]) -> dict[str, float] | None:
     }
 
 
+def pauses(done: Sequence[Record], most: int = MOST_PAUSES) -> list[dict[str, float]]:
+    """The longest times in which nobody got anything while two answers or more were on their way.
+
+    -> seconds, when each began, and of how many answers; the longest first. One of them is one gap of as many
+    streams at once, so that in a short run it alone can be what the last percentiles of ITL show.
+    """
+    answers = sorted((record.arrivals[0][0], record.arrivals[-1][0]) for record in done if record.arrivals)
+    starts_s = [start_s for start_s, _ in answers]
+    ends_s = sorted(end_s for _, end_s in answers)
+    arrivals_s = sorted(time_s for record in done for time_s, _ in record.arrivals)
+    found: list[dict[str, float]] = []
+    for seconds, start_s in sorted(
+        ((after_s - before_s, before_s) for before_s, after_s in pairwise(arrivals_s)), reverse=True
+    ):
+        # begun by then, less those that had their last by then
+        num_answers = bisect_right(starts_s, start_s) - bisect_right(ends_s, start_s)
+        if seconds and num_answers >= 2:
+            found.append({"seconds": seconds, "start_s": start_s, "num_answers": num_answers})
+        if len(found) == most:
+            break
+    return found
+
+
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
     """Records of one run -> its figures. Warm-up is left out; errors are counted, and never timed."""
     measured = [record for record in records if not record.warmup]
@@ -178,6 +202,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         "requests_per_s": len(done) / window_s if window_s else 0.0,
         "all_busy": all_busy(measured),
         **latencies(done),
+        "pauses": pauses(done),
         "counted_by": sorted({record.counted_by for record in done}),
         "tokens_per_event": tokens / num_events if num_events else 0.0,
     }
@@ -206,6 +231,11 @@ def pool(runs: Sequence[Sequence[Record]]) -> dict[str, Any]:
         "requests_per_s": rate(lambda summary: summary["requests_per_s"]),
         "all_busy_tokens_per_s": rate(lambda summary: (summary["all_busy"] or {}).get("output_tokens_per_s")),
         **latencies(done),
+        "longest_pause": max(
+            (pause for summary in summaries for pause in summary["pauses"]),
+            key=lambda pause: pause["seconds"],
+            default=None,
+        ),
         "counted_by": sorted({record.counted_by for record in done}),
         "tokens_per_event": sum(record.output_tokens for record in done)
         / max(1, sum(len(record.arrivals) for record in done)),

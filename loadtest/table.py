@@ -184,6 +184,20 @@ def agreement(result: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def longest_pause(result: dict[str, Any]) -> str:
+    """Of all levels: nobody got anything, whoever's fault that was."""
+    told = [
+        (pause, level["label"]) for level in result["levels"] if (pause := level["figures"]["longest_pause"])
+    ]
+    if not told:
+        return ""
+    pause, label = max(told, key=lambda pair: pair[0]["seconds"])
+    return (
+        f"the longest time in which no stream got anything: {1e3 * pause['seconds']:.1f} ms, {label}, "
+        f"{pause['num_answers']:.0f} answers on their way"
+    )
+
+
 def own_times(result: dict[str, Any]) -> str:
     """What the client processes were late by: it is a part of every latency above."""
     clients = [run["client"] for level in result["levels"] for run in level["runs"]]
@@ -200,7 +214,7 @@ def own_times(result: dict[str, Any]) -> str:
 def notes(result: dict[str, Any]) -> list[str]:
     """What agreed, what the server does not take, and how tokens were counted, where not one by one."""
     levels = [level["figures"] for level in result["levels"]]
-    said = [agreement(result), own_times(result)]
+    said = [line for line in (agreement(result), own_times(result), longest_pause(result)) if line]
     lacks = result["server"]["lacks"]
     if lacks:
         said.append(

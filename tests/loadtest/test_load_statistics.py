@@ -81,6 +81,24 @@ def test_summary_of_nothing_but_errors_is_still_a_summary() -> None:
     assert summary["output_tokens_per_s"] == 0.0
 
 
+def test_pauses_are_those_of_all_streams() -> None:
+    """Somebody else's token ends one, an answer alone has none, and nobody is missed between answers."""
+    streams = [
+        record(arrivals=[(1.0, 1), (1.1, 2), (1.7, 3), (1.8, 4)]),
+        record(arrivals=[(1.05, 1), (1.1, 2), (1.75, 3)]),
+        record(arrivals=[(1.1, 1), (1.5, 2)]),  # ends first
+        record(arrivals=[(9.0, 1), (9.9, 2)]),  # alone
+        record(arrivals=[], error="HTTP 503: gone"),
+    ]
+    summary = summarize(streams)
+    longest, second, *rest = summary["pauses"]
+    assert longest == {"seconds": pytest.approx(0.4), "start_s": 1.1, "num_answers": 3}
+    assert second == {"seconds": pytest.approx(0.2), "start_s": 1.5, "num_answers": 2}
+    assert len(rest) == 2  # 1.05 to 1.1, and 1.7 to 1.75
+    assert pool([streams, []])["longest_pause"] == longest
+    assert pool([[]])["longest_pause"] is None
+
+
 def test_rebase_moves_every_time() -> None:
     one = record()
     one.rebase(10.0)
