@@ -24,6 +24,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 POLL_S = 0.05
 PHASES = ("queue", "prefill", "decode")
+HEADER = """| streams | tokens/s | TTFT ms p50 / p99 | ITL ms p50 / p99 / p99.9 | TPOT ms p50 | longest pauses, ms at s |
+|---|---|---|---|---|---|"""
+SHOWN_PAUSES = 3
 
 
 def seconds_to_ready(url: str, server: subprocess.Popen[bytes], limit_s: float) -> float | None:
@@ -59,10 +62,12 @@ def row(level: dict[str, Any]) -> str:
     def ms(figure: str, *points: str) -> str:
         return " / ".join(f"{figures[f'{figure}_s'][point] * 1e3:.1f}" for point in points)
 
-    rate = level["runs"][0]["summary"]["output_tokens_per_s"]
+    summary = level["runs"][0]["summary"]
+    rate, longest = summary["output_tokens_per_s"], summary["pauses"][:SHOWN_PAUSES]
+    pauses = ", ".join(f"{pause['seconds'] * 1e3:.1f} at {pause['start_s']:.1f}" for pause in longest)
     return (
         f"| {level['arrivals']['concurrency']} | {rate:,.0f} | {ms('ttft', 'p50', 'p99')} "
-        f"| {ms('itl', 'p50', 'p99', 'p99.9')} | {ms('tpot', 'p50')} |"
+        f"| {ms('itl', 'p50', 'p99', 'p99.9')} | {ms('tpot', 'p50')} | {pauses} |"
     )
 
 
@@ -83,8 +88,7 @@ def measure(precision: str, arguments: argparse.Namespace, passed_on: list[str])
                 print((out / "server.log").read_text(errors="replace")[-1500:], flush=True)
                 return
             print(f"\n{precision}: ready after {ready_s:.1f} s\n")
-            print("| streams | tokens/s | TTFT ms p50 / p99 | ITL ms p50 / p99 / p99.9 | TPOT ms p50 |")
-            print("|---|---|---|---|---|", flush=True)
+            print(HEADER, flush=True)
             for concurrency in arguments.levels.split(","):
                 found = out / f"bench-{concurrency}.json"
                 bench = [sys.executable, "-m", "service", "bench", "--url", url, "--concurrency", concurrency]
@@ -98,7 +102,7 @@ def measure(precision: str, arguments: argparse.Namespace, passed_on: list[str])
                     for level in json.loads(found.read_bytes())["levels"]:
                         print(row(level), flush=True)
                 else:
-                    print(f"| {concurrency} | failed, see {out / 'bench.log'} | | | |", flush=True)
+                    print(f"| {concurrency} | failed, see {out / 'bench.log'} | | | | |", flush=True)
             with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
                 metrics = answer.read().decode()
             (out / "metrics.txt").write_text(metrics)
