@@ -24,8 +24,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 POLL_S = 0.05
 PHASES = ("queue", "prefill", "decode")
-HEADER = """| streams | tokens/s | TTFT ms p50 / p99 | ITL ms p50 / p99 / p99.9 | TPOT ms p50 | longest pauses, ms at s |
-|---|---|---|---|---|---|"""
+COLUMNS = (
+    "streams", "tokens/s", "TTFT ms p50 / p99", "ITL ms p50 / p99 / p99.9", "TPOT ms p50", "pauses, ms at s",
+)  # fmt: skip
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 SHOWN_PAUSES = 3
 
 
