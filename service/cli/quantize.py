@@ -11,6 +11,7 @@ from service.cli.model import find_model
 from service.cli.serve import check_calibration, check_precision
 from service.config import Settings
 from service.disk import folder_bytes, megabytes, told_disk_errors
+from service.engine.shortage import one_layer_of, told_shortage
 from service.model.random_weights import Draw, RandomWeights
 from service.quantize import own_tokenizer, quantize_to
 from service.quantize.spent import Spent
@@ -21,16 +22,17 @@ def quantize(settings: Settings, precision: str, out: Path) -> None:
     logs.configure(settings.log_level, settings.log_format)
     check_precision(precision)
     check_calibration(settings.calibration, [precision])
+    if settings.tokenizer and not settings.is_random:
+        raise own_tokenizer(settings.tokenizer)
+    device = devices.resolve(settings.device)
     with Display() as display:
         settings, path = find_model(settings, display, needs_text=True)
         source: Path | RandomWeights = path
         if settings.is_random:
             draw = Draw(settings.load_seed, settings.random_outliers, settings.random_std)
-            source = RandomWeights(path, devices.resolve(settings.device), draw)
-        elif settings.tokenizer:
-            raise own_tokenizer(settings.tokenizer)
+            source = RandomWeights(path, device, draw)
         tokenizer = settings.tokenizer_folder(path)
-        with told_disk_errors(out):
+        with told_disk_errors(out), told_shortage(device, one_layer_of(precision)):
             spent = quantize_to(
                 source, precision, out, settings.calibration, display, settings.device, tokenizer
             )
@@ -45,7 +47,7 @@ def quantize(settings: Settings, precision: str, out: Path) -> None:
 
 
 def told(spent: Spent) -> str:
-    """`62 s: hash 9.1, text 0.3, read 4.2, ...; at most 5.9 GB of NVIDIA H100 80GB HBM3's memory`."""
+    """`62 s: hash 9.1, text 0.3, read 4.2, ...; at most 5.9 GB of memory on NVIDIA H100 80GB HBM3`."""
     parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in spent.seconds.items())
     peak, name = megabytes(spent.peak_bytes), devices.device_name(spent.device)
     return f"{sum(spent.seconds.values()):.0f} s: {parts}; at most {peak} of memory on {name}"

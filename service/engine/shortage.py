@@ -33,6 +33,11 @@ def told_shortage(
         raise shortage(device, what, needs_bytes) from None
 
 
+def one_layer_of(precision: str) -> str:
+    """What a calibrated mode needs room for while it is made."""
+    return f"one layer at a time of the 16-bit weights that `{precision}` is made from"
+
+
 def shortage(device: torch.device, what: str, needs_bytes: int = 0) -> ShortageError:
     free, total = devices.memory_free_bytes(device), devices.memory_total_bytes(device)
     held = devices.memory_used_bytes(device)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from service.engine.shortage import told_shortage
+from service.engine.shortage import one_layer_of, told_shortage
 from service.errors import PrecisionError
 from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint, TensorSource
@@ -39,8 +39,7 @@ def open_model(
 
         if isinstance(source, RandomWeights):
             return source.quantized(packing(source.config, backend)), backend
-        told = f"one layer at a time of the 16-bit weights that `{backend.canonical}` is made from"
-        with told_shortage(device, told):
+        with told_shortage(device, one_layer_of(backend.canonical)):
             path = prepare(source.path, backend, config, progress)
         source = Checkpoint(path)
     return source, backend

@@ -75,6 +75,11 @@ def quantize_to(
             f"`{out}` is there already and not an empty folder", hint="choose another folder with `--out`"
         )
     backend, text = load_backend(precision), calibration_text(calibration)
+    if backend.quantizer != QUANTIZER:  # before the weights are read for their hash
+        raise PrecisionError(
+            f"precision `{backend.name}` has no checkpoint of its own; accepted is `{QUANTIZER}`",
+            hint=f"serve the 16-bit checkpoint with `--precision {backend.name}`",
+        )
     spent = Spent(devices.resolve(device))
     sha256 = ""  # no file's hash: the manifest says what weights were drawn with
     weights: Path | TensorSource = source
@@ -122,11 +127,6 @@ def _make(
     spent: Spent,
 ) -> None:
     """Quantize into `folder`, which appears when all of it is written. `sha256`: of the source's files."""
-    if backend.quantizer != QUANTIZER:
-        raise PrecisionError(
-            f"precision `{backend.name}` has no checkpoint of its own; accepted is `{QUANTIZER}`",
-            hint=f"serve the 16-bit checkpoint with `--precision {backend.name}`",
-        )
     if source.quantization is not None:
         method = source.quantization.get("quant_method", "unknown")
         raise PrecisionError(

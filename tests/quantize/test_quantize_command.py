@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 
 from service.cli.quantize import quantize
 from service.config import load_settings
+from service.errors import PrecisionError, SettingError, ShortageError
 from service.model.checkpoint import Checkpoint
 from service.model.random_weights import Draw, RandomWeights
 from service.quantize import calibration_info, quantize_to, spent
@@ -24,6 +26,10 @@ CPU = torch.device("cpu")
 TIMES = re.compile(
     r"\d+ s: hash \d+\.\d, text \d+\.\d, read [^;]*, write \d+\.\d; at most [\d.]+ [MG]B of memory on "
 )
+
+
+def unwanted(*_: object) -> NoReturn:
+    pytest.fail("it was refused too late")
 
 
 @pytest.fixture
@@ -93,6 +99,45 @@ def test_drawn_weights_are_quantized_to_the_same_bytes_each_time(
     one, two = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two")
     assert one.names == two.names
     assert all(one.read(name).equal(two.read(name)) for name in one.names)
+
+
+@pytest.mark.parametrize("given", ["none", "demo", "no/folder"])
+def test_trained_weights_with_a_tokenizer_are_refused_before_anything_is_fetched(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by `none`, which made the checkpoint one that has no tokenizer."""
+    monkeypatch.setattr("service.cli.model.resolve", unwanted)
+    with pytest.raises(
+        SettingError, match=f"`tokenizer` = `{given}`: calibration reads the checkpoint's own"
+    ):
+        quantize(load_settings(model="some/model", tokenizer=given), "awq", tmp_path / "out")
+
+
+def test_a_mode_without_a_checkpoint_is_refused_before_weights_are_read(
+    shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.quantize.source_sha256", unwanted)
+    with pytest.raises(PrecisionError, match="`nf4` has no checkpoint of its own; accepted is `awq`"):
+        quantize_to(tmp_path / "whole", "nf4", tmp_path / "out", "", unwanted, "cpu")
+
+
+def test_a_device_without_room_is_told(
+    shape: Path, tokenizer: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was called a fault of ours."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("service.quantize.calibration.build_layer", full)
+    settings = load_settings(
+        model=str(shape), load_format="random", tokenizer=str(tokenizer), calibration=text, device="cpu"
+    )
+    with pytest.raises(
+        ShortageError, match="no room for one layer at a time of the 16-bit weights that `awq`"
+    ):
+        quantize(settings, "awq", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_threads_are_told_to_wait_asleep_before_torch_is_there() -> None:
