@@ -42,6 +42,10 @@ PLANNED = (
     *("revision", "cache_dir", "head", "kv_memory_fraction", "max_context_tokens"),
     *("max_batch_requests", "max_batch_tokens", "log_level", "log_format"),
 )
+QUANTIZED = (
+    *("revision", "cache_dir", "device", "threads", "calibration", "tokenizer", "log_level", "log_format"),
+    *("load_format", "load_seed", "random_outliers", "random_std"),
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -166,7 +170,7 @@ def compare(
 
 
 @app.command()
-@with_settings(without=["model", "precision", "save", *HTTP_SETTINGS])
+@with_settings(without=[name for name in Settings.model_fields if name not in QUANTIZED])
 def quantize(
     model: Model = None,
     *,

@@ -10,6 +10,7 @@ from typing import NoReturn
 import pytest
 import torch
 
+from service.__main__ import run
 from service.cli.quantize import quantize
 from service.config import load_settings
 from service.errors import PrecisionError, SettingError, ShortageError
@@ -138,6 +139,12 @@ def test_a_device_without_room_is_told(
     ):
         quantize(settings, "awq", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--dtype=fp16", "--head=int8", "--kv-tokens=64", "--deterministic"])
+def test_flags_that_would_be_ignored_are_none(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["quantize", "demo", "--out", "out", flag]) == 2
+    assert f"No such option: {flag.partition('=')[0]}" in capsys.readouterr().err
 
 
 def test_threads_are_told_to_wait_asleep_before_torch_is_there() -> None:
