@@ -112,13 +112,13 @@ def up(value: int, step: int) -> int:
 # (warps, stages, blocks of registers, blocks of a launch), with NF4's wide table the second
 FEW = [(16, 3, 2, 1), (16, 3, 2, 2), (8, 4, 2, 2)]
 FEW_WIDE = [(16, 3, 1, 1), (16, 2, 2, 1), (8, 4, 2, 2)]
-# (tile, rt, wgs, ks, stages, blocks of registers, stretched, scaled sums, blocks of a launch) by rows: of gate_up, whose
-# whole tiles leave few multiprocessors idle, and of the others
 BETWEEN = (384, 512, 576, 640, 768, 896)
+# (tile, rt, wgs, ks, stages, blocks of registers, stretched, scaled sums, blocks of a launch)
 MANY = [
     (256, 1, 2, 1, 4, 1, 0, 0, 1), (256, 1, 2, 1, 4, 1, 1, 0, 1), (192, 1, 2, 1, 5, 1, 0, 0, 1), (192, 1, 2, 1, 5, 1, 1, 0, 1),
     (128, 2, 2, 1, 7, 1, 0, 0, 1), (128, 2, 2, 1, 7, 1, 1, 0, 1),
 ]  # fmt: skip
+# likewise by rows: of gate_up, whose whole tiles leave few multiprocessors idle, and of the others
 WIDE = {
     1: [],
     8: [(8, 1, 4, 2, 8, 1, 1, 1, 1), (8, 2, 2, 2, 8, 1, 0, 1, 1)],

@@ -4,7 +4,7 @@ precision/awq, nf4, int3 --Shape--> refusal, or plan --> cuda.py, engine/kernels
 
 A plan is a row for each range of numbers of rows, whose end is included. It follows from shape and kind
 alone: layers, self-check and compilation ahead of the first launch share it. Measured in
-docs/experiments.md, section 6.
+docs/experiments.md, sections 6 and 14.
 """
 
 import math
