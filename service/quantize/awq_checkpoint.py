@@ -117,9 +117,10 @@ def quantize_checkpoint(
                 for name, tensor in made:
                     writer.add(name, tensor)
             progress("quantize", index + 1, num_layers, "layers")
-        for name in source.names:
-            if not name.startswith("model.layers."):
-                writer.add(name, read(name))
+        with spent.on("write"):
+            for name in source.names:
+                if not name.startswith("model.layers."):
+                    writer.add(name, read(name))
     with spent.on("write"):
         writer.finish()
         copy_companions(source.path, folder)

@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 import torch
+from torch import Tensor
 
 from service.__main__ import run
 from service.cli.quantize import quantize
@@ -16,6 +18,7 @@ from service.config import load_settings
 from service.errors import PrecisionError, SettingError, ShortageError
 from service.model.checkpoint import Checkpoint
 from service.model.random_weights import Draw, RandomWeights
+from service.model.shards import ShardWriter
 from service.quantize import calibration_info, quantize_to, spent
 from service.quantize.spent import Spent
 from tests.tiny_models import load_instance, logits_of, make_checkpoint
@@ -155,6 +158,23 @@ def test_threads_are_told_to_wait_asleep_before_torch_is_there() -> None:
         "run(['quantize', 'demo', '--threads', '3', '--out', 'out'])"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 43
+
+
+def test_every_tensor_s_writing_counts(
+    shape: Path, tokenizer: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of embedding and lm_head did not, nor the shard that they fill."""
+    now, add = [0.0], ShardWriter.add
+
+    def slow(self: ShardWriter, name: str, tensor: Tensor) -> None:
+        now[0] += 1
+        add(self, name, tensor)
+
+    monkeypatch.setattr(spent, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(ShardWriter, "add", slow)
+    source = RandomWeights(shape, CPU, Draw(1))
+    took = quantize_to(source, "awq", tmp_path / "out", text, lambda *_: None, "cpu", tokenizer)
+    assert took.seconds["write"] == now[0] == len(Checkpoint(tmp_path / "out").names)
 
 
 def test_a_part_within_a_part_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
