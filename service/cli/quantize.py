@@ -11,7 +11,7 @@ from service.cli.model import find_model
 from service.cli.serve import check_calibration, check_precision
 from service.config import Settings
 from service.disk import folder_bytes, megabytes, told_disk_errors
-from service.engine.shortage import one_layer_of, told_shortage
+from service.engine.shortage import told_quantizing
 from service.model.random_weights import Draw, RandomWeights
 from service.quantize import own_tokenizer, quantize_to
 from service.quantize.spent import Spent
@@ -32,7 +32,7 @@ def quantize(settings: Settings, precision: str, out: Path) -> None:
             draw = Draw(settings.load_seed, settings.random_outliers, settings.random_std)
             source = RandomWeights(path, device, draw)
         tokenizer = settings.tokenizer_folder(path)
-        with told_disk_errors(out), told_shortage(device, one_layer_of(precision)):
+        with told_disk_errors(out), told_quantizing(device, precision):
             spent = quantize_to(
                 source, precision, out, settings.calibration, display, settings.device, tokenizer
             )

@@ -4,7 +4,7 @@ startup --told_shortage(...)--> torch.OutOfMemoryError becomes a ShortageError w
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -17,11 +17,14 @@ from service.precision import parse_precision
 from service.precision.base import Backend
 
 MIB = 1 << 20
+OTHERS = "end other processes on the device, or "
+SMALLER = f"{OTHERS}choose a smaller model, precision, `kv_tokens` or `max_batch_tokens`"
+ELSEWHERE = f"{OTHERS}make the checkpoint with `halftone quantize --device cpu`"
 
 
 @contextmanager
 def told_shortage(
-    device: torch.device, what: str, needed_bytes: Callable[[], int] | None = None
+    device: torch.device, what: str, needed_bytes: Callable[[], int] | None = None, hint: str = SMALLER
 ) -> Iterator[None]:
     """ShortageError where `what` finds no room inside; only then is `needed_bytes` asked."""
     try:
@@ -30,22 +33,22 @@ def told_shortage(
         needs_bytes = needed_bytes() if needed_bytes is not None else 0
         if needs_bytes:
             what += f": needed {needs_bytes // MIB} MiB"
-        raise shortage(device, what, needs_bytes) from None
+        raise shortage(device, what, needs_bytes, hint) from None
 
 
-def one_layer_of(precision: str) -> str:
-    """What a calibrated mode needs room for while it is made."""
-    return f"one layer at a time of the 16-bit weights that `{precision}` is made from"
+def told_quantizing(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """ShortageError where a calibrated mode finds no room to be made inside."""
+    what = f"one layer at a time of the 16-bit weights that `{precision}` is made from"
+    return told_shortage(device, what, hint=ELSEWHERE)
 
 
-def shortage(device: torch.device, what: str, needs_bytes: int = 0) -> ShortageError:
+def shortage(device: torch.device, what: str, needs_bytes: int = 0, hint: str = SMALLER) -> ShortageError:
     free, total = devices.memory_free_bytes(device), devices.memory_total_bytes(device)
     held = devices.memory_used_bytes(device)
     return ShortageError(
         f"device `{device}` has no room for {what}, {free // MIB} MiB free of {total // MIB} MiB, "
         f"{held // MIB} MiB held by this process",
-        hint="end other processes on the device, or choose a smaller model, precision, `kv_tokens` or "
-        "`max_batch_tokens`",
+        hint=hint,
         needs_bytes=needs_bytes,
         has_bytes=free + held,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from service.engine.shortage import one_layer_of, told_shortage
+from service.engine.shortage import told_quantizing
 from service.errors import PrecisionError
 from service.messages import EngineConfig
 from service.model.checkpoint import Checkpoint, TensorSource
@@ -39,7 +39,7 @@ def open_model(
 
         if isinstance(source, RandomWeights):
             return source.quantized(packing(source.config, backend)), backend
-        with told_shortage(device, one_layer_of(backend.canonical)):
+        with told_quantizing(device, backend.canonical):
             path = prepare(source.path, backend, config, progress)
         source = Checkpoint(path)
     return source, backend
