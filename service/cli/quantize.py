@@ -13,7 +13,7 @@ from service.config import Settings
 from service.disk import folder_bytes, megabytes, told_disk_errors
 from service.engine.shortage import told_quantizing
 from service.model.random_weights import Draw, RandomWeights
-from service.quantize import own_tokenizer, quantize_to
+from service.quantize import check_free, own_tokenizer, quantize_to
 from service.quantize.spent import Spent
 
 
@@ -24,6 +24,7 @@ def quantize(settings: Settings, precision: str, out: Path) -> None:
     check_calibration(settings.calibration, [precision])
     if settings.tokenizer and not settings.is_random:
         raise own_tokenizer(settings.tokenizer)
+    check_free(out)  # before anything is fetched
     device = devices.resolve(settings.device)
     with Display() as display:
         settings, path = find_model(settings, display, needs_text=True)

@@ -242,8 +242,8 @@ class Evaluation:
         for first in range(0, len(scored), num_lanes):
             group = sorted(scored[first : first + num_lanes], key=spans.__getitem__, reverse=True)
             blocks = self._borrow([-(-spans[window] // BLOCK_TOKENS) for window in group])
-            decode = ForcedDecode(self.serving, [self.message.windows[window] for window in group], blocks)
             try:
+                decode = ForcedDecode(self.serving, [self.message.windows[index] for index in group], blocks)
                 for position in range(spans[group[0]]):
                     group = [window for window in group if spans[window] > position]
                     for window, value in zip(group, self._decode_step(decode, group, position), strict=True):

@@ -56,6 +56,14 @@ def prepare(checkpoint_path: Path, backend: Backend, config: EngineConfig, progr
     return folder
 
 
+def check_free(out: Path) -> None:
+    """Raises SystemProblem if something is at `out` already that a checkpoint would overwrite."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SystemProblem(
+            f"`{out}` is there already and not an empty folder", hint="choose another folder with `--out`"
+        )
+
+
 def quantize_to(
     source: Path | RandomWeights,
     precision: str,
@@ -70,10 +78,7 @@ def quantize_to(
     `calibration` is a text file; empty: half A of the interpreter's documentation. `tokenizer` is the folder
     of one that is not the source's. Raises as `prepare`, and SystemProblem if something is at `out` already.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SystemProblem(
-            f"`{out}` is there already and not an empty folder", hint="choose another folder with `--out`"
-        )
+    check_free(out)
     backend, text = load_backend(precision), calibration_text(calibration)
     if backend.quantizer != QUANTIZER:  # before the weights are read for their hash
         raise PrecisionError(

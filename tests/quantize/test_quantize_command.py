@@ -15,7 +15,7 @@ from torch import Tensor
 from service.__main__ import run
 from service.cli.quantize import quantize
 from service.config import load_settings
-from service.errors import PrecisionError, SettingError, ShortageError
+from service.errors import PrecisionError, SettingError, ShortageError, SystemProblem
 from service.model.checkpoint import Checkpoint
 from service.model.random_weights import Draw, RandomWeights
 from service.model.shards import ShardWriter
@@ -115,6 +115,15 @@ def test_trained_weights_with_a_tokenizer_are_refused_before_anything_is_fetched
         SettingError, match=f"`tokenizer` = `{given}`: calibration reads the checkpoint's own"
     ):
         quantize(load_settings(model="some/model", tokenizer=given), "awq", tmp_path / "out")
+
+
+def test_a_folder_in_use_is_told_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.cli.quantize.find_model", lambda *_, **__: pytest.fail("it fetches"))
+    (tmp_path / "mine").touch()
+    with pytest.raises(SystemProblem, match="not an empty folder"):
+        quantize(load_settings(model="ORG/NAME"), "awq", tmp_path)
 
 
 def test_a_mode_without_a_checkpoint_is_refused_before_weights_are_read(
