@@ -126,6 +126,13 @@ def make_parser(program: str, more: str = "") -> Parser:
         "--slo", type=Slo.parse, metavar="LIMITS", help="such as ttft=500ms,itl=30ms: goodput"
     )
     client.add_argument(
+        "--first-answer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask for one answer before the runs, which must succeed; without it the server is known to take "
+        "every field (on)",
+    )
+    client.add_argument(
         "--check",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -227,6 +234,7 @@ def parse_options(flags: argparse.Namespace) -> Options:
         seed=random.randrange(SEEDS) if flags.seed is None else flags.seed,
         timeout_s=flags.timeout,
         slo=flags.slo,
+        asks_first=flags.first_answer,
         check=flags.check,
         metrics_url=flags.metrics_url,
         keep_records=flags.records,

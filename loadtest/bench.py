@@ -53,6 +53,7 @@ class Options:
     seed: int = 0
     timeout_s: float = 600.0
     slo: Slo | None = None
+    asks_first: bool = True  # one request that must succeed, before the runs
     check: bool = True  # the clients' account against the server's
     metrics_url: str = ""  # empty: /metrics of `url`
     keep_records: bool = False
@@ -71,7 +72,13 @@ async def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any
     workload = dataclasses.replace(workload, prompts=sample(prompts, options, planned))
     scraper = make_scraper(options, client, target.model) if options.check else None
     started = datetime.now(UTC)
-    first, workload, lacks = await first_answer(client, workload, needs_ignore_eos=options.ignore_eos is True)
+    first: dict[str, float] | None = None
+    lacks: list[str] = []
+    if options.asks_first:
+        record, workload, lacks = await first_answer(
+            client, workload, needs_ignore_eos=options.ignore_eos is True
+        )
+        first = {"ttft_s": record.ttft_s, "e2e_s": record.e2e_s}
     plan = Plan(
         url=options.url,
         api_key=options.api_key,
@@ -106,7 +113,7 @@ async def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any
             "lacks": lacks,
         },
         "workload": account(options, workload, prompts, trace),
-        "first_answer": {"ttft_s": first.ttft_s, "e2e_s": first.e2e_s},
+        "first_answer": first,
         "levels": levels,
     }
 

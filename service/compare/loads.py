@@ -46,8 +46,8 @@ async def run_load(
 ) -> None:
     """Drive `url` through `phase`; the whole result, with every request's timestamps, goes to `raw`.
 
-    `is_ours`: a Halftone, which counts the tokens of each event. Raises HalftoneError with the generator's
-    own line where it got no answer at all.
+    `is_ours`: a Halftone, which counts the tokens of each event and takes every field, so that no first
+    answer has to tell. Raises HalftoneError with the generator's own line where it got no answer at all.
     """
     arrivals = (
         ["--concurrency", str(phase.concurrency)] if phase.concurrency else ["--rate", repr(phase.rate_per_s)]
@@ -57,7 +57,7 @@ async def run_load(
         *("--requests", str(phase.num_requests), "--warmup", str(phase.num_warmup)),
         *("--output-tokens", str(output_tokens), "--seed", str(phase.seed), "--clients", "1"),
         *("--prompts", str(Path(prompts or DEFAULT_PROMPTS).absolute())),
-        *(("--continuous-usage",) if is_ours else ()),
+        *(("--continuous-usage", "--no-first-answer") if is_ours else ()),
         *("--json", str(raw.absolute()), "--records"),
         cwd=package_folder(),
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},

@@ -65,6 +65,21 @@ def test_levels_and_repeats_end_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert printed.err.count("run 2 of 2") == 3
 
 
+def test_nothing_is_asked_before_the_runs_of_a_server_that_is_known(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def reply(request: dict[str, Any]) -> bytes:
+        asked.append(request)
+        return full_answer(request)
+
+    flags = ["--concurrency", "2", "--requests", "4", "--warmup", "1", "--no-first-answer"]
+    status, result = run_against(reply, tmp_path / "out.json", *flags, *SMALL)
+    assert status == 0
+    assert len(asked) == 5
+    assert result["first_answer"] is None
+    assert result["levels"][0]["figures"]["num_ok"] == 4
+
+
 def test_texts_go_to_either_endpoint_with_the_key(tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = []
 
