@@ -50,7 +50,7 @@ def w4_variants() -> Iterator[tuple[W4Variant, w4_linear.Shape, int]]:
         for few in dict.fromkeys((*table.few, *table.few_of_wide)):
             shape = w4_linear.Shape(kind, W4_OUTS, W4_INPUTS, next(groups), next(dtypes))
             variant = few_of(shape, few)
-            yield variant, shape, min(few.most_rows, variant.max_rows(W4_INPUTS)) - 1
+            yield variant, shape, max(1, min(few.most_rows, variant.max_rows(W4_INPUTS)) - 1)
         for tile in dict.fromkeys(tile for _, tiles in table.tiles for tile in tiles):
             shape = w4_linear.Shape(kind, W4_OUTS, W4_INPUTS, next(groups), next(dtypes))
             yield tile_of(shape, tile), shape, tile.tile + tile.tile // 2 + 1
