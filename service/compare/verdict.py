@@ -73,10 +73,10 @@ def judge(case: Case) -> Verdict:
     tied = leaders(case, passed)
     base = next((row for row in tied if row.name == case.reference), None)
     is_open = len(tied) > 1 and (base is not None or not all(is_told(case, tied[0], row) for row in tied[1:]))
-    chosen = None if is_open else closest(case, tied)
+    chosen = None if is_open else closest(case, eligible(case, tied))
     for row in passed:
         if row not in tied:
-            rejected[row.name] = behind(case, tied[0], row)
+            rejected[row.name] = behind(case, [*tied, *passed], row)
     names = [row.name for row in tied]
     can_deploy = chosen is not None and case.judges_quality
     if not tied:
@@ -150,12 +150,25 @@ def leaders(case: Case, rows: Sequence[Row]) -> list[Row]:
         if not known:
             continue
         best = max(known, key=lambda pair: pair[0])[1]
-        tied = [best] + [
-            row
-            for row in tied
-            if row is not best and effect(figure, case.ratio(best, row, figure, level)) != "better"
-        ]
+        ordered = [best, *(row for row in tied if row is not best)]
+        # the highest may be too uncertain to be ahead of anybody, where another that is lower is
+        tied = [row for row in ordered if not ahead_of(case, row, tied, figure, level)] or [best]
     return tied
+
+
+def ahead_of(case: Case, row: Row, rows: Sequence[Row], figure: str, level: str) -> list[Row]:
+    """Those of `rows` that are surely ahead of it."""
+    return [
+        other
+        for other in rows
+        if other is not row and effect(figure, case.ratio(other, row, figure, level)) == "better"
+    ]
+
+
+def eligible(case: Case, tied: Sequence[Row]) -> list[Row]:
+    """Leaders that are themselves surely ahead of the reference, where it is none of them; all of them, where
+    it is, or nobody knows its speed."""
+    return [row for row in tied if is_faster(case, row)] or list(tied)
 
 
 def is_told(case: Case, one: Row, other: Row) -> bool:
@@ -184,13 +197,14 @@ def surely_nearer(one: Row, other: Row) -> bool:
     return mine.high < theirs.low
 
 
-def behind(case: Case, best: Row, row: Row) -> str:
-    """By which deciding figure, and how far."""
+def behind(case: Case, rows: Sequence[Row], row: Row) -> str:
+    """By which deciding figure, and how far, behind the first of `rows` that it is surely behind."""
     for figure, level in case.figures:
-        found = case.ratio(row, best, figure, level)
-        if effect(figure, found) == "worse" and found:
-            return f"{DECIDING[figure]} {percent_of(found)} against {best.name}"
-    return f"behind {best.name}"
+        for other in ahead_of(case, row, rows, figure, level)[:1]:
+            found = case.ratio(row, other, figure, level)
+            assert found is not None
+            return f"{DECIDING[figure]} {percent_of(found)} against {other.name}"
+    return f"behind {rows[0].name}"
 
 
 def because(case: Case, chosen: Row | None, tied: Sequence[Row]) -> list[str]:
@@ -214,14 +228,22 @@ def because(case: Case, chosen: Row | None, tied: Sequence[Row]) -> list[str]:
     energy = chosen.ratio("joules_per_output_token", case.throughput_level)
     if energy and effect("joules_per_output_token", energy) == "better":
         said.append(f"joules per output token {percent_of(energy)}")
-    others = [row.name for row in tied if row is not chosen]
-    if others:
-        is_nearer = case.judges_quality and all(
-            surely_nearer(chosen, row) for row in tied if row is not chosen
-        )
+    others = [row for row in tied if row is not chosen]
+    rivals = [row for row in eligible(case, tied) if row is not chosen]
+    if rivals:
+        is_nearer = case.judges_quality and all(surely_nearer(chosen, row) for row in rivals)
         ahead = f"is nearer to {case.reference}" if is_nearer else "has the fewest bytes"
-        said.append(f"{listed(others)} cannot be told from {chosen.name} in speed; {chosen.name} {ahead}")
+        names = listed([row.name for row in rivals])
+        said.append(f"{names} cannot be told from {chosen.name} in speed; {chosen.name} {ahead}")
+    if unsure := [row.name for row in others if row not in rivals]:
+        either = f"cannot be told from {chosen.name} in speed, and not from {case.reference} either"
+        said.append(f"{listed(unsure)} {either}")
     return said
+
+
+def is_faster(case: Case, row: Row) -> bool:
+    """Surely ahead of the reference in a deciding figure."""
+    return any(effect(figure, row.ratio(figure, level)) == "better" for figure, level in case.figures)
 
 
 def undecided(case: Case, tied: Sequence[Row]) -> list[str]:

@@ -235,6 +235,20 @@ def test_modes_that_speed_cannot_tell_apart_are_told_apart_by_what_is_known() ->
     assert alike.because[-1] == "int8 cannot be told from fp8 in speed; fp8 has the fewest bytes"
 
 
+def test_an_uncertain_fastest_mode_does_not_hide_one_that_is_surely_faster() -> None:
+    """One slow engine of three made int8's interval hold the reference's speed, and fp8 was surely ahead."""
+    uncertain, sure = (
+        row("int8", 1.34, 5 * 10**8, kl=0.01, spread=0.4),
+        row("fp8", 1.1, 5 * 10**8, kl=0.04, spread=0.07),
+    )
+    verdict = judge(case(row("bf16", 1.0), uncertain, sure))
+    assert set(verdict.tied) == {"int8", "fp8"}
+    assert verdict.deploy == "fp8"  # nearer or not, int8 is not surely faster than what it would replace
+    assert verdict.rejected["bf16"].endswith("against fp8")
+    assert any("tokens/s +10.0 %" in reason for reason in verdict.because)
+    assert verdict.because[-1] == "int8 cannot be told from fp8 in speed, and not from bf16 either"
+
+
 def test_the_reference_is_deployed_where_every_other_mode_is_slower() -> None:
     verdict = judge(case(row("bf16", 1.0), row("int8", 0.7, 5 * 10**8)))
     assert verdict.deploy == "bf16"
