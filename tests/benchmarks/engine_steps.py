@@ -16,6 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from loadtest.statistics import percentile
 from service import device as devices
 from service.cli.display import Display
 from service.cli.model import find_model
@@ -27,6 +28,10 @@ from service.model.batch import BLOCK_TOKENS, PagedKV, StepBatch
 
 WARM_STEPS = 20
 TRACED_STEPS = 60
+COLUMNS = (
+    "streams", "tokens a step while few decode", "tokens/s", "decode step, ms (CPU)",
+    "step with prompts, ms (CPU)", "ITL p50 / p99 / p99.9 / most, ms", "GPU busy",
+)  # fmt: skip
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Measured:
     decode_host_s: list[float] = field(default_factory=list)
     mixed_s: list[float] = field(default_factory=list)
     mixed_host_s: list[float] = field(default_factory=list)
+    itl_s: list[float] = field(default_factory=list)  # one of each token that follows another
 
 
 def run(engine: Engine, num_streams: int, num_requests: int, lengths: tuple[int, int]) -> Measured:
@@ -64,6 +70,7 @@ def run(engine: Engine, num_streams: int, num_requests: int, lengths: tuple[int,
         host = time.thread_time() - worked
         now = time.perf_counter()
         is_decode = not step.stats.num_prefill_tokens
+        measured.itl_s += [now - ended] * step.stats.num_decode_tokens
         (measured.decode_s if is_decode else measured.mixed_s).append(now - ended)
         (measured.decode_host_s if is_decode else measured.mixed_host_s).append(host)
         for output in step.outputs:
@@ -195,6 +202,7 @@ def main() -> None:
     parser.add_argument("--streams", default="1,16,64,256")
     parser.add_argument("--tokens", default="512,256", help="in, out")
     parser.add_argument("--rounds", type=int, default=3, help="requests of each stream")
+    parser.add_argument("--few-tokens", default="", help="of a step while few decode: each in turn, thrice")
     parser.add_argument("--host-only", action="store_true")
     arguments = parser.parse_args()
     streams = [int(count) for count in arguments.streams.split(",")]
@@ -205,25 +213,28 @@ def main() -> None:
         engine = gpu_engine(arguments)
     run(engine, 1, 1, (tokens_in, 8))
     prepare(engine)
-    print("| streams | tokens/s | decode step, ms (CPU) | step with prompts, ms (CPU) | GPU busy |")
-    print("|---|---|---|---|---|")
+    scheduler = engine.scheduler
+    few_tokens = [int(few) for few in arguments.few_tokens.split(",") if few] * 3
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|---" * len(COLUMNS) + "|")
     for num_streams in streams:
-        rounds = arguments.rounds
-        measured = run(engine, num_streams, rounds * num_streams, (tokens_in, tokens_out))
-        on_gpu = engine.runner.device.type == "cuda"
-        share = f"{busy_share(engine, num_streams, tokens_in):.1%}" if on_gpu else "-"
-        figures = [
-            f"{median(values) * 1e3:.3f}" if values else "-"
-            for values in (
-                measured.decode_s, measured.decode_host_s, measured.mixed_s, measured.mixed_host_s
-            )
-        ]  # fmt: skip
-        decode, decode_host, mixed, mixed_host = figures
-        print(
-            f"| {num_streams} | {measured.num_tokens / measured.wall_s:.0f} | {decode} ({decode_host}) "
-            f"| {mixed} ({mixed_host}) | {share} |",
-            flush=True,
-        )
+        for most_tokens in few_tokens or [scheduler.few_batch_tokens]:
+            scheduler.few_batch_tokens = most_tokens
+            measured = run(engine, num_streams, arguments.rounds * num_streams, (tokens_in, tokens_out))
+            on_gpu = engine.runner.device.type == "cuda" and not few_tokens
+            busy = f"{busy_share(engine, num_streams, tokens_in):.1%}" if on_gpu else "-"
+            print(f"| {num_streams} | {most_tokens} | {cells(measured)} | {busy} |", flush=True)
+
+
+def cells(measured: Measured) -> str:
+    """COLUMNS of one run, but the first two and the last."""
+    decode, decode_host, mixed, mixed_host = (
+        f"{median(values) * 1e3:.3f}" if values else "-"
+        for values in (measured.decode_s, measured.decode_host_s, measured.mixed_s, measured.mixed_host_s)
+    )
+    itl = " / ".join(f"{percentile(measured.itl_s, percent) * 1e3:.1f}" for percent in (50, 99, 99.9, 100))
+    tokens_per_s = f"{measured.num_tokens / measured.wall_s:.0f}"
+    return f"{tokens_per_s} | {decode} ({decode_host}) | {mixed} ({mixed_host}) | {itl}"
 
 
 if __name__ == "__main__":
