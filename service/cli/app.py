@@ -31,10 +31,10 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-HTTP_SETTINGS = (
+SERVER_SETTINGS = (
     *("host", "port", "metrics_port", "api_key", "admin_key", "served_model_name", "chat_template"),
     *("max_queue_requests", "max_body_bytes", "max_n", "max_prompts", "drain_timeout_s", "swap_wait_s"),
-    "resident",
+    *("resident", "metrics_compat", "allowed_origins", "time_kernels"),
 )
 MORE = "`halftone bench --kernels --help`: microseconds of the linears of a layer on this machine instead."
 ASKED = {parameter.name: parameter.help for parameter in PARAMETERS}
@@ -68,7 +68,7 @@ def serve(model: Model = None, **settings: Any) -> None:
 
 
 @app.command()
-@with_settings(without=["model", "precision", "save", *HTTP_SETTINGS])
+@with_settings(without=["model", "precision", "save", *SERVER_SETTINGS])
 def compare(
     context: typer.Context,
     model: Model = None,
@@ -191,7 +191,7 @@ def quantize(
 
 
 @app.command("eval")
-@with_settings(without=["model", "save", *HTTP_SETTINGS])
+@with_settings(without=["model", "save", *SERVER_SETTINGS])
 def evaluate(
     model: Model = None,
     *,

@@ -242,6 +242,18 @@ def test_a_wrong_command_line(fails: Fails, arguments: list[str], words: str) ->
     assert hint
 
 
+@pytest.mark.parametrize("command", ["compare", "eval"])
+@pytest.mark.parametrize(
+    "flags",
+    [("--metrics-compat", "vllm"), ("--allowed-origins", "http://127.0.0.1:8001"), ("--time-kernels",)],
+    ids=lambda flags: flags[0],
+)
+def test_what_only_a_server_does_is_no_flag_of(fails: Fails, command: str, flags: tuple[str, ...]) -> None:
+    code, message, _ = fails(command, "demo", *flags)
+    assert code == 2
+    assert f"No such option: {flags[0]}" in message
+
+
 def test_a_fault_of_ours_is_one_line_too(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**_: object) -> None:
         raise RuntimeError("the impossible")
