@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from w16_variants import IN_BFLOAT16, Variant, all_variants, compile_all, variants_for
+from workers import read_lines, supervise, work
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -38,8 +39,6 @@ RAGGED = (1544, 1096)  # outputs and inputs that no tile divides
 ROTATED_BYTES, TIMED_BYTES = 192 << 20, 2 << 30  # of weights: different ones, and in one graph
 LAYERS = 8  # of a chain
 LARGEST_ERROR = {0: 6e-4, 1: 4e-3}  # relative, in norm; by BF16
-SILENT_SECONDS = 20  # of a worker, before it counts as hung
-FATAL = ("illegal", "launch failure", "trap", "unspecified", "misaligned", "uncorrectable", "instruction")
 
 
 def list_tasks(all_rows: list[int]) -> list[dict[str, Any]]:
@@ -251,58 +250,6 @@ class Worker:
         return {"us": us, "chain": self.chain(bind, rows)}
 
 
-def work(folder: Path) -> None:
-    """Tasks of tasks.json that no line of results.jsonl tells of, in order."""
-    tasks = json.loads((folder / "tasks.json").read_text())
-    results = folder / "results.jsonl"
-    done = {line["task"] for line in read_lines(results)}
-    worker = Worker(folder)
-    with results.open("a") as out:
-        for number, task in enumerate(tasks):
-            if number in done:
-                continue
-            (folder / "now").write_text(str(number))
-            try:
-                line = worker.run(task)
-            except Exception as error:
-                line = {"failed": f"{type(error).__name__}: {error}"[:160]}
-            print(json.dumps({"task": number, **line}), file=out, flush=True)
-            if any(word in line.get("failed", "").lower() for word in FATAL):
-                sys.exit(3)  # the context is lost; the next process goes on
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def supervise(folder: Path, deadline: float) -> None:
-    """Workers until every task has its line or the time is over; a task that took its worker down fails."""
-    num_tasks, results = len(json.loads((folder / "tasks.json").read_text())), folder / "results.jsonl"
-    now = folder / "now"
-    while time.time() < deadline and len(read_lines(results)) < num_tasks:
-        now.write_text("-1")
-        process = subprocess.Popen([sys.executable, __file__, "--work", "--out", str(folder)])
-        last, silent_since, why = "", time.time(), ""
-        while process.poll() is None:
-            time.sleep(0.2)
-            state = now.read_text()
-            if state != last:
-                last, silent_since = state, time.time()
-            patience = SILENT_SECONDS * (3 if state == "-1" else 1)  # imports, weights, references
-            if time.time() > min(deadline, silent_since + patience):
-                why = "hung" if time.time() <= deadline else "out of time"
-                process.kill()
-                process.wait()
-        number = int(now.read_text() or -1)
-        if number < 0:
-            print(f"the worker ended with {process.returncode} before its first task")
-            return
-        if process.returncode and number not in {line["task"] for line in read_lines(results)}:
-            with results.open("a") as out:
-                line = {"task": number, "failed": why or f"ended with {process.returncode}"}
-                print(json.dumps(line), file=out)
-
-
 def report(folder: Path, machine: str) -> None:
     tasks = json.loads((folder / "tasks.json").read_text())
     results = [{**tasks[line["task"]], **line} for line in read_lines(folder / "results.jsonl")]
@@ -344,7 +291,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.out
     if arguments.work:
-        work(folder)
+        work(folder, Worker(folder).run)
         return
     start = time.time()
     folder.mkdir(parents=True, exist_ok=True)
@@ -354,7 +301,7 @@ def main() -> None:
     for name, complaint in compile_all(folder, os.cpu_count() or 1).items():
         print(f"{name}: {complaint}")
     print(f"compiled in {time.time() - start:.0f} s", flush=True)
-    supervise(folder, start + arguments.seconds)
+    supervise(Path(__file__), folder, start + arguments.seconds)
     query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
     machine = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     print(machine, f"{time.time() - start:.0f} s in all")

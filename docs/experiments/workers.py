@@ -1,0 +1,66 @@
+"""Tasks on a device that one of them may take away: a worker process does them, and a next one goes on behind what failed.
+
+tasks.json --work--> a line of results.jsonl a task; supervise starts workers until every task has one, or time is over
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SILENT_SECONDS = 20  # of a worker, before it counts as hung
+FATAL = ("illegal", "launch failure", "trap", "unspecified", "misaligned", "uncorrectable", "instruction")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def work(folder: Path, run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Tasks of tasks.json that no line of results.jsonl tells of, in order."""
+    tasks = json.loads((folder / "tasks.json").read_text())
+    results = folder / "results.jsonl"
+    done = {line["task"] for line in read_lines(results)}
+    with results.open("a") as out:
+        for number, task in enumerate(tasks):
+            if number in done:
+                continue
+            (folder / "now").write_text(str(number))
+            try:
+                line = run(task)
+            except Exception as error:
+                line = {"failed": f"{type(error).__name__}: {error}"[:160]}
+            print(json.dumps({"task": number, **line}), file=out, flush=True)
+            if any(word in line.get("failed", "").lower() for word in FATAL):
+                sys.exit(3)  # the context is lost; the next process goes on
+
+
+def supervise(script: Path, folder: Path, deadline: float) -> None:
+    """Workers (`script --work`) until every task has its line or the time is over; a task that took its worker down fails."""
+    num_tasks, results = len(json.loads((folder / "tasks.json").read_text())), folder / "results.jsonl"
+    now = folder / "now"
+    while time.time() < deadline and len(read_lines(results)) < num_tasks:
+        now.write_text("-1")
+        process = subprocess.Popen([sys.executable, str(script), "--work", "--out", str(folder)])
+        last, silent_since, why = "", time.time(), ""
+        while process.poll() is None:
+            time.sleep(0.2)
+            state = now.read_text()
+            if state != last:
+                last, silent_since = state, time.time()
+            patience = SILENT_SECONDS * (3 if state == "-1" else 1)  # imports, weights, references
+            if time.time() > min(deadline, silent_since + patience):
+                why = "hung" if time.time() <= deadline else "out of time"
+                process.kill()
+                process.wait()
+        number = int(now.read_text() or -1)
+        if number < 0:
+            print(f"the worker ended with {process.returncode} before its first task")
+            return
+        if process.returncode and number not in {line["task"] for line in read_lines(results)}:
+            with results.open("a") as out:
+                line = {"task": number, "failed": why or f"ended with {process.returncode}"}
+                print(json.dumps(line), file=out)
