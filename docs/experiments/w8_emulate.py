@@ -12,18 +12,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from w8_problem import Problem
-from w8_variants import SOURCE, STEP, THREADS, Kernel, cut
+from w8_variants import STEP, Kernel, cut
 
-from service.kernels.cuda import Program
 from tests.kernels.emulated import box, build, pointer
 
-RUN = f"""void run(int grid, TensorMap* x, TensorMap* w_map, const float* x_steps, const float* w_steps,
+RUN = """void run(int grid, int threads, TensorMap* x, TensorMap* w_map, const float* x_steps, const float* w_steps,
     const uint16_t* x16, const uint32_t* bitmap, const int8_t* w, char* y, float* workspace, int* arrived, uint16_t* x_out,
-    int* gathered, int rows, int n, int k, int stream_tiles, int x_out_columns, float threshold) {{
+    int* gathered, int rows, int n, int k, int stream_tiles, int x_out_columns, float threshold) {
     emulated_order = 1;  // blocks are held up at random
-    emulate(grid, grid, {THREADS}, [=] {{
+    emulate(grid, grid, threads, [=] {
         w8_tile(*x, *w_map, x_steps, w_steps, x16, bitmap, w, y, workspace, arrived, x_out, gathered, rows, n, k, stream_tiles,
-                x_out_columns, threshold); }}); }}"""
+                x_out_columns, threshold); }); }"""
 X_OUT_COLUMNS = 64
 
 
@@ -54,6 +53,7 @@ def check(kernel: Kernel, library: ctypes.CDLL, problem: Problem, how: str, mult
     )
     library.run(
         blocks,
+        kernel.threads,
         *map(pointer, (*maps, *tensors)),
         rows,
         n,
@@ -88,6 +88,12 @@ CASES = (
     (Kernel(1, 16, 1, 3), 9, 272, 640, 0, "all", 4),
     (Kernel(1, 64, 2, 3, bf16=1), 64, 256, 384, 0, "whole", 1),
     (Kernel(1, 128, 2, 2), 200, 272, 512, 0, "rest", 3),
+    # as section 9's third run has them: one warpgroup, weights asked for into the L2, more of them than there are
+    (Kernel(1, 16, 1, 3, bf16=1, light=1, maps=1), 9, 272, 640, 0, "all", 4),
+    (Kernel(1, 16, 2, 3, bf16=1, warpgroups=1, light=1, ahead=2, maps=1), 5, 272, 1040, 0, "rest", 2),
+    (Kernel(1, 64, 2, 2, bf16=1, warpgroups=1, light=1, ahead=64, maps=1), 64, 400, 784, 0, "all", 5),
+    (Kernel(1, 64, 1, 3, bf16=1, ahead=8, maps=1), 40, 272, 784, 0, "whole", 2),
+    (Kernel(0, 32, 1, 3, 32, ahead=4), 33, 160, 1040, 3, "all", 7),
 )
 
 
@@ -97,8 +103,7 @@ def main() -> None:
     built: dict[Kernel, ctypes.CDLL] = {}
     for kernel, rows, n, k, count, how, multiprocessors in CASES:
         if kernel not in built:
-            program = Program(SOURCE, "w8_tile", tuple(kernel.defines.items()))
-            built[kernel] = build(program, Path(tempfile.mkdtemp(prefix="w8_")), RUN)
+            built[kernel] = build(kernel.program, Path(tempfile.mkdtemp(prefix="w8_")), RUN)
         fine &= check(
             kernel, built[kernel], Problem(rows, n, k, count, "cpu", bf16=kernel.bf16), how, multiprocessors
         )

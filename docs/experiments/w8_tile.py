@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from w8_variants import INT8, SHAPES, THREADS, Kernel, all_kernels, cut, kernels_for
+from w8_variants import INT8, SHAPES, Kernel, all_kernels, cut, kernels_for
 
 COUNTS = (32, 0, 3, 256)  # outlier columns
 ROTATED_BYTES = 256 << 20
@@ -135,9 +135,8 @@ class Worker:
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         attribute = Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION)
         attribute.value[0] = 1
-        config = Config(
-            blocks, 1, 1, THREADS, 1, 1, kernel.shared_bytes, None, ctypes.pointer(attribute), int(dependent)
-        )
+        sizes = blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes
+        config = Config(*sizes, None, ctypes.pointer(attribute), int(dependent))
         handle = self.handle(kernel)
 
         def launch() -> None:

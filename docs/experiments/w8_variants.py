@@ -3,16 +3,20 @@
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from service.kernels.cuda import Program
 
 KERNELS = Path(__file__).parents[2] / "service" / "kernels"
 SOURCE = KERNELS / "w8_linear" / "w8_tile.cu"
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-THREADS, WARPGROUPS, STEP = 384, 2, 128  # STEP: of K
+WARPGROUP, WARP, STEP = 128, 32, 128  # threads; STEP: of K
 
 
 @dataclass(frozen=True, order=True)
 class Kernel:
-    """R = 128 * rt outputs x `tile` rows of activations; the constants of w8_tile.cu."""
+    """R = 64 * rt * warpgroups outputs x `tile` rows of activations; the constants of w8_tile.cu."""
 
     fp8: int
     tile: int
@@ -21,10 +25,24 @@ class Kernel:
     cap: int = 32
     per_sm: int = 1
     bf16: int = 0
+    warpgroups: int = 2
+    light: int = 0
+    ahead: int = 0
+    maps: int = 0
 
     @property
     def outputs(self) -> int:
-        return 64 * self.rt * WARPGROUPS
+        return 64 * self.rt * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        return self.warpgroups * WARPGROUP + (WARP if self.fp8 and self.light else WARPGROUP)
+
+    @property
+    def program(self) -> "Program":
+        from service.kernels.cuda import Program
+
+        return Program(SOURCE, "w8_tile", tuple(self.defines.items()))
 
     @property
     def file(self) -> str:
@@ -33,7 +51,8 @@ class Kernel:
     @property
     def constants(self) -> dict[str, int]:
         return {"FP8": self.fp8, "TILE": self.tile, "RT": self.rt, "STAGES": self.stages, "CAP": self.cap,
-                "PER_SM": self.per_sm, "BF16": self.bf16}  # fmt: skip
+                "PER_SM": self.per_sm, "BF16": self.bf16, "WARPGROUPS": self.warpgroups, "LIGHT": self.light,
+                "AHEAD": self.ahead, "MAPS": self.maps}  # fmt: skip
 
     @property
     def defines(self) -> dict[str, int]:
@@ -51,7 +70,7 @@ class Kernel:
             before += 4096 + 528 + self.outputs * self.cap
         piece = self.tile if self.rt * self.tile < 256 else 64
         out = whole(before) + (0 if self.fp8 else 2 * piece * 32 * 2)
-        return whole(out + WARPGROUPS * 4 * 512) + self.stages * 128 * (self.outputs + self.tile) - 1024
+        return whole(out + self.warpgroups * 4 * 512) + self.stages * 128 * (self.outputs + self.tile) - 1024
 
     def compile(self, folder: Path) -> str:
         """-> what nvcc complained about: errors, spills, serialized products."""

@@ -6,11 +6,14 @@ compiler for the GPU makes of it, nor speed.
 
 import shutil
 from ctypes import c_float
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from service.kernels.cuda import Program
 from service.kernels.w8_linear.variants import STEP, THREADS, Tile
 from tests.kernels.emulated import box, build, pointer
 from tests.kernels.w8_problem import THRESHOLD, problem
@@ -34,9 +37,12 @@ CASES = [
     (Tile(0, 128, 2, 2, 32), 130, 256, 384, 100, 3),
     (Tile(0, 256, 1, 2, 32), 300, 144, 256, 0, 3),
 ]
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="no g++, which compiles the kernel for the emulator"
+)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which compiles the kernel for the emulator")
+@needs_compiler
 @pytest.mark.parametrize(
     ("variant", "num_rows", "outs", "width", "count", "most_blocks"),
     CASES,
@@ -46,10 +52,26 @@ def test_it_computes_what_codes_and_outliers_mean(
     tmp_path: Path, variant: Tile, num_rows: int, outs: int, width: int, count: int, most_blocks: int
 ) -> None:
     """In whatever order blocks come: each time the same bits."""
+    assert_right(tmp_path, variant, variant.program, num_rows, outs, width, count, most_blocks)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("case", "steps"), [(CASES[0], 2), (CASES[2], 64)], ids=["some", "all"])
+def test_asking_for_weights_ahead_changes_nothing(tmp_path: Path, case: tuple[Any, ...], steps: int) -> None:
+    """Up to more steps than a block has."""
+    variant, *sizes = case
+    definitions = *variant.program.definitions, ("AHEAD", steps), ("MAPS", 1)
+    assert_right(tmp_path, variant, replace(variant.program, definitions=definitions), *sizes)
+
+
+def assert_right(
+    folder: Path, variant: Tile, program: Program, num_rows: int, outs: int, width: int, count: int,
+    most_blocks: int,
+) -> None:  # fmt: skip
     torch.manual_seed(0)
     dtype = torch.bfloat16 if variant.bf16 else torch.float16
     given = problem(num_rows, outs, width, count, dtype)
-    want, library = given.wanted(), build(variant.program, tmp_path, RUN)
+    want, library = given.wanted(), build(program, folder, RUN)
     blocks, shared = variant.work(num_rows, outs, width, most_blocks)
     assert bool(shared) == variant.cuts
     arrived, gathered = torch.zeros(most_blocks, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)

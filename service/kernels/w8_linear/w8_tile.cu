@@ -2,7 +2,7 @@
 // go from memory to the tensor cores as they are. LLM.int8() with its outliers in the same pass, or (FP8) e4m3.
 //
 //   producer (one thread): W [R][128 K] and x [T][128 K] boxes of bytes under the 128-byte swizzle into STAGES stages
-//   two consumer warpgroups: 64 * RT outputs each; int32 sums, or e4m3 sums that are moved to float32 every 128 of K
+//   WGS (two) consumer warpgroups: 64 * RT outputs each; int32 sums, or e4m3 sums that are moved to float32 every 128 of K
 //   three warps beside the producer, for outliers: one copies the listed columns' codes out of each stage of W as it
 //       passes, two fetch the 16-bit outliers, 32 columns at a time into one of two rooms. After the last stage sums become
 //       floats, 64 outputs x up to 128 rows of x at a time, and the product of outliers is added: no second reading of W.
@@ -35,7 +35,22 @@
 #ifndef PER_SM  // blocks that fit a multiprocessor: with 2, a launch works while the next one already reads its weights
 #define PER_SM 1
 #endif
-constexpr int T = TILE, WGS = 2, R = 64 * RT * WGS, CONSUMERS = 128 * WGS, THREADS = CONSUMERS + 128, J = T / 8;
+// What blocks need of a multiprocessor beside those of other launches, and what they ask for before the predecessor is over:
+// docs/experiments.md, section 9, third run
+#ifndef WARPGROUPS  // of consumers
+#define WARPGROUPS 2
+#endif
+#ifndef LIGHT  // registers stay as they are dealt out, and FP8's producer is one warp
+#define LIGHT 0
+#endif
+#ifndef AHEAD  // further steps of a block's weights that are brought into the L2
+#define AHEAD 0
+#endif
+#ifndef MAPS  // tensor maps are fetched ahead of their first use
+#define MAPS 0
+#endif
+constexpr int T = TILE, WGS = WARPGROUPS, R = 64 * RT * WGS, CONSUMERS = 128 * WGS, J = T / 8;
+constexpr int THREADS = CONSUMERS + (FP8 && LIGHT ? 32 : 128);
 constexpr int W_BYTES = R * 128, X_BYTES = T * 128, STAGE_BYTES = W_BYTES + X_BYTES;
 constexpr int WORDS = FP8 ? 0 : 1024;                  // of the bitmap: up to 32,768 columns
 constexpr int PIECE = T < 128 || RT * T < 256 ? T : 64;  // rows of x whose sums become floats at a time
@@ -53,6 +68,7 @@ static_assert(END * PER_SM <= 228 * 1024 && STAGES <= 12 && CAP % LISTED_AT_A_TI
 #ifdef SHARED_BYTES
 static_assert(SHARED_BYTES == END - 1024);  // what the host asks for
 #endif
+constexpr bool MOVES_REGISTERS = PER_SM == 1 && !LIGHT;
 constexpr int CONSUMER_REGISTERS = RT * T < 256 ? 216 : 224, PRODUCER_REGISTERS = RT * T < 256 ? 72 : 56;
 
 #if FP8
@@ -108,6 +124,7 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
         barrier_init(here + LISTED, 1);
         barriers_visible();
     }
+    if (MAPS && thread == CONSUMERS) prefetch_map(&w_map), prefetch_map(&x_map);
     sync_block();
 
     // Every role walks over the block's parts by itself, in the same order.
@@ -223,7 +240,7 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
     };
 
     if (warp >= WGS * 4) {
-        if constexpr (PER_SM == 1) registers_lower<PRODUCER_REGISTERS>();
+        if constexpr (MOVES_REGISTERS) registers_lower<PRODUCER_REGISTERS>();
         if (thread == CONSUMERS) {
             const uint64_t policy = row_tiles == 1 ? READ_ONCE : NORMAL;
             Run part = {};
@@ -234,8 +251,16 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
             // No kernel writes weights: the first stages' are fetched while the predecessor still works.
             const int first_at = at, first_whole = whole;
             int early = 0;
-            while (early < STAGES && next(part))
-                for (int step = part.begin; step < part.end && early < STAGES; step++) fetch_weights(early++, step);
+            if constexpr (AHEAD == 0) {
+                while (early < STAGES && next(part))
+                    for (int step = part.begin; step < part.end && early < STAGES; step++) fetch_weights(early++, step);
+            } else {
+                while (early < STAGES + AHEAD && next(part))
+                    for (int step = part.begin; step < part.end && early < STAGES + AHEAD; step++, early++)
+                        if (early < STAGES) fetch_weights(early, step);
+                        else prefetch_box(&w_map, step * 128, part.tile / row_tiles * R);
+                if (early > STAGES) early = STAGES;
+            }
             at = first_at, whole = first_whole;
             await_predecessor();
             release_successor();
@@ -337,7 +362,7 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
             }
         }
     } else {
-        if constexpr (PER_SM == 1) registers_raise<CONSUMER_REGISTERS>();
+        if constexpr (MOVES_REGISTERS) registers_raise<CONSUMER_REGISTERS>();
         await_predecessor();
         const int g = lane >> 2, group = warp >> 2, quarter = warp & 3;
         uint32_t stage = 0, phase = 0, done = 0, room = 0, ready = 0, coded = 0, number = 0;  // `done`: the stage given back next
