@@ -60,6 +60,14 @@ def with_8_bit_cache(precision: str, *arguments: str) -> tuple[Step, ...]:
 
 
 STEPS = (
+    engine("few-fp16", 80, "--streams", "16,64", "--few-tokens", "512,768", "--rounds", "2"),
+    Step("w16-tile", 100, ("docs/experiments/w16_tile.py", "--out", "OUT/w16-tile")),
+    Step("w16-algorithms", 100, ("docs/experiments/w16_algorithms.py", "--out", "OUT/w16-algorithms")),
+    Step(
+        "w4-rings",
+        70,
+        ("docs/experiments/w4_rings.py", "--codes", "affine 128,nf4 64,int3 64", "--rows", "1,16"),
+    ),
     Step(
         "compare-8b",
         780,
@@ -70,7 +78,6 @@ STEPS = (
         ),
         resumes=True,
     ),
-    engine("few-fp16", 80, "--streams", "16,64", "--few-tokens", "512,768", "--rounds", "2"),
     tested("swaps", 260, "tests/gpu/test_swap_on_gpu.py"),
     tested("kernel-times", 130, "tests/gpu/test_kernel_times_on_gpu.py"),
     over_http("http-fp16-64", 50, "fp16", "64"),
@@ -80,11 +87,6 @@ STEPS = (
         "racecheck",
         130,
         ("-m", "tests.benchmarks.sanitize", "--under", "racecheck", "--logs", "OUT/racecheck"),
-    ),
-    Step(
-        "w4-rings",
-        70,
-        ("docs/experiments/w4_rings.py", "--codes", "affine 128,nf4 64,int3 64", "--rows", "1,16"),
     ),
     engine(
         "few-awq", 60, "--precision", "awq", "--streams", "16,64", "--few-tokens", "512,768", "--rounds", "2"
