@@ -22,7 +22,7 @@ from pathlib import Path
 
 LLAMA = "preset:llama-3.1-8b"
 SHOWN_LINES = 40
-STOPPING_S = 20  # for a command to write down what it has, once it was interrupted
+STOPPING_S = 20  # for a command to unwind, once it was terminated
 PYTEST = ("-m", "pytest", "-q", "-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short")
 SERVED = (LLAMA, "--load-format", "random", "--tokenizer", "TOKENIZER")
 
@@ -30,7 +30,7 @@ SERVED = (LLAMA, "--load-format", "random", "--tokenizer", "TOKENIZER")
 @dataclass(frozen=True)
 class Step:
     """`arguments` of Python; in them TOKENIZER and OUT stand for the two folders. `seconds`: expected, on an
-    H100 whose kernel caches are empty. `resumes`: it may be interrupted, and goes on at the next call."""
+    H100 whose kernel caches are empty. `resumes`: it may be stopped, and goes on at the next call."""
 
     name: str
     seconds: int
@@ -155,7 +155,7 @@ def run_all(steps: Sequence[Step], out: Path, folders: dict[str, str], limit_s: 
             print(f"## {step.name}: left, {step.seconds} s do not fit into {left_s:.0f}", flush=True)
             continue
         status, seconds = run_one(step, out, folders, left_s)
-        print(f"## {step.name}: {'interrupted' if status is None else status}, {seconds:.0f} s", flush=True)
+        print(f"## {step.name}: {'goes on later' if status is None else status}, {seconds:.0f} s", flush=True)
         if status is not None:
             ended[step.name] = {"status": status, "seconds": round(seconds, 1)}
             ended_at.write_text(json.dumps(ended, indent=2))
@@ -177,7 +177,7 @@ def run_one(step: Step, out: Path, folders: dict[str, str], left_s: float) -> tu
             status: int | None = process.wait(left_s - STOPPING_S)
         except subprocess.TimeoutExpired:
             is_late = True
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             try:
                 status = process.wait(STOPPING_S)
             except subprocess.TimeoutExpired:

@@ -190,7 +190,8 @@ def test_an_engine_that_rests_prepares_until_somebody_asks(monkeypatch: pytest.M
     monkeypatch.setattr(engine, "prepare", lambda: (graphs.capture_one(), known.append(len(graphs._mixed))))
     model = SimpleNamespace(device=torch.device("cpu"), outlier_counts=dict)
     info = SimpleNamespace(peak_load_bytes=0, memory_bytes={})
-    serving = SimpleNamespace(engine=engine, model=model, info=info, ledger=SimpleNamespace())
+    ledger = SimpleNamespace(parts=lambda is_idle: {"kv.used": 0})  # asked where all this takes a second
+    serving = SimpleNamespace(engine=engine, model=model, info=info, ledger=ledger)
     asking = Submit(1, [3] * 100, Sampling(1, temperature=0, ignore_eos=True))
     # a shape is prepared after a rest, another at once; then somebody asks, and it rests again
     link = ScriptedLink([None, None, asking, None, None, None, None])
