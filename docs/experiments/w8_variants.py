@@ -16,7 +16,7 @@ WARPGROUP, WARP, STEP = 128, 32, 128  # threads; STEP: of K
 
 @dataclass(frozen=True, order=True)
 class Kernel:
-    """R = 64 * rt * warpgroups outputs x `tile` rows of activations; the constants of w8_tile.cu."""
+    """R = 64 * rt * warpgroups outputs x `tile` rows of activations; the constants of w8_layout.h."""
 
     fp8: int
     tile: int
@@ -60,7 +60,7 @@ class Kernel:
 
     @property
     def shared_bytes(self) -> int:
-        """As w8_tile.cu lays it out; it asserts the same."""
+        """As w8_layout.h has it, which asserts the same."""
 
         def whole(size: int) -> int:
             return -(-size // 1024) * 1024

@@ -1,6 +1,6 @@
 """The kernel's compile-time variants: what the host must know of each to compile and launch it.
 
-plan.py --Tile--> cuda.py; `w8_tile.cu` asserts the same shared memory
+plan.py --Tile--> cuda.py; `w8_layout.h` asserts the same shared memory
 """
 
 from dataclasses import dataclass
