@@ -7,12 +7,10 @@
 
 #ifdef __CUDACC__
 DEVICE void or_global(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
-DEVICE float inverse_root(float v) { return rsqrtf(v); }
 DEVICE float exponential(float v) { return __expf(v); }
 DEVICE float nearest(float v) { return rintf(v); }
 #else  // on a CPU
 inline void or_global(uint32_t* word, uint32_t bits) { *word |= bits; }
-inline float inverse_root(float v) { return 1 / std::sqrt(v); }
 inline float exponential(float v) { return std::exp(v); }
 inline float nearest(float v) { return std::nearbyint(v); }
 #endif
