@@ -29,6 +29,7 @@ from service.kernels.rotary_kv import rotary_kv
 SM_COUNT_TARGET = 15  # cublasLtMatmulDescAttributes_t
 PAGE, EPS = 16, 1e-5
 Linear = Callable[[Tensor, Tensor, Tensor], None]  # x, w, y
+Layer = tuple[list[Tensor], Tensor]  # the residual stream in parts, and what is to be added to it
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class Arrangements:
         p = self.problem
         linear(x, copy.weights["gate_up"], (p.gated if gates else p.gate_up)[rows])
 
-    def in_a_row(self, way: Way, copy: Copy) -> tuple[Tensor, Tensor]:
+    def in_a_row(self, way: Way, copy: Copy) -> Layer:
         """As it is served, but for `way.free`."""
         p, every = self.problem, slice(None)
         hidden, qkv = self.start(copy)
@@ -235,9 +236,9 @@ class Arrangements:
         p.attend_prompts(copy, qkv)
         hidden, x = self.up_to_norm(copy, hidden, every)
         self.gate_up(copy, x, every, way.free, way.gates)
-        return hidden, self.finish(copy, way.gates)
+        return [hidden], self.finish(copy, way.gates)
 
-    def beside(self, way: Way, copy: Copy) -> tuple[Tensor, Tensor]:
+    def beside(self, way: Way, copy: Copy) -> Layer:
         p, few, many = self.problem, slice(0, self.problem.decodes), slice(self.problem.decodes, None)
         hidden, qkv = self.start(copy)
         p.attend_prompts(copy, qkv)
@@ -245,7 +246,7 @@ class Arrangements:
         self.pair(way, copy, qkv, x)
         decodes, x = self.up_to_norm(copy, hidden, few)
         self.gate_up(copy, x, few, way.free, way.gates)
-        return torch.cat((decodes, prompts)), self.finish(copy, way.gates)
+        return [decodes, prompts], self.finish(copy, way.gates)
 
     def pair(self, way: Way, copy: Copy, qkv: Tensor, x: Tensor) -> None:
         """The product is launched first, and takes its multiprocessors before attention takes all."""
