@@ -14,16 +14,14 @@ import ctypes
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from w16_variants import IN_BFLOAT16, Variant, all_variants, compile_all, variants_for
-from workers import read_lines, supervise, work
+from workers import measure, read_lines, work
 
 SHAPES = {
     "qkv": (6144, 4096),
@@ -293,18 +291,8 @@ def main() -> None:
     if arguments.work:
         work(folder, Worker(folder).run)
         return
-    start = time.time()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.jsonl").unlink(missing_ok=True)
     tasks = list_tasks([int(rows) for rows in arguments.rows.split(",")])
-    (folder / "tasks.json").write_text(json.dumps(tasks))
-    for name, complaint in compile_all(folder, os.cpu_count() or 1).items():
-        print(f"{name}: {complaint}")
-    print(f"compiled in {time.time() - start:.0f} s", flush=True)
-    supervise(Path(__file__), folder, start + arguments.seconds)
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
-    machine = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    print(machine, f"{time.time() - start:.0f} s in all")
+    machine = measure(Path(__file__), folder, tasks, compile_all, arguments.seconds)
     report(folder, machine)
 
 

@@ -9,15 +9,12 @@ Checked against float64 with poisoned outputs, on a ragged shape too, and for th
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 from w16_tile_variants import IN_FLOAT16, all_variants, compile_all
-from workers import read_lines, supervise, work
+from workers import measure, read_lines, work
 
 ROWS = (1024, 512, 768, 2048)  # what is to be known first
 LAYER = ("qkv", "o", "gate_up", "down")
@@ -111,18 +108,8 @@ def main() -> None:
 
         work(folder, Worker(folder).run)
         return
-    start = time.time()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.jsonl").unlink(missing_ok=True)
     tasks = list_tasks([int(rows) for rows in arguments.rows.split(",")])
-    (folder / "tasks.json").write_text(json.dumps(tasks))
-    for name, complaint in compile_all(folder, os.cpu_count() or 1).items():
-        print(f"{name}: {complaint}")
-    print(f"compiled in {time.time() - start:.0f} s", flush=True)
-    supervise(Path(__file__), folder, start + arguments.seconds)
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.sm", "--format=csv,noheader"]
-    machine = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    print(machine, f"{time.time() - start:.0f} s in all")
+    machine = measure(Path(__file__), folder, tasks, compile_all, arguments.seconds)
     report(folder, machine)
 
 

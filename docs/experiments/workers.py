@@ -4,6 +4,7 @@ tasks.json --work--> a line of results.jsonl a task; supervise starts workers un
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -36,6 +37,31 @@ def work(folder: Path, run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
             print(json.dumps({"task": number, **line}), file=out, flush=True)
             if any(word in line.get("failed", "").lower() for word in FATAL):
                 sys.exit(3)  # the context is lost; the next process goes on
+
+
+def measure(
+    script: Path,
+    folder: Path,
+    tasks: list[dict[str, Any]],
+    compile_all: Callable[[Path, int], dict[str, str]],
+    seconds: float,
+) -> str:
+    """Compiles into `folder`, has `script` work on the tasks for what is left of `seconds`. -> what machine that was.
+
+    `compile_all`: folder and number of compilers at once -> the complaint about each variant that has one.
+    """
+    start = time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.jsonl").unlink(missing_ok=True)
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    for name, complaint in compile_all(folder, os.cpu_count() or 1).items():
+        print(f"{name}: {complaint}")
+    print(f"compiled in {time.time() - start:.0f} s", flush=True)
+    supervise(script, folder, start + seconds)
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.sm", "--format=csv,noheader"]
+    machine = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    print(machine, f"{time.time() - start:.0f} s in all")
+    return machine
 
 
 def supervise(script: Path, folder: Path, deadline: float) -> None:
