@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from fp8_variants import MULTIPROCESSORS, ByTiles, ByTorch, ByTriton, Choice, Nobody
+from graph_times import replays_us
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from w8_variants import SHAPES, Kernel, cut
@@ -37,7 +38,6 @@ ATTENTION = attention.Shape(HEAD_DIM, HEADS, KV_HEADS, torch.bfloat16, torch.bfl
 LAYERS, REPEATS, SAMPLED = 8, 12, 64
 LARGEST_ERROR = 3e-3  # relative, in norm, with the rounding to bfloat16, which is 1.7e-3
 CARVEOUT, DEFAULT, LARGEST = 9, -1, 100  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, per cent
-WARMED = 3  # replays that are not counted
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -161,15 +161,7 @@ def graph_us(run: Callable[[], Any]) -> tuple[float, Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         given = run()
-    times = []
-    for _ in range(WARMED + REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[WARMED:]), given
+    return statistics.median(replays_us(graph, REPEATS)), given
 
 
 @dataclass

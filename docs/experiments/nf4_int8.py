@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from graph_times import capture, replays_us
 from torch import Tensor
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -185,24 +186,7 @@ def gather_columns(w, columns, count, out, N, K, PADDED: tl.constexpr, TILE: tl.
 
 def time_rotating(launches: list[Callable[[], Any]], repeats: int = 30) -> tuple[float, float]:
     """Median microseconds of one launch and the spread of the medians' sample, from one graph of all."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for launch in launches:
-            launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    times = []
-    for i in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / len(launches))
+    times = [us / len(launches) for us in replays_us(capture(launches), repeats)]
     return statistics.median(times), max(times) - min(times)
 
 

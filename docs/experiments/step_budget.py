@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from graph_times import capture, replays_us
 from torch import Tensor
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 32, 4096, 32, 8, 128, 14336, 128256
@@ -188,24 +189,7 @@ class Part:
 
 def time_graph(body: Callable[[], None], repeats: int = 20) -> tuple[float, float]:
     """Median and spread (max - min) in microseconds of one replay of a captured `body`."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        body()
-        body()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
+    times = replays_us(capture([body]), repeats)
     return statistics.median(times), max(times) - min(times)
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from graph_times import capture, replays_us
 from w16_variants import IN_BFLOAT16, Variant, all_variants, compile_all, variants_for
 from workers import measure, read_lines, work
 
@@ -115,27 +116,7 @@ class Worker:
 
     def time(self, launches: list[Callable[[], Any]]) -> float:
         """Median microseconds of a launch; one graph replays all launches in turn."""
-        torch = self.torch
-        torch.cuda.synchronize()  # two launches on one workspace may not meet on two streams
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for launch in launches:
-                launch()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in launches:
-                launch()
-        times = []
-        for i in range(12):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if i >= 3:
-                times.append(start.elapsed_time(end) * 1e3 / len(launches))
-        return statistics.median(times)
+        return statistics.median(replays_us(capture(launches))) / len(launches)
 
     def repeated(self, name: str) -> list[Any]:
         """Weights of a shape in turn, as many as one graph reads."""

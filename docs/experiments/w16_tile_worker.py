@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import pynvml
 import torch
 import torch.nn.functional as F
+from graph_times import capture, replays_us
 from torch import Tensor
 from w4_driver import Driver, Function, LaunchConfig, multiprocessors
 from w16_tile_variants import INPUTS, PIECE, THREADS, Variant, all_variants
@@ -119,30 +120,9 @@ class Worker:
             return self.cublas(rows)
         return self.hold(rows, bool(task.get("layer")))
 
-    def capture(self, launches: list[Launch]) -> torch.cuda.CUDAGraph:
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for launch in launches:
-                launch()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in launches:
-                launch()
-        return graph
-
     def time(self, launches: list[Launch]) -> float:
         """Median microseconds of a launch; one graph replays all launches in turn."""
-        graph, times = self.capture(launches), []
-        for i in range(7):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if i >= 2:
-                times.append(start.elapsed_time(end) * 1e3 / len(launches))
-        return statistics.median(times)
+        return statistics.median(replays_us(capture(launches), 5)) / len(launches)
 
     def repeated(self, name: str, rows: int) -> list[Tensor]:
         """Weights of a shape in turn, as many as one graph takes."""
@@ -212,7 +192,7 @@ class Worker:
         held: dict[str, list[dict[str, float]]] = {}
         for name, launches in contenders.items():
             calls = len(launches)
-            graphs[name] = self.capture([launch for call in launches for launch in call]), calls
+            graphs[name] = capture([launch for call in launches for launch in call]), calls
         with Board() as board:
             board.hold(*graphs["cuBLAS, gated_silu"])  # warm
             for _ in range(ROUNDS):

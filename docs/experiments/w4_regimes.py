@@ -14,21 +14,19 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from graph_times import capture, replays_us
 from w4_variants import SHAPES, Kernel, compile_all, kernels_for
+from workers import measure, read_lines, work
 
 ROWS = (1, 2, 8, 16, 32, 64, 128, 256, 384, 512, 576, 640, 768, 896, 1024)
 ROTATED_BYTES = 192 << 20
 # relative, in norm; cuBLAS on dequantized float16 weights has 2.9e-4. bfloat16: half a unit in the last place is 2e-3
 LARGEST_ERROR = (6e-4, 4e-3)
-FATAL = ("illegal", "launch failure", "trap", "unspecified", "misaligned", "uncorrectable", "instruction")
-SILENT_SECONDS = 25  # of a worker, before it counts as hung
 
 
 def list_tasks(all_rows: list[int]) -> list[dict[str, Any]]:
@@ -126,25 +124,8 @@ class Worker:
 
     def time(self, launches: list[Callable[[bool], Any]], dependent: bool) -> tuple[float, float]:
         """Median microseconds of a launch and the sample's range; one graph replays all launches in turn."""
-        torch = self.torch
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for launch in launches:
-                launch(dependent)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in launches:
-                launch(dependent)
-        times = []
-        for i in range(12):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if i >= 3:
-                times.append(start.elapsed_time(end) * 1e3 / len(launches))
+        graph = capture(partial(launch, dependent) for launch in launches)
+        times = [us / len(launches) for us in replays_us(graph)]
         return statistics.median(times), max(times) - min(times)
 
     def error(self, y: Any, rows: int, affine: int, bf16: int) -> float:
@@ -240,67 +221,6 @@ class Worker:
         return {"us": us, "spread": spread, "error": 0.0, "bytes": size}
 
 
-def work(folder: Path) -> None:
-    """Tasks of tasks.json that no line of results.jsonl tells of, in order."""
-    tasks = json.loads((folder / "tasks.json").read_text())
-    results = folder / "results.jsonl"
-    done = {line["task"] for line in read_lines(results)}
-    worker = Worker(folder)
-    with results.open("a") as out:
-        for number, task in enumerate(tasks):
-            if number in done:
-                continue
-            (folder / "now").write_text(str(number))
-            try:
-                line = worker.run(task)
-            except Exception as error:
-                line = {"failed": f"{type(error).__name__}: {error}"[:200]}
-            print(json.dumps({"task": number, **line}), file=out, flush=True)
-            if any(word in line.get("failed", "").lower() for word in FATAL):
-                sys.exit(3)  # the context is lost; the next process goes on
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def supervise(folder: Path, deadline: float) -> None:
-    """Workers until every task has its line or the time is over; a task that took its worker down fails, and so does
-    every other of that kernel."""
-    tasks, results = json.loads((folder / "tasks.json").read_text()), folder / "results.jsonl"
-
-    def fail(number: int, why: str) -> None:
-        told = {line["task"] for line in read_lines(results)}
-        same = [(t["kind"], t["affine"], t["config"]) for t in tasks]
-        with results.open("a") as out:
-            for i, key in enumerate(same):
-                if i not in told and key == same[number]:
-                    print(json.dumps({"task": i, "failed": why}), file=out)
-
-    while time.time() < deadline and len(read_lines(results)) < len(tasks):
-        (folder / "now").write_text("-1")
-        process = subprocess.Popen([sys.executable, __file__, "--work", "--out", str(folder)])
-        last, number, silent_since = "", 0, time.time()
-        why = ""
-        while process.poll() is None:
-            time.sleep(0.2)
-            now = (folder / "now").read_text() + str(results.stat().st_size if results.exists() else 0)
-            if now != last:
-                last, silent_since = now, time.time()
-            patience = SILENT_SECONDS * (3 if now.startswith("-1") else 1)  # imports, and the first of CUDA
-            if time.time() - silent_since > patience or time.time() > deadline:
-                why = "hung" if time.time() <= deadline else "out of time"
-                process.kill()
-                process.wait()
-        if process.returncode == 0 or why == "out of time":
-            continue
-        number = int((folder / "now").read_text() or -1)
-        if number < 0:
-            print(f"the worker ended with {process.returncode} before its first task")
-            return
-        fail(number, why or f"worker ended with {process.returncode}")
-
-
 def is_right(result: dict[str, Any]) -> bool:
     errors = (result["error"], result.get("ragged_error", 0.0))
     bf16 = result["config"][-1] if result["kind"] in ("few", "tile") else 0
@@ -375,20 +295,17 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.out
     if arguments.work:
-        work(folder)
+        work(folder, Worker(folder).run)
         return
-    start = time.time()
-    all_rows = [int(r) for r in arguments.rows.split(",")]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tasks.json").write_text(json.dumps(list_tasks(all_rows)))
-    (folder / "results.jsonl").unlink(missing_ok=True)
-    for file, complaint in compile_all(folder, all_rows, os.cpu_count() or 1).items():
-        print(f"{file}: {complaint}")
-    print(f"compiled in {time.time() - start:.0f} s", flush=True)
-    supervise(folder, start + arguments.seconds)
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
-    machine = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    print(machine, f"{time.time() - start:.0f} s in all")
+    all_rows = [int(rows) for rows in arguments.rows.split(",")]
+
+    def compiled(folder: Path, workers: int) -> dict[str, str]:
+        return compile_all(folder, all_rows, workers)
+
+    def kind(task: dict[str, Any]) -> Any:
+        return task["kind"], task["affine"], task["config"]
+
+    machine = measure(Path(__file__), folder, list_tasks(all_rows), compiled, arguments.seconds, kind)
     report(folder, machine)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from graph_times import capture, replays_us
 from torch import Tensor
 
 from service.kernels.w4_linear import Row, Shape, Weight, load, plan
@@ -97,22 +98,7 @@ def bound(weight: Weight, variant: Variant) -> Product:
 
 def graph_us(launches: Sequence[Callable[[], Tensor]]) -> float:
     """Median microseconds of all of them, captured one behind the other."""
-    for launch in launches:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    times = []
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[2:])
+    return statistics.median(replays_us(capture(launches)))
 
 
 def alone_us(weight: Weight, variant: Variant, x: Tensor, want: Tensor) -> float:

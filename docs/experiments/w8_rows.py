@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from graph_times import capture, replays_us
 from torch import Tensor
 from w8_problem import THRESHOLD, bits
 
@@ -127,20 +128,7 @@ def emulate() -> bool:
 
 def time(launches: list[Callable[[], None]]) -> float:
     """Median microseconds of a launch; one graph replays all of them in turn."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    times = []
-    for i in range(15):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / len(launches))
-    return statistics.median(times)
+    return statistics.median(replays_us(capture(launches), 12)) / len(launches)
 
 
 def measure(folder: Path) -> bool:

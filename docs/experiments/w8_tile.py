@@ -13,9 +13,7 @@ import ctypes
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,14 +22,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from graph_times import capture, replays_us
 from w8_variants import INT8, SHAPES, Kernel, all_kernels, cut, kernels_for
+from workers import measure, read_lines, work
 
 COUNTS = (32, 0, 3, 256)  # outlier columns
 ROTATED_BYTES = 256 << 20
 X_OUT_COLUMNS = 512
 # relative, in norm, of int8 and of FP8; rounding the result is 2.1e-4 in float16, 1.7e-3 in bfloat16 as torch._scaled_mm's
 LARGEST_ERROR, LARGEST_BFLOAT16_ERROR = {0: 4e-4, 1: 1e-3}, 3e-3
-SILENT_SECONDS = 40  # of a worker, before it counts as hung
 UINT8, SWIZZLE_128, PROMOTE_256 = 0, 3, 3  # CU_TENSOR_MAP_*
 
 
@@ -158,27 +157,7 @@ class Worker:
 
     def time(self, launches: list[Callable[[], Any]]) -> float:
         """Median microseconds of a launch; one graph replays all of them in turn."""
-        torch = self.torch
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for launch in launches:
-                launch()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(2):
-                for launch in launches:
-                    launch()
-        times = []
-        for i in range(12):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if i >= 3:
-                times.append(start.elapsed_time(end) * 1e3 / len(launches) / 2)
-        return statistics.median(times)
+        return statistics.median(replays_us(capture(launches * 2))) / len(launches) / 2
 
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
         self.set_place(task["shape"], task["rows"])
@@ -235,57 +214,12 @@ class Worker:
         return {"us": {"32": us}, "errors": {32: error}, "same": True, "idle_counters": True}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def work(folder: Path) -> None:
-    """Tasks of tasks.json that no line of results.jsonl tells of, in order."""
-    tasks, results = json.loads((folder / "tasks.json").read_text()), folder / "results.jsonl"
-    done = {line["task"] for line in read_lines(results)}
-    worker = Worker(folder)
-    with results.open("a") as out:
-        for number, task in enumerate(tasks):
-            if number in done:
-                continue
-            (folder / "now").write_text(str(number))
-            try:
-                line = worker.run(task)
-            except Exception as error:
-                line = {"failed": f"{type(error).__name__}: {error}"[:200]}
-            print(json.dumps({"task": number, **line}), file=out, flush=True)
-            if "failed" in line and "CUDA" in line["failed"]:
-                sys.exit(3)  # the context may be lost; the next process goes on
-
-
-def supervise(folder: Path, deadline: float) -> None:
-    """Workers until every task has its line; a kernel that took its worker down is not tried again."""
-    tasks, results = json.loads((folder / "tasks.json").read_text()), folder / "results.jsonl"
-    while time.time() < deadline and len(read_lines(results)) < len(tasks):
-        (folder / "now").write_text("-1")
-        process = subprocess.Popen([sys.executable, __file__, "--work", "--out", str(folder)])
-        last, silent_since, why = "", time.time(), ""
-        while process.poll() is None:
-            time.sleep(0.1)
-            now = (folder / "now").read_text() + str(results.stat().st_size if results.exists() else 0)
-            if now != last:
-                last, silent_since = now, time.time()
-            if time.time() - silent_since > SILENT_SECONDS or time.time() > deadline:
-                why = "hung" if time.time() <= deadline else "out of time"
-                process.kill()
-                process.wait()
-        number = int((folder / "now").read_text() or -1)
-        if process.returncode == 0 or why == "out of time":
-            return
-        if number < 0:
-            print(f"the worker ended with {process.returncode} before its first task")
-            return
-        told = {line["task"] for line in read_lines(results)}
-        with results.open("a") as out:
-            for i, task in enumerate(tasks):
-                if i not in told and task["kernel"] == tasks[number]["kernel"]:
-                    why = why or f"worker ended with {process.returncode}"
-                    print(json.dumps({"task": i, "failed": why}), file=out)
+def compile_all(folder: Path, workers: int) -> dict[str, str]:
+    """-> the complaint about each kernel that has one."""
+    with ThreadPoolExecutor(workers) as pool:
+        complaints = pool.map(lambda kernel: kernel.compile(folder), all_kernels())
+        told = zip(all_kernels(), complaints, strict=True)
+        return {kernel.file: complaint for kernel, complaint in told if complaint}
 
 
 def name_of(task: dict[str, Any]) -> str:
@@ -369,21 +303,17 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.out
     if arguments.work:
-        work(folder)
+        work(folder, Worker(folder).run)
         return
-    start, all_rows = time.time(), [int(r) for r in arguments.rows.split(",")]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tasks.json").write_text(json.dumps(tasks_for(all_rows)))
-    (folder / "results.jsonl").unlink(missing_ok=True)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for kernel, complaint in zip(
-            all_kernels(), pool.map(lambda kernel: kernel.compile(folder), all_kernels()), strict=True
-        ):
-            if complaint:
-                print(f"{kernel.file}: {complaint}")
-    print(f"compiled in {time.time() - start:.0f} s", flush=True)
-    supervise(folder, start + arguments.seconds)
-    print(f"{time.time() - start:.0f} s in all")
+    all_rows = [int(rows) for rows in arguments.rows.split(",")]
+    measure(
+        Path(__file__),
+        folder,
+        tasks_for(all_rows),
+        compile_all,
+        arguments.seconds,
+        lambda task: task["kernel"],
+    )
     report(folder, all_rows)
 
 

@@ -12,8 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SILENT_SECONDS = 20  # of a worker, before it counts as hung
-FATAL = ("illegal", "launch failure", "trap", "unspecified", "misaligned", "uncorrectable", "instruction")
+SILENT_SECONDS = 40  # of a worker, before it counts as hung
+FATAL = (
+    "cuda error",
+    "illegal",
+    "launch failure",
+    "trap",
+    "unspecified",
+    "misaligned",
+    "uncorrectable",
+    "instruction",
+)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -45,10 +54,12 @@ def measure(
     tasks: list[dict[str, Any]],
     compile_all: Callable[[Path, int], dict[str, str]],
     seconds: float,
+    kind: Callable[[dict[str, Any]], Any] | None = None,
 ) -> str:
     """Compiles into `folder`, has `script` work on the tasks for what is left of `seconds`. -> what machine that was.
 
-    `compile_all`: folder and number of compilers at once -> the complaint about each variant that has one.
+    `compile_all`: folder and number of compilers at once -> the complaint about each variant that has one. `kind`: as for
+    `supervise`.
     """
     start = time.time()
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,18 +68,24 @@ def measure(
     for name, complaint in compile_all(folder, os.cpu_count() or 1).items():
         print(f"{name}: {complaint}")
     print(f"compiled in {time.time() - start:.0f} s", flush=True)
-    supervise(script, folder, start + seconds)
+    supervise(script, folder, start + seconds, kind)
     query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.sm", "--format=csv,noheader"]
     machine = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     print(machine, f"{time.time() - start:.0f} s in all")
     return machine
 
 
-def supervise(script: Path, folder: Path, deadline: float) -> None:
-    """Workers (`script --work`) until every task has its line or the time is over; a task that took its worker down fails."""
-    num_tasks, results = len(json.loads((folder / "tasks.json").read_text())), folder / "results.jsonl"
+def supervise(
+    script: Path, folder: Path, deadline: float, kind: Callable[[dict[str, Any]], Any] | None = None
+) -> None:
+    """Workers (`script --work`) until every task has its line or the time is over.
+
+    A task that took its worker down fails, and with it all others of the same `kind`; None: of its own alone.
+    """
+    tasks, results = json.loads((folder / "tasks.json").read_text()), folder / "results.jsonl"
+    kinds = [kind(task) if kind else number for number, task in enumerate(tasks)]
     now = folder / "now"
-    while time.time() < deadline and len(read_lines(results)) < num_tasks:
+    while time.time() < deadline and len(read_lines(results)) < len(tasks):
         now.write_text("-1")
         process = subprocess.Popen([sys.executable, str(script), "--work", "--out", str(folder)])
         last, silent_since, why = "", time.time(), ""
@@ -86,7 +103,10 @@ def supervise(script: Path, folder: Path, deadline: float) -> None:
         if number < 0:
             print(f"the worker ended with {process.returncode} before its first task")
             return
-        if process.returncode and number not in {line["task"] for line in read_lines(results)}:
+        if process.returncode and why != "out of time":
+            told = {line["task"] for line in read_lines(results)}
             with results.open("a") as out:
-                line = {"task": number, "failed": why or f"ended with {process.returncode}"}
-                print(json.dumps(line), file=out)
+                for other, each in enumerate(kinds):
+                    if each == kinds[number] and other not in told:
+                        line = {"task": other, "failed": why or f"ended with {process.returncode}"}
+                        print(json.dumps(line), file=out)
