@@ -54,7 +54,7 @@ def test_a_program_is_compiled_once(compiler: Compiler, program: Program) -> Non
     assert cubins.cubin(program) == cubins.cubin(program) == b"code 1"
     ((name, source, headers, options),) = compiler.asked
     assert (name, source) == ("twice FACTOR=2", KERNEL)
-    assert set(headers) == {"stdint.h", "machine.h", "wgmma_registers.h"}
+    assert set(headers) == {"stdint.h", "machine.h", "wgmma_operands.h", "wgmma_registers.h"}
     assert options == ["--gpu-architecture=sm_90a", "--std=c++17", "-DFACTOR=2"]
 
 
