@@ -4,7 +4,7 @@ import ctypes
 import statistics
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,28 +64,24 @@ ROWS_KERNELS = {False: fp8.quantize_kernel, True: releasing_first(fp8.quantize_k
 class Way:
     """How the kernels between the linears are launched."""
 
-    first: bool = False
+    early: frozenset[str] = (
+        frozenset()
+    )  # linears before which rows let their successor begin before they wait
     carveout: bool = False
 
     def __str__(self) -> str:
-        return (
-            "both"
-            if self.first and self.carveout
-            else "first"
-            if self.first
-            else "carveout"
-            if self.carveout
-            else "as served"
-        )
+        if not self.early:
+            return "carveout" if self.carveout else "as served"
+        return "both" if self.carveout else "first"
 
 
-AS_SERVED = Way()
-WAYS = (AS_SERVED, Way(first=True), Way(first=True, carveout=True), Way(carveout=True))
+AS_SERVED, EVERYWHERE = Way(), frozenset(SHAPES)
+WAYS = (AS_SERVED, Way(EVERYWHERE), Way(EVERYWHERE, carveout=True), Way(carveout=True))
 
 
 @contextmanager
-def launched(way: Way) -> Iterator[None]:
-    fp8.quantize_kernel = ROWS_KERNELS[way.first]
+def rows_kernel(is_first: bool) -> Iterator[None]:
+    fp8.quantize_kernel = ROWS_KERNELS[is_first]
     try:
         yield
     finally:
@@ -224,7 +220,7 @@ class Bench:
         )
         return y.view(self.rows, HIDDEN)
 
-    def layers(self, choices: dict[str, Choice]) -> list[Product]:
+    def layers(self, choices: dict[str, Choice], early: Collection[str] = ()) -> list[Product]:
         """-> the products of the last."""
         hidden, delta, products = self.x, self.x, []
         for layer in range(LAYERS):
@@ -235,19 +231,26 @@ class Bench:
                     products.append(Product(self.weights[layer][name], *coded, y))
                 return y
 
-            hidden, coded = fp8.quantize_normed(hidden, delta, self.gain, EPS)
+            with rows_kernel("qkv" in early):
+                hidden, coded = fp8.quantize_normed(hidden, delta, self.gain, EPS)
             attended = self.attend(multiply("qkv", coded), layer)
-            delta = multiply("o", fp8.quantize_rows(attended))
-            hidden, coded = fp8.quantize_normed(hidden, delta, self.gain, EPS)
-            delta = multiply("down", fp8.quantize_gated(multiply("gate_up", coded)))
+            with rows_kernel("o" in early):
+                coded = fp8.quantize_rows(attended)
+            delta = multiply("o", coded)
+            with rows_kernel("gate_up" in early):
+                hidden, coded = fp8.quantize_normed(hidden, delta, self.gain, EPS)
+            gate_up = multiply("gate_up", coded)
+            with rows_kernel("down" in early):
+                coded = fp8.quantize_gated(gate_up)
+            delta = multiply("down", coded)
         return products
 
     def chain(self, choices: dict[str, Choice], way: Way = AS_SERVED) -> float:
         """Microseconds a layer; negative where a result is wrong."""
-        with launched(way):
-            self.layers(choices)  # compiles what is not yet
-            ask_for_shared_memory(LARGEST if way.carveout else DEFAULT)
-            us, products = graph_us(partial(self.layers, choices))
+        run = partial(self.layers, choices, way.early)
+        run()  # compiles what is not yet
+        ask_for_shared_memory(LARGEST if way.carveout else DEFAULT)
+        us, products = graph_us(run)
         return signed(us / LAYERS, products, self.workspace[1])
 
     def alone(self, choice: Choice, name: str) -> float:

@@ -57,6 +57,10 @@ class Nobody:
 Choice = ByTiles | ByTriton | ByTorch | Nobody
 
 
+# rows of a tile; stages for 128 outputs, for 256, for one warpgroup of 128, and for that with two blocks a multiprocessor
+RINGS = ((16, 10, 6, 11, 5), (32, 9, 5, 10, 5), (64, 8, 5, 8, 4))
+
+
 def tiles(narrow: Kernel, wide: Kernel | None = None) -> dict[str, Choice]:
     """Of narrow linears what does not fill a round of the grid is cut; of the wide one too, if it has no kernel of its own."""
     return {
@@ -70,7 +74,7 @@ def candidates(rows: int) -> dict[str, dict[str, Choice]]:
         "Triton": dict.fromkeys(SHAPES, ByTriton()),
         "_scaled_mm": dict.fromkeys(SHAPES, ByTorch()),
     }
-    tile, deep, deep_wide, deepest, small = (16, 10, 6, 11, 5) if rows <= 16 else (64, 8, 5, 8, 4)
+    tile, deep, deep_wide, deepest, small = next(told for told in RINGS if rows <= told[0])
 
     def usual(ahead: int = 0, **knobs: int) -> dict[str, Choice]:
         narrow = Kernel(1, tile, 1, deep, bf16=1, ahead=ahead, **knobs)
