@@ -15,11 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import triton
-import triton.language as tl
 from fp8_variants import MULTIPROCESSORS, ByTiles, ByTorch, ByTriton, Choice, Nobody
 from graph_times import replays_us
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from w8_variants import SHAPES, Kernel, cut
 
 from service.engine.kernels_ahead import META
@@ -40,17 +38,10 @@ LARGEST_ERROR = 3e-3  # relative, in norm, with the rounding to bfloat16, which 
 CARVEOUT, DEFAULT, LARGEST = 9, -1, 100  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, per cent
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def release_then_await(is_dependent: tl.constexpr):  # type: ignore[no-untyped-def]
-    if is_dependent:
-        gdc_launch_dependents()
-        gdc_wait()
-
-
 def releasing_first(kernel: Any) -> Any:
     """A copy of a kernel in Triton whose successor may begin before it has waited itself."""
     told = kernel.fn
-    names = told.__globals__ | {"await_predecessor": release_then_await}
+    names = told.__globals__ | {"await_then_release": launching.await_predecessor}
     copy = types.FunctionType(told.__code__, names, told.__name__, told.__defaults__, told.__closure__)
     copy.__annotations__, copy.__module__ = told.__annotations__, told.__module__
     copy.__qualname__ = told.__qualname__

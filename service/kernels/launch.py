@@ -5,10 +5,16 @@ looks up anew each time, which took longer than the launch itself; `launch` does
 arguments.
 
 Programmatic dependent launch: a kernel is placed on the device while the one before it still works. Every
-kernel begins with `await_predecessor`, so that what it reads is complete and what it overwrites is no longer
-read; only what no kernel writes (a weight) may be fetched before. The call comes first and unconditionally: a
-program that ends without it would let its successor overtake its predecessor. Source: CUDA C++ Programming
-Guide, "Programmatic Dependent Launch and Synchronization".
+kernel begins with `await_predecessor` (or `await_then_release`), so that what it reads is complete and what
+it overwrites is no longer read; only what no kernel writes (a weight) may be fetched before. The call comes
+first and unconditionally: a program that ends without it would let its successor overtake its predecessor.
+Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
+
+It lets the successor begin before it has waited itself. A kernel that is over has waited for its predecessor,
+so whoever waits for one has waited for all before it; and a successor is placed only when every program of
+its predecessor is, so that it takes no place from it. When a kernel begins, then, all before it may still be
+at work, back to the last that was launched plainly, as torch does: kernels/decode_attention, which reads more
+than weights before its wait, says why it may.
 """
 
 from collections.abc import Sequence
@@ -44,6 +50,16 @@ _compiled: dict[tuple[Any, ...], Any] = {}  # what Triton compiled for a kind of
 
 @triton.jit  # type: ignore[untyped-decorator]
 def await_predecessor(is_dependent: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The successor's programs take their places, and ask for weights, while the predecessor still works."""
+    if is_dependent:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def await_then_release(is_dependent: tl.constexpr):  # type: ignore[no-untyped-def]
+    """For 8-bit linears of few rows in Triton and the kernels that make their rows: where such a linear's
+    programs are placed earlier, a layer takes longer (docs/experiments.md, section 5)."""
     if is_dependent:
         gdc_wait()
         gdc_launch_dependents()

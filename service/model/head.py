@@ -27,7 +27,11 @@ class Embedding(nn.Module):
         self.register_buffer("weight", self.table.packed if self.table else weight)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """int64 [T] -> [T, hidden]."""
+        """int64 [T] -> [T, hidden].
+
+        On a GPU by torch's kernel, which keeps a step's layers apart from what precedes them, for
+        kernels/decode_attention.
+        """
         return self.table.rows(token_ids) if self.table else F.embedding(token_ids, self.weight)
 
     def bytes(self) -> int:

@@ -64,7 +64,6 @@ STEPS = (
     Step("w16-tile", 100, ("docs/experiments/w16_tile.py", "--out", "OUT/w16-tile")),
     Step("w16-beside", 90, ("docs/experiments/w16_beside.py", "--out", "OUT/w16-beside")),
     Step("fp8-chain", 100, ("docs/experiments/fp8_chain.py", "--seconds", "90")),
-    Step("release-first", 120, ("docs/experiments/release_first.py", "--out", "OUT/release-first")),
     Step("w16-algorithms", 100, ("docs/experiments/w16_algorithms.py", "--out", "OUT/w16-algorithms")),
     Step(
         "w4-rings",

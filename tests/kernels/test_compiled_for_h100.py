@@ -21,6 +21,7 @@ from service.kernels.dense_linear.triton import STAGES, TILE_IN, TILE_OUT, strea
 from service.kernels.fixed_linear.triton import FEW, MANY, fixed_kernel
 from service.kernels.fp8_linear import plan as fp8_plan, triton as fp8
 from service.kernels.int8_linear import plan as int8_plan, triton as int8
+from service.kernels.int8_rows import triton as int8_rows
 from service.kernels.kv_codes.triton import unpack_kernel
 from service.kernels.paged_attention.triton import decode_kernel, prefill_kernel
 from service.kernels.rotary_kv.triton import rotary_kv_kernel
@@ -83,6 +84,18 @@ def few(kernel, plan, constants, codes, parts):
     types["parts_ptr"] = parts
     return ptx(kernel, kind | shape | constants, tile.num_warps, tile.num_stages, **types)
 
+def rows_of_int8(marks):
+    kind = {"SOURCE": "x", "ADDS": False, "BY_ROW": True, "HAS_OUTLIERS": True, "LISTS": False}
+    kind |= {"MARKS": marks, "KEEPS": marks, "CLEARED": 0, "LEVELS": 1}
+    shape = {"WIDTH": 1024, "TILE": 1024, "IS_DEPENDENT": True}
+    types = {"slots_ptr": "*i64", "flags_ptr": "*i32", "codes_ptr": "*i8", "scales_ptr": "*fp32"}
+    types |= {"counts_ptr": "*i64", "cleared_ptr": "*i32", "slot_stride": "i32", "first_slot": "i32"}
+    return ptx(int8_rows.quantize_kernel, kind | shape, 2, 3, **types, threshold="fp32")
+
+def rows_of_fp8():
+    shape = {"SOURCE": "x", "ADDS": False, "WIDTH": 1024, "TILE": 1024, "LARGEST": 448, "IS_DEPENDENT": True}
+    return ptx(fp8.quantize_kernel, shape, 2, 3, codes_ptr="*fp8e4nv", scales_ptr="*fp32")
+
 norm = {"ADDS": True, "WIDTH": 4096, "COLUMNS": 4096, "ROWS": 1, "IS_DEPENDENT": True}
 rows = {"CHUNKS": 32, "PADDED": 32, "CHUNK": 4096, "IS_DEPENDENT": True}
 print(json.dumps({
@@ -107,6 +120,9 @@ print(json.dumps({
     "fixed_many": fixed(MANY, False),
     "int8": few(int8.few_rows_kernel, int8_plan, {"LEVELS": 3}, "*i8", "*i32"),
     "fp8": few(fp8.few_rows_kernel, fp8_plan, {}, "*fp8e4nv", "*fp32"),
+    "int8_rows": rows_of_int8(False),
+    "int8_rows_for_tiles": rows_of_int8(True),
+    "fp8_rows": rows_of_fp8(),
     "norm": ptx(add_rms_norm_kernel, norm, 8, 3),
 }))
 """
@@ -201,7 +217,7 @@ PREFETCHING = ("stream", "int8", "fp8")
     "kernel",
     [
         "decode", "coded_decode", "prefill", "coded_prefill", "scaled_prefill", "unpack", "rotary",
-        "rotary_int8", "fixed", "fixed_many", "norm", *PREFETCHING,
+        "rotary_int8", "fixed", "fixed_many", "norm", "int8_rows", "fp8_rows", *PREFETCHING,
     ],
 )  # fmt: skip
 def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], kernel: str) -> None:
@@ -210,3 +226,13 @@ def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], 
     assert first is not None
     assert wait < first.start()
     assert ("prefetch.global.L2" in ptx[kernel][:wait]) is (kernel in PREFETCHING)
+
+
+def test_who_lets_its_successor_begin_before_it_waits(ptx: dict[str, str]) -> None:
+    """All but the 8-bit linears of few rows in Triton, and the kernels that make their rows."""
+    waiting = {
+        name
+        for name, text in ptx.items()
+        if text.index("griddepcontrol.wait") < text.index("griddepcontrol.launch_dependents")
+    }
+    assert waiting == {"int8", "fp8", "int8_rows", "fp8_rows"}

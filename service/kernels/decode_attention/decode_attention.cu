@@ -11,11 +11,10 @@
 //   lengths and tables   the first kernel of this step (row_state), or a copy from the host before it
 //   pages                this kernel in an earlier step, or kernels/rotary_kv with prompts. The page of the new token is read
 //                        too, but of its row, which this launch writes, nothing is used: it is put into the copy
-// All of them are over. This launch can only begin when every block of its predecessor (the linear of q, k and v) has, and
-// that one only when every block of the norm before it has passed its own wait, for embedding or the layer before: of the
-// kernels between two attentions only linears release their successor before they wait, and no two linears follow each
-// other. Whatever the norm has waited for has waited in turn for all before it. In a step with prompts kernels/rotary_kv
-// stands between: it writes pages of prompts and, where the step is captured, the rows of new tokens, of which nothing is
+// All of them are over, although the kernels before this one may all release their successors before they wait. A step's
+// layers come behind its embedding, which torch launches plainly, as it does copies: it begins when everything before it is
+// over, and what comes behind begins when it is. In a step with prompts kernels/rotary_kv stands between: it writes pages of
+// prompts, which none that decodes here reads, and, where the step is captured, the rows of new tokens, of which nothing is
 // used here before the wait, and which this launch writes once more.
 #include "operands.h"
 #include "rows.h"

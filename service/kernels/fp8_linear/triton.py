@@ -16,7 +16,7 @@ from service.kernels.fp8_linear.plan import FEW_ROWS, PLACES, tile_for
 from service.kernels.fp8_linear.reference import LARGEST
 from service.kernels.int8_linear.plan import Tile, splits_of
 from service.kernels.int8_rows.triton import held, magnitude_bits, numbers_of, summed
-from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
+from service.kernels.launch import await_then_release, cdiv, launch, next_power_of_2
 
 LINE_BYTES = 2 * LINE
 
@@ -38,7 +38,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     IS_DEPENDENT: tl.constexpr,
 ):
     """As kernels/int8_rows: what precedes the linear is made here, and a row is held while it is encoded."""
-    await_predecessor(IS_DEPENDENT)
+    await_then_release(IS_DEPENDENT)
     IS_HELD: tl.constexpr = WIDTH <= TILE  # noqa: N806
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([TILE], total_ptr.dtype.element_ty)
@@ -114,7 +114,7 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ahead], tl.int32, is_pure=False, pack=1
         )
-    await_predecessor(IS_DEPENDENT)
+    await_then_release(IS_DEPENDENT)
     rows = tl.arange(0, ROWS)
     is_row = rows < num_rows
     inputs = split * share + tl.arange(0, TILE_IN)

@@ -29,7 +29,7 @@ from service.kernels.int8_rows.triton import (
     quantize_normed,
     quantize_rows,
 )
-from service.kernels.launch import await_predecessor, cdiv, launch, next_power_of_2
+from service.kernels.launch import await_then_release, cdiv, launch, next_power_of_2
 from service.kernels.w8_linear import AFTER_ROWS, Tiles
 
 LINE_BYTES = 2 * LINE
@@ -87,7 +87,7 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ahead], tl.int32, is_pure=False, pack=1
         )
-    await_predecessor(IS_DEPENDENT)
+    await_then_release(IS_DEPENDENT)
     place = tl.arange(0, PLACES)
     level = place // ROWS
     row = place % ROWS
@@ -201,7 +201,7 @@ def many_rows_kernel(  # type: ignore[no-untyped-def]
     LARGEST_OUTLIER: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    await_predecessor(IS_DEPENDENT)
+    await_then_release(IS_DEPENDENT)
     # neighbours share the outputs, whose weights so are read from memory once
     tiles_of_rows = tl.cdiv(num_rows, TILE_ROWS)
     rows = (tl.program_id(0) % tiles_of_rows) * TILE_ROWS + tl.arange(0, TILE_ROWS)

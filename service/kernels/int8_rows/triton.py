@@ -19,7 +19,7 @@ from service.kernels.int8_columns.triton import (
     zeroed_flags,
 )  # fmt: skip
 from service.kernels.int8_rows import ALL_LIVE, Live, Marks, OutlierRule
-from service.kernels.launch import await_predecessor, launch, next_power_of_2
+from service.kernels.launch import await_predecessor, await_then_release, launch, next_power_of_2
 
 MOST_NUMBERS = 16384  # of a row that a program holds: longer rows are read twice, in parts
 NUMBERS_OF_WARP = 512  # sixteen a thread
@@ -143,7 +143,10 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
 ):
-    await_predecessor(IS_DEPENDENT)
+    if MARKS:  # for tiles in CUDA C++, one a multiprocessor
+        await_predecessor(IS_DEPENDENT)
+    else:
+        await_then_release(IS_DEPENDENT)
     IS_HELD: tl.constexpr = WIDTH <= TILE  # noqa: N806
     row = tl.program_id(0).to(tl.int64)
     live = tl.load(slots_ptr + row * slot_stride) >= first_slot
