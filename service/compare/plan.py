@@ -193,16 +193,27 @@ def slug(precision: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=]+", "_", precision)
 
 
-def weights_stamp(model_path: Path) -> dict[str, list[int]]:
-    """Name -> size and time of each file of the checkpoint: cheap, and changes when the weights do."""
-    files = sorted(path for path in model_path.iterdir() if path.suffix in (".safetensors", ".json"))
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+def weights_stamp(model_path: Path) -> dict[str, str | list[int]]:
+    """Name -> what tells a checkpoint's file from another: of weights size and time, which is cheap; of the
+    rest the bytes, for a preset that was installed anew has another time."""
+    found: dict[str, str | list[int]] = {}
+    for path in sorted(model_path.iterdir()):
+        if path.suffix == ".safetensors":
+            found[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
+        elif path.suffix == ".json":
+            found[path.name] = digest(path)
+    return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of its bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def file_stamp(name: str, option: str) -> str:
-    """SHA-256 of a file's bytes; SettingError that names `option` where it has none to read."""
+    """`digest`; SettingError that names `option` where there is nothing to read."""
     try:
-        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        return digest(Path(name))
     except OSError as error:
         raise SettingError(
             f"`{option} {name}` cannot be read: {(error.strerror or 'unknown reason').lower()}",

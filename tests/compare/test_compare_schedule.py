@@ -1,6 +1,7 @@
 """Which turns a comparison takes, and what stays of them: order, failures, more repeats, resuming."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from service.compare.mode import Advance, Finished, Job
 from service.compare.options import CompareOptions, parse_levels
+from service.compare.plan import weights_stamp
 from service.compare.report import Report, shipped_schema
 from service.errors import HalftoneError, PrecisionError, SettingError, ShortageError, SystemProblem
 from tests.compare.fake_load import Behaviour, FakeTurns, no_room
@@ -266,3 +268,17 @@ def test_files_are_read_before_anything_starts(
     assert f"`--{option} {path}`" in caught.value.message
     assert f"`--{option}`" in caught.value.hint
     assert not (tmp_path / "report").exists()
+
+
+def test_weights_are_told_by_time_and_what_describes_them_by_its_bytes(tmp_path: Path) -> None:
+    """A preset that was installed anew is the same; so a run goes on."""
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config.write_text("{}")
+    weights.write_bytes(bytes(8))
+    before = weights_stamp(tmp_path)
+    os.utime(config, (1, 1))
+    assert weights_stamp(tmp_path) == before
+    os.utime(weights, (1, 1))
+    assert weights_stamp(tmp_path)["model.safetensors"] != before["model.safetensors"]
+    config.write_text("[]")
+    assert weights_stamp(tmp_path)["config.json"] != before["config.json"]
