@@ -38,8 +38,10 @@ class BatchDefaults:
 
     max_batch_tokens: int
     max_batch_requests: int
-    # of max_batch_tokens, while few decode and while a crowd waits: engine/scheduler
+    # of max_batch_tokens, while few decode and while a crowd waits: engine/scheduler. The former for products of
+    # 16-bit numbers (of 8-bit ones they take half the time), with weights as they are and with decoded ones
     few_share: float = 1.0
+    few_share_decoded: float = 1.0
     crowd_factor: int = 1
 
 
@@ -104,8 +106,15 @@ def device_uuid(device: torch.device) -> str:
 
 
 def batch_defaults(device: torch.device) -> BatchDefaults:
-    """A step stays short enough for the others to stream on; a GPU needs a wide one to be busy."""
-    return BatchDefaults(1024, 256, 0.75, 2) if device.type == "cuda" else BatchDefaults(512, 64)
+    """A step stays short enough for the others to stream on; a GPU needs a wide one to be busy.
+
+    What decodes in a step with prompts costs next to nothing, where a decode alone reads all weights. So of
+    16-bit weights shorter and more steps make as many tokens a second. Codes are read in a third of that time
+    or less: of them such steps make fewer, by a simulation (docs/experiments.md, section 5).
+    """
+    if device.type != "cuda":
+        return BatchDefaults(512, 64)
+    return BatchDefaults(1024, 256, few_share=0.5, few_share_decoded=0.75, crowd_factor=2)
 
 
 def runs_behind(device: torch.device) -> bool:

@@ -37,7 +37,7 @@ from service.model.batch import BLOCK_TOKENS, PagedKV
 from service.model.checkpoint import TensorSource
 from service.model.instance import ModelInstance, Progress
 from service.model.random_weights import RandomWeights, save_random
-from service.precision.base import Activation, Backend
+from service.precision.base import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def start(
     likelihood = LikelihoodCheck.of(source, Path(config.tokenizer or source.path))
     dtype = DTYPES.get(config.dtype) or backend.activation_dtype(device, source.dtype)
     max_batch_tokens, max_batch_requests, few_batch_tokens, crowd_batch_tokens = batch_limits(
-        config, device, backend.activation
+        config, device, backend
     )
     is_gpu = devices.runs_behind(device)
     ahead: KernelsAhead | None = None
@@ -214,9 +214,7 @@ def load(
         )
 
 
-def batch_limits(
-    config: EngineConfig, device: torch.device, activation: Activation
-) -> tuple[int, int, int, int]:
+def batch_limits(config: EngineConfig, device: torch.device, backend: Backend) -> tuple[int, int, int, int]:
     """-> tokens and requests of one step, and its tokens while few decode and while a crowd waits.
 
     Each request that decodes needs a token of the budget; a budget that was set holds for all of them.
@@ -231,8 +229,9 @@ def batch_limits(
         )
     if config.max_batch_tokens:
         return tokens, requests, tokens, tokens
-    # products of 8-bit numbers take half the time: a whole step of them is no longer than that share of one
-    few_share = defaults.few_share if activation == "16bit" else 1.0
+    few_share = defaults.few_share_decoded if backend.decodes_weights else defaults.few_share
+    if backend.activation != "16bit":
+        few_share = 1.0
     return tokens, requests, int(tokens * few_share), tokens * defaults.crowd_factor
 
 

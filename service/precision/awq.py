@@ -66,6 +66,7 @@ class AWQ:
 
     name = "awq"
     activation: Activation = "16bit"
+    decodes_weights = True
     quantizer: str | None = "awq"
     codebook_bytes = 0
 

@@ -91,6 +91,7 @@ class Backend(Protocol):
     options: Options
     canonical: str  # flag, metric label, report column
     activation: Activation
+    decodes_weights: bool  # on their way into a product of 16-bit numbers
     codebook_bytes: int  # of tables that all layers share
     quantizer: str | None  # step of service/quantize that makes this mode's checkpoint from a 16-bit one
 

@@ -63,6 +63,7 @@ class INT3(InFlight):
 
     name = "int3"
     activation: Activation = "16bit"
+    decodes_weights = True
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: INT3Options = check_options(spec, INT3Options)

@@ -218,6 +218,7 @@ class NF4(InFlight):
 
     name = "nf4"
     activation: Activation = "16bit"
+    decodes_weights = True
 
     def __init__(self, spec: PrecisionSpec) -> None:
         self.options: NF4Options = check_options(spec, NF4Options)

@@ -19,6 +19,7 @@ class InFlight:
 
     quantizer: str | None = None
     codebook_bytes = 0
+    decodes_weights = False
 
     @classmethod
     def written_as(cls, quantization: Mapping[str, Any]) -> str | None:
