@@ -38,11 +38,11 @@ class BatchDefaults:
 
     max_batch_tokens: int
     max_batch_requests: int
-    # of max_batch_tokens, while few decode and while a crowd waits: engine/scheduler. The former for products of
-    # 16-bit numbers (of 8-bit ones they take half the time), with weights as they are and with decoded ones
+    # of max_batch_tokens, while few decode: of 16-bit weights, and of codes that become 16-bit numbers.
+    # Products of 8-bit numbers take half the time, and have all of it.
     few_share: float = 1.0
     few_share_decoded: float = 1.0
-    crowd_factor: int = 1
+    crowd_factor: int = 1  # likewise, while a crowd waits: engine/scheduler
 
 
 def resolve(asked: Literal["auto", "cuda", "cpu"]) -> torch.device:
