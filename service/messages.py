@@ -256,6 +256,7 @@ class Paired(msgspec.Struct, array_like=True):
     tokens: int  # positions that both scored
     mean: float
     standard_error: float  # of the mean, windows taken as independent
+    windows: int  # that it is over
 
 
 class WindowScores(msgspec.Struct, array_like=True):

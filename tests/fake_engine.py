@@ -303,7 +303,9 @@ class FakeEngine:
         }
         answer = Evaluated(message.id, total, total, {m: 2.995732 * n for m, n in tokens.items()}, tokens)
         if "prefill" in tokens:
-            answer.paired = {mode: Paired(n, 0.0, 0.001) for mode, n in tokens.items() if mode != "prefill"}
+            answer.paired = {
+                mode: Paired(n, 0.0, 0.001, 8) for mode, n in tokens.items() if mode != "prefill"
+            }
         if message.reference:
             answer.kl_mean, answer.kl_tokens, answer.top1_agreement = 0.0123, scored, 0.97
         self.send(answer)

@@ -91,7 +91,12 @@ def agreement_of(evaluated: Evaluated) -> Agreement:
     prefill = decode1 * exp(-pairs[0].mean)
     # exp(mean) is the ratio of the perplexities, and also what a small error of the mean is multiplied by
     apart1, apart8 = (
-        Apart(change=expm1(pair.mean), standard_error=exp(pair.mean) * pair.standard_error) for pair in pairs
+        Apart(
+            change=expm1(pair.mean),
+            standard_error=exp(pair.mean) * pair.standard_error,
+            num_windows=pair.windows,
+        )
+        for pair in pairs
     )
     return Agreement(
         tokens=counts.pop(),

@@ -14,10 +14,10 @@ import msgspec
 
 from service import ledger
 from service.compare.figures import CONFIDENCE, Interval, Level, described
+from service.compare.statistics import student_t
 
 FORMAT = "halftone-report/2"
 MAX_DISAGREEMENT = 0.002
-MIN_STANDARD_ERRORS = 2.0
 
 
 class Mode(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +45,10 @@ class Apart(msgspec.Struct, frozen=True, kw_only=True):
     """A decode mode against prefill, paired token by token."""
 
     change: Annotated[float, described("decode / prefill - 1, of the perplexities")]
-    standard_error: Annotated[float, described("Of `change`, over windows: tokens of one move together")]
+    standard_error: Annotated[
+        float, described("Of `change`: what one window holds moves together, and what one token is predicted")
+    ]
+    num_windows: Annotated[int, described("0: an earlier report, which did not tell")] = 0
 
     @property
     def exceeds(self) -> bool:
@@ -54,8 +57,8 @@ class Apart(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_decided(self) -> bool:
-        """Further from 0 than chance takes it one time in twenty."""
-        return abs(self.change) > MIN_STANDARD_ERRORS * self.standard_error
+        """Further from 0 than chance takes it one time in twenty (Student's t over so few windows)."""
+        return abs(self.change) > student_t(max(self.num_windows - 1, 1)) * self.standard_error
 
     @property
     def is_flagged(self) -> bool:
@@ -75,7 +78,7 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     agrees: Annotated[
         bool,
         described(
-            f"False: a change is beyond {MAX_DISAGREEMENT} and beyond {MIN_STANDARD_ERRORS:g} standard errors"
+            f"False: a change is beyond {MAX_DISAGREEMENT}, and beyond its interval at {100 * CONFIDENCE:g} %"
         ),
     ]
 

@@ -254,7 +254,8 @@ class Evaluation:
         answer.nll[mode] = math.fsum(chain.from_iterable(nats))
         answer.tokens[mode] = sum(map(len, nats))
         if self._prefill and scored:
-            answer.paired[mode] = paired(nats, [window.nats for window in self._prefill])
+            targets = [window[1:] for window in self.message.windows]
+            answer.paired[mode] = paired(nats, [window.nats for window in self._prefill], targets)
 
     def _decode_step(self, decode: ForcedDecode, group: list[int], position: int) -> list[float]:
         """Feeds the token at `position` of each window -> nats of the tokens after it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from service.messages import Evaluated, Paired, WindowScores
 from service.quality.divergence import (
     agrees_on_top,
+    crossed_mean,
     grouped_mean,
     kl_divergence,
     negative_log_likelihood,
@@ -69,9 +70,21 @@ def tell(windows: Sequence[Scored], answer: Evaluated, *, of_prefill: bool, of_r
     answer.windows = scores
 
 
-def paired(ours: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Paired:
-    """Nats by window and token, from its beginning on; what only one has scored is left out."""
+def paired(
+    ours: Sequence[Sequence[float]],
+    base: Sequence[Sequence[float]],
+    targets: Sequence[Sequence[int]] | None = None,
+) -> Paired:
+    """Nats by window and token, from its beginning on; what only one has scored is left out.
+
+    `targets`: the token that each value is of, where those of one token may move together.
+    """
     differences = [
         [one - other for one, other in zip(*window, strict=False)] for window in zip(ours, base, strict=True)
     ]
-    return Paired(sum(map(len, differences)), *grouped_mean(differences))
+    if targets is None:
+        found = grouped_mean(differences)
+    else:
+        cut = [names[: len(values)] for names, values in zip(targets, differences, strict=True)]
+        found = crossed_mean(differences, cut)
+    return Paired(sum(map(len, differences)), *found, sum(map(bool, differences)))

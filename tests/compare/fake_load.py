@@ -56,7 +56,7 @@ async def fake_run_load(
 
 
 def quality(perplexity: float, ratio: float, kl: float) -> Quality:
-    apart = Apart(change=0.0, standard_error=0.001)
+    apart = Apart(change=0.0, standard_error=0.001, num_windows=8)
     near = 0.01
     return Quality(
         perplexity=perplexity,

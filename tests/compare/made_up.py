@@ -189,8 +189,8 @@ def levels(made: Made, repeats: int, *, is_reference: bool) -> list[Level]:
 
 def quality(made: Made, disagreement: float = 0.0005, standard_error: float = 0.001) -> Quality:
     perplexity = 7.42 * (1 + 1.6 * made.kl)
-    apart = Apart(change=disagreement, standard_error=standard_error)
-    still = Apart(change=0.0, standard_error=standard_error)
+    apart = Apart(change=disagreement, standard_error=standard_error, num_windows=8)
+    still = Apart(change=0.0, standard_error=standard_error, num_windows=8)
     return Quality(
         perplexity=perplexity,
         tokens=4096,

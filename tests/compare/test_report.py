@@ -36,16 +36,25 @@ def test_reports_keep_the_shipped_schema(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "standard_error", "flagged"),
-    [(0.003, 0.001, True), (-0.003, 0.001, True), (-0.003, 0.002, False), (0.0015, 0.0001, False)],
+    ("change", "standard_error", "num_windows", "flagged"),
+    [
+        (0.003, 0.001, 8, True),
+        (-0.003, 0.001, 8, True),
+        (-0.003, 0.002, 8, False),
+        (0.0015, 0.0001, 8, False),
+        (0.003, 0.001, 3, False),  # of three windows the error itself is badly known
+    ],
 )
-def test_a_flag_needs_both_size_and_certainty(change: float, standard_error: float, flagged: bool) -> None:
-    assert Apart(change=change, standard_error=standard_error).is_flagged is flagged
+def test_a_flag_needs_both_size_and_certainty(
+    change: float, standard_error: float, num_windows: int, flagged: bool
+) -> None:
+    apart = Apart(change=change, standard_error=standard_error, num_windows=num_windows)
+    assert apart.is_flagged is flagged
 
 
 def test_agreement_by_hand() -> None:
     nll = {"prefill": 6.0, "decode1": 6.003, "decode8": 5.991}
-    paired = {"decode1": Paired(3, 0.001, 0.0001), "decode8": Paired(3, -0.003, 0.001)}
+    paired = {"decode1": Paired(3, 0.001, 0.0001, 8), "decode8": Paired(3, -0.003, 0.001, 8)}
     agreement = agreement_of(Evaluated(1, 1, 1, nll, dict.fromkeys(WAYS, 3), paired=paired))
     assert agreement.prefill == pytest.approx(7.389056)
     assert agreement.decode8_apart.change == pytest.approx(-0.0029955, rel=1e-4)  # exp(-0.003) - 1
@@ -53,10 +62,10 @@ def test_agreement_by_hand() -> None:
     assert agreement.decode8_apart.standard_error == pytest.approx(0.001 * 0.9970045)
     assert agreement.disagreement == pytest.approx(0.0029955, rel=1e-4)
     assert not agreement.agrees
-    paired["decode8"] = Paired(3, -0.003, 0.0016)
+    paired["decode8"] = Paired(3, -0.003, 0.0016, 8)
     assert agreement_of(Evaluated(1, 1, 1, nll, dict.fromkeys(WAYS, 3), paired=paired)).agrees
     for tokens, common in (({"prefill": 3, "decode1": 3, "decode8": 2}, 3), (dict.fromkeys(WAYS, 3), 2)):
-        paired["decode8"] = Paired(common, 0.0, 0.0)
+        paired["decode8"] = Paired(common, 0.0, 0.0, 8)
         with pytest.raises(HalftoneError, match="different tokens"):
             agreement_of(Evaluated(1, 1, 1, nll, tokens, paired=paired))
 

@@ -138,10 +138,20 @@ def test_pairs_are_the_positions_that_both_scored(serve: Serve, folder: Path) ->
     assert got.paired.keys() == {"decode1", "decode8"}
     assert got.paired["decode1"].tokens == got.paired["decode8"].tokens == 80
     assert got.paired["decode1"].mean == pytest.approx(np.mean(differences), rel=1e-6)
-    assert got.paired["decode1"].standard_error == pytest.approx(
-        np.std(np.mean(differences, 1), ddof=1) / 8**0.5
-    )
-    assert got.paired["decode1"].standard_error > 0
+    # residuals of one window, and those of one target, count as moving together
+    residuals = np.ravel(differences) - np.mean(differences)
+    window, target = np.repeat(np.arange(8), 10), np.ravel([window[1:11] for window in WINDOWS[:8]])
+
+    def variance(*names: np.ndarray) -> float:
+        together = np.all([name[:, None] == name for name in names], axis=0)
+        count = len(np.unique(np.stack(names), axis=1).T)
+        return float(residuals @ together @ residuals) * count / (count - 1) / 80**2
+
+    apart = variance(window), variance(target)
+    wanted = max(*apart, sum(apart) - variance(window, target)) ** 0.5
+    assert got.paired["decode1"].standard_error == pytest.approx(wanted, rel=1e-3)
+    assert got.paired["decode1"].windows == 8
+    assert wanted > 0
 
 
 def test_decode_without_prefill_has_no_pairs(serve: Serve) -> None:

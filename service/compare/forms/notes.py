@@ -4,7 +4,7 @@ report --Report--> warnings(), explanations() --sentences--> page, tables
 """
 
 from service.compare.forms.words import amount
-from service.compare.report import MAX_DISAGREEMENT, MIN_STANDARD_ERRORS, Agreement, Apart, Report, Row
+from service.compare.report import MAX_DISAGREEMENT, Agreement, Apart, Report, Row
 
 
 def reason(row: Row) -> str:
@@ -32,8 +32,8 @@ def warnings(report: Report) -> list[str]:
                 )
         if row.quality and row.quality.agreement:
             said += [
-                f"{words}, more than {100 * MAX_DISAGREEMENT:g} % and more than "
-                f"{MIN_STANDARD_ERRORS:g} standard errors."
+                f"{words}, more than {100 * MAX_DISAGREEMENT:g} % and beyond its interval at "
+                f"{100 * report.confidence:g} %."
                 for apart, words in decode_differences(row.name, row.quality.agreement)
                 if apart.is_flagged
             ]
@@ -73,8 +73,8 @@ def explanations(report: Report) -> list[str]:
             )
         if row.quality and row.quality.agreement:
             said += [
-                f"{words}, more than {100 * MAX_DISAGREEMENT:g} % but within {MIN_STANDARD_ERRORS:g} "
-                "standard errors: too few tokens to decide."
+                f"{words}, more than {100 * MAX_DISAGREEMENT:g} % but within its interval at "
+                f"{100 * report.confidence:g} %: too few tokens to decide."
                 for apart, words in decode_differences(row.name, row.quality.agreement)
                 if apart.exceeds and not apart.is_flagged
             ]

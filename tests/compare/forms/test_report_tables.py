@@ -122,8 +122,8 @@ def test_a_difference_within_noise_is_explained_and_not_warned_of() -> None:
     quality = report.rows[1].quality
     assert quality is not None
     for apart, is_warned in (
-        (Apart(change=0.004, standard_error=0.005), False),
-        (Apart(change=0.004, standard_error=0.001), True),
+        (Apart(change=0.004, standard_error=0.005, num_windows=8), False),
+        (Apart(change=0.004, standard_error=0.001, num_windows=8), True),
     ):
         agreement = replace(quality.agreement, decode1_apart=apart, agrees=not is_warned)
         row = replace(report.rows[1], quality=replace(quality, agreement=agreement))
