@@ -60,10 +60,12 @@ def test_the_shapes_that_were_measured(kind: Kind, name: str) -> None:
     rows = plan(shape(kind, *LLAMA[name]))
     kernels = [row.variant.kernel for row in rows]
     assert kernels == sorted(kernels)
-    assert set(kernels) == {"w4_few", "w4_tile"}
-    # a block has all rows of x in shared memory
-    most = {"down": {"affine": 5, "nf4": 4, "int3": 5}[kind], "gate_up": 4}.get(name, 8)
-    assert max(row.max_rows or 0 for row in rows if isinstance(row.variant, Few)) == most
+    # a block has all rows of x in shared memory; NF4's wide linears are faster in tiles
+    most = {
+        "down": {"affine": 5, "nf4": 4, "int3": 5}[kind],
+        "gate_up": {"affine": 4, "nf4": 0, "int3": 4}[kind],
+    }.get(name, 8)
+    assert max((row.max_rows or 0 for row in rows if isinstance(row.variant, Few)), default=0) == most
     ends = [row.max_rows for row in rows if isinstance(row.variant, Tile)]
     many = [256, 384, 512, 576, 640, 768, *([896] if name in ("qkv", "gate_up") else []), None]
     assert ends == [*([] if most == 8 else [8]), 16, 32, 64, 128, *many]

@@ -75,9 +75,10 @@ TABLES: dict[Kind, Table] = {
         (8, (TileSettings(8, 2, 2, 2, 8, scaled_sums=1, least_outputs=WIDE),
              TileSettings(8, 1, 4, 2, 8, scaled_sums=1),
              TileSettings(8, 1, 4, 2, 8, scaled_sums=1, stretched=0.8))),
-        (16, (TileSettings(16, 1, 2, 2, 10, scaled_sums=1),
-              TileSettings(16, 1, 3, 2, 8, scaled_sums=1),
-              TileSettings(16, 2, 2, 2, 7, scaled_sums=1),
+        (16, (TileSettings(16, 2, 2, 2, 7, scaled_sums=1, least_outputs=WIDE),
+              TileSettings(16, 1, 4, 2, 5, scaled_sums=1),
+              TileSettings(16, 1, 3, 2, 7, scaled_sums=1),
+              TileSettings(16, 1, 2, 2, 10, scaled_sums=1),
               TileSettings(16, 2, 2, 2, 7, scaled_sums=1, stretched=0.8))),
         (32, (TileSettings(32, 1, 2, 2, 8),
               TileSettings(32, 1, 3, 2, 7),
@@ -93,13 +94,11 @@ TABLES: dict[Kind, Table] = {
                TileSettings(128, 2, 2, 1, 7, stretched=0.8))),
         *MANY,
     )),
-    "nf4": Table((FewSettings(16, 3, 2, 1),), (
-        FewSettings(8, 4, 2, 2, wide_table=1, most_rows=4),
-        FewSettings(8, 4, 2, 2, most_rows=4),
-    ), (
-        (8, (TileSettings(8, 1, 4, 2, 8, wide_table=1, scaled_sums=1),
-             TileSettings(8, 1, 4, 2, 8, wide_table=1, scaled_sums=1, stretched=0.85))),
-        (16, (TileSettings(16, 1, 4, 2, 7, wide_table=1, scaled_sums=1),
+    "nf4": Table((FewSettings(16, 3, 2, 1),), (), (
+        (8, (TileSettings(8, 1, 4, 2, 5, wide_table=1, scaled_sums=1),
+             TileSettings(8, 1, 4, 2, 8, wide_table=1, scaled_sums=1, stretched=0.84))),
+        (16, (TileSettings(16, 1, 4, 2, 4, wide_table=1, scaled_sums=1),
+              TileSettings(16, 1, 3, 2, 4, wide_table=1, scaled_sums=1),
               TileSettings(16, 1, 4, 2, 7, wide_table=1, scaled_sums=1, stretched=0.84))),
         (32, (TileSettings(32, 1, 3, 2, 6, wide_table=1),
               TileSettings(32, 1, 4, 2, 6, wide_table=1, stretched=0.85))),
@@ -112,10 +111,10 @@ TABLES: dict[Kind, Table] = {
         *MANY,
     )),
     "int3": Table((
-        FewSettings(8, 6, 2, 2, most_rows=1),
+        FewSettings(16, 3, 2, 1, most_rows=1),
         FewSettings(16, 5, 2, 1),
     ), (
-        FewSettings(8, 6, 2, 2, most_rows=1),
+        FewSettings(8, 4, 2, 2, most_rows=1),
         FewSettings(16, 5, 2, 1, most_rows=4),
     ), (
         (8, (TileSettings(8, 2, 2, 2, 11, scaled_sums=1, least_outputs=WIDE),
