@@ -12,12 +12,13 @@ from itertools import cycle
 import torch
 
 from service.kernels import decode_attention as decodes_of
-from service.kernels import w4_linear, w8_linear
+from service.kernels import gated_linear, w4_linear, w8_linear
 from service.kernels.cuda import Kernel
 from service.kernels.decode_attention import cuda as decode_cuda
 from service.kernels.decode_attention.table import HEAD_DIMS, TABLE, variant_of
 from service.kernels.dense_linear import cuda as dense_cuda
 from service.kernels.dense_linear import few_rows
+from service.kernels.gated_linear import cuda as gated_cuda
 from service.kernels.int8_linear import triton as int8
 from service.kernels.int8_rows import ALL_LIVE
 from service.kernels.w4_linear import cuda as w4_cuda
@@ -38,6 +39,7 @@ W4_OUTS, W4_INPUTS = (48, 16, 224), 640  # parts that fill no tile of any varian
 DENSE_OUTS, DENSE_INPUTS = 136, 320
 # (out, in): narrow and shallow, deep, wide: what a row of the table tells apart
 W8_SHAPES = ((144, 1056), (144, DEEP + 32), (WIDE + 16, 160))
+GATED_OUTS, GATED_INPUTS = 264, 456
 LENGTHS = [640, 1, 16, 17, 0]  # of decoding sequences; 0 is padding
 GROUPS = (4, 7, 1, 16)  # query heads of a KV head
 
@@ -112,6 +114,15 @@ def dense_stream(given: Given) -> None:
             multiply(given.normal(num_rows, DENSE_INPUTS, dtype=dtype))
 
 
+def gated_tile(given: Given) -> None:
+    """Tiles that are not full at either end, and one of which nearly nothing is there."""
+    for bf16, dtype in enumerate(DTYPES):
+        weight = given.normal(2 * GATED_OUTS, GATED_INPUTS, dtype=dtype)
+        multiply = gated_cuda.Bound(weight, gated_linear.Variant(bf16))
+        for num_rows in (1, 200, 333):
+            multiply(given.normal(num_rows, GATED_INPUTS, dtype=dtype))
+
+
 def decode_variants() -> Iterator[tuple[decodes_of.Variant, decodes_of.Shape]]:
     """All settings with most sizes of heads; with norms, caps, and without; over numbers and over codes."""
     caches = cycle((None, torch.int8, torch.float8_e4m3fn, None, torch.int8, None, torch.float8_e4m3fn))
@@ -151,8 +162,16 @@ def loads() -> list[Callable[[], Kernel]]:
             for each in dict.fromkeys(row.variant for shape in w8_shapes() for row in w8_linear.plan(shape))
         ),
         *(lambda row=row: dense_cuda.load(row.variant) for row in dense_rows()),
+        *(lambda bf16=bf16: gated_cuda.load(gated_linear.Variant(bf16)) for bf16 in range(len(DTYPES))),
         *(lambda each=each: decode_cuda.load(each) for each, _ in decode_variants()),
     ]
 
 
-CASES: tuple[Callable[[Given], None], ...] = (w4_few, w4_tile, w8_tile, dense_stream, decode_attention)
+CASES: tuple[Callable[[Given], None], ...] = (
+    w4_few,
+    w4_tile,
+    w8_tile,
+    dense_stream,
+    gated_tile,
+    decode_attention,
+)

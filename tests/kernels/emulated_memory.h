@@ -96,7 +96,7 @@ inline void send_remote(uint32_t address, int rank, float4 v, uint32_t barrier) 
     memcpy(blocks[rank].memory + mine(address), &v, 16);
     bytes_landed(blocks[rank], barrier, 16);
 }
-constexpr uint64_t READ_ONCE = 0, KEEP = 0;
+constexpr uint64_t READ_ONCE = 0, KEEP = 0, NORMAL = 0;
 // opaque: base, columns, rows, bytes of a row, bytes of an element, box columns, box rows, swizzled (0, 1; 2: and read at any time)
 inline void copy_box_to_many(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint16_t ranks, uint64_t) {
     const uint64_t* m = map->opaque;
@@ -136,6 +136,35 @@ inline void arrive_in_pair(uint32_t barrier, int rank) { barrier_arrive_at(barri
 inline void copy_box_to_pair(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint64_t) {
     copy_box_to_many(to, map, column, row, barrier, 3 << first_of_pair(), 0);
 }
+
+// Boxes on their way to memory: read when their group is waited for, so that shared memory written too early shows.
+struct Stores {
+    std::vector<std::function<void()>> open;
+    std::deque<std::vector<std::function<void()>>> done;
+};
+inline std::map<Fiber*, Stores> stores_of;
+inline void store_box(const TensorMap* map, uint32_t from, int column, int row) {
+    demand_awaited();
+    const uint64_t* m = map->opaque;
+    const char* memory = me->block->memory;
+    if (mine(from) % 1024) { printf("misaligned box\n"); abort(); }
+    stores_of[me].open.push_back([=, at = mine(from)] {
+        for (int r = 0; r < int(m[6]); r++)
+            for (int c = 0; c < int(m[5]); c++) {
+                const uint32_t here = at + (r * m[5] + c) * m[4];
+                if (row + r < int(m[2]) && column + c < int(m[1]))
+                    memcpy((char*)m[0] + (row + r) * m[3] + (column + c) * m[4], memory + (here ^ ((here >> 7 & 7) << 4)), m[4]);
+            }
+    });
+}
+inline void stores_commit() { stores_of[me].done.push_back(std::move(stores_of[me].open)), stores_of[me].open.clear(); }
+template <int N>
+inline void stores_wait() {
+    for (auto& done = stores_of[me].done; done.size() > N; done.pop_front())
+        for (auto& store : done.front()) store();
+}
+template <int N>
+inline void stores_wait_read() { stores_wait<N>(); }
 
 // Each word arrives later by some looks of whoever looks, a later one perhaps before an earlier one.
 inline std::multimap<uint64_t, std::function<void()>> words_on_their_way;

@@ -36,6 +36,7 @@ inline uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) { return (a &
 inline uint32_t to_pair(float low, float high) { return bits_of(low) | uint32_t(bits_of(high)) << 16; }
 inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 inline float reciprocal(float v) { return 1 / v; }
+inline float quick_reciprocal(float v) { return 1 / v; }
 inline uint32_t to_halves(float low, float high) { return half_of(low) | uint32_t(half_of(high)) << 16; }
 inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
     return to_halves(to_float(a) - to_float(b), to_float(a >> 16) - to_float(b >> 16));

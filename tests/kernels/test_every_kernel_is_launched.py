@@ -23,7 +23,7 @@ from tests.kernels.given import Given
 from tests.kernels.launched import launched, triton_kernels
 
 CUDA_SOURCES = {path.stem for path in KERNELS.glob("*/*.cu")}
-CUDA_MODULES = ("w4_linear", "w8_linear", "dense_linear", "decode_attention")
+CUDA_MODULES = ("w4_linear", "w8_linear", "dense_linear", "gated_linear", "decode_attention")
 SHARED_BYTES = 227 << 10  # that a block may have
 
 

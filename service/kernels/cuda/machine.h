@@ -169,6 +169,10 @@ DEVICE float reciprocal(float v) {  // rounded
     asm("rcp.rn.f32 %0, %0;" : "+f"(v));
     return v;
 }
+DEVICE float quick_reciprocal(float v) {  // within an ulp; 0 of what is above 2^126
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(v));
+    return v;
+}
 DEVICE float power_of_2(float v) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(v));
     return v;
@@ -314,7 +318,8 @@ DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {  // ends the kerne
 }
 // What threads stored into shared memory comes before what the copy engine is asked to bring there from now on.
 DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-constexpr uint64_t READ_ONCE = 0x12F0000000000000ull, KEEP = 0x14F0000000000000ull;  // L2: evict first, evict last
+// L2: evict first, evict last, neither
+constexpr uint64_t READ_ONCE = 0x12F0000000000000ull, KEEP = 0x14F0000000000000ull, NORMAL = 0x1000000000000000ull;
 DEVICE void copy_box(uint32_t to, const TensorMap* map, int column, int row, uint32_t barrier, uint64_t policy) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
