@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from service.kernels import decode_attention, dense_linear, w4_linear, w8_linear
+from service.kernels import decode_attention, dense_linear, gated_linear, w4_linear, w8_linear
 from service.kernels.cuda import absence
 from service.kernels.w4_linear.layout import NF4_BLOCK
 from service.messages import EngineConfig
@@ -72,6 +72,15 @@ class Shapes:
     def dense(self, out_features: int, in_features: int) -> tuple[dense_linear.Row, ...]:
         """Of a 16-bit linear the plan for few rows; empty where the kernels of Triton serve it."""
         return dense_linear.plan(out_features, in_features, self.dtype) if self.cuda_dense else ()
+
+    def gated(self) -> gated_linear.Variant | None:
+        """The kernel that computes gate_up_proj of many rows and the gate behind it, if one does."""
+        is_dense = self.linears == "dense" or (self.int8 is not None and "gate_up_proj" in self.int8.skipped)
+        parts = layer_groups(self.config, 0)["gate_up_proj"]
+        if not (self.cuda_dense and is_dense) or any(part.bias for part in parts):
+            return None
+        out_features = sum(part.out_features for part in parts)
+        return gated_linear.variant_of(out_features, parts[0].in_features, self.dtype)
 
     def decodes(self) -> tuple[decode_attention.Row, ...]:
         """The plan for attention of decodes; empty where Triton's kernels serve them."""

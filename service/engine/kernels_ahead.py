@@ -23,7 +23,7 @@ from service.engine.decode_step import sampling_rows
 from service.engine.kernel_shapes import Shapes
 from service.engine.penalties import MAX_BIASES
 from service.engine.state import NUM_WORDS
-from service.kernels import decode_attention, dense_linear, w4_linear, w8_linear
+from service.kernels import decode_attention, dense_linear, gated_linear, w4_linear, w8_linear
 from service.kernels.int8_rows import Live, Marks, OutlierRule
 from service.kernels.kv_codes import is_coded
 from service.kernels.shape_logits import NEUTRAL
@@ -86,10 +86,12 @@ def cuda_loads(shapes: Shapes) -> list[Callable[[], object]]:
     int8 = [many for name in GROUPS if (many := shapes.w8(name))]
     w8 = {row.variant.program: row.variant for many in int8 for row in w8_linear.plan(many)}
     dense = {row.variant for linear in shapes.dense_linears() for row in shapes.dense(*linear)}
+    gated = shapes.gated()
     return [
         *(partial(w4_linear.load, variant) for variant in sorted(w4, key=lambda each: each.name)),
         *(partial(w8_linear.load, variant) for variant in sorted(w8.values(), key=lambda each: each.name)),
         *(partial(dense_linear.load, variant) for variant in sorted(dense, key=lambda each: each.name)),
+        *([partial(gated_linear.load, gated)] if gated else []),
         *(partial(decode_attention.load, row.variant) for row in shapes.decodes()),
     ]
 

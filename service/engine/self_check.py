@@ -36,6 +36,8 @@ def check_linears(model: ModelInstance) -> None:
         check(linear, BOUNDS[model.backend.activation])
         if linear.makes_rows:
             check_made(linear, BOUNDS[model.backend.activation])
+        if linear.gated_rows:
+            check_gated(linear, BOUNDS["16bit"])
     devices.release_cached(model.device)  # the KV cache takes what is free
 
 
@@ -123,6 +125,26 @@ def check_made(linear: QuantLinear, bound: float) -> None:
         if not error <= bound:
             raise DeviceError(
                 f"kernel `{linear.kernel}` computes what comes before `{group.parts[0].path}` wrongly on "
+                f"`{group.device}`: {error:.1%} off at {num_rows} rows, at most {bound:.0%} is rounding",
+                hint="serve with another `--precision`, and report what `halftone doctor` says",
+            )
+
+
+def check_gated(linear: QuantLinear, bound: float) -> None:
+    """The gate behind the layer, where one kernel computes both; `forward` was checked."""
+    group = linear.group
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(2, max(linear.gated_rows), group.in_features, generator=generator).to(
+        group.device, group.dtype
+    )
+    for num_rows in linear.gated_rows:
+        told = x[:num_rows], y[:num_rows], x[0].abs(), NORM_EPS
+        made, want = linear.normed_gated(*told), gated_silu(linear.normed(*told)[1]).float()
+        size = want.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        error = float("nan") if made is None else float((made[1].float() - want).norm() / size)
+        if not error <= bound:
+            raise DeviceError(
+                f"kernel `{linear.kernel}` computes the gate behind `{group.parts[0].path}` wrongly on "
                 f"`{group.device}`: {error:.1%} off at {num_rows} rows, at most {bound:.0%} is rounding",
                 hint="serve with another `--precision`, and report what `halftone doctor` says",
             )

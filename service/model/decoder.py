@@ -104,6 +104,7 @@ class DecoderLayer(nn.Module):
         # called as functions: a module's own call, and finding it, take as long as a row's kernel
         self._qkv, self._o = self.qkv_proj.normed, self.o_proj.forward
         self._gate_up, self._down = self.gate_up_proj.normed, self.down_proj.gated
+        self._gated, self._down_alone = self.gate_up_proj.normed_gated, self.down_proj.forward
 
     def forward(
         self,
@@ -129,6 +130,8 @@ class DecoderLayer(nn.Module):
         delta = self._o(x)
         if observe:
             self._show(observe, "gate_up_proj", add_rms_norm(hidden, delta, self.post_attention_norm, eps)[1])
+        elif made := self._gated(hidden, delta, self.post_attention_norm, eps):
+            return made[0], self._down_alone(made[1])
         hidden, x = self._gate_up(hidden, delta, self.post_attention_norm, eps)
         if observe:
             self._show(observe, "down_proj", gated_silu(x, self.deterministic))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from service.errors import PrecisionError
-from service.kernels import decode_attention
+from service.kernels import decode_attention, gated_linear
 from service.kernels.add_rms_norm import add_rms_norm_kernel
 from service.kernels.coded_attention import coded_attention_kernel
 from service.kernels.gated_silu import gated_silu_kernel
@@ -144,13 +144,14 @@ class ModelInstance:
         fixed = self.decoder.deterministic
         attends = "cuda.decode_attention of decodes, " if self.decodes() else ""
         names = {name: str(getattr(first, name).kernel) for name in GROUPS}
+        gated = f"{gated_linear.NAME}, " if first.gate_up_proj.gated_rows else ""
         made = first.down_proj.makes_rows if first.qkv_proj.makes_rows and self.device.type == "cuda" else ""
         return names | {
             "lm_head": self.decoder.head.kernel,
             "attention": attends + attention(self.dtype, self.device, head_dim, group, fixed),
             "add_rms_norm": made or add_rms_norm_kernel(self.dtype, self.device),
             "rotary_kv": attends + rotary_kv_kernel(self.dtype, self.device, head_dim, codes),
-            "gated_silu": made or gated_silu_kernel(self.dtype, self.device),
+            "gated_silu": made or gated + gated_silu_kernel(self.dtype, self.device),
         }
 
     def decodes(self) -> tuple[decode_attention.Row, ...]:

@@ -55,6 +55,7 @@ class QuantLinear(nn.Module, ABC):
     row_invariant: bool = False  # a row's result, bit for bit, does not depend on the others of its call
 
     makes_rows: str = ""  # the kernel that on CUDA computes the norm or the gate before it too
+    gated_rows: tuple[int, ...] = ()  # numbers of rows behind which a check of `normed_gated` tells enough
     outlier_counts: Tensor | None = None  # int64 [2]: numbers multiplied in 16 bits so far, and all
 
     @abstractmethod
@@ -66,6 +67,13 @@ class QuantLinear(nn.Module, ABC):
         faster."""
         total, x = add_rms_norm(hidden, delta, gain, eps)
         return total, self.forward(x)
+
+    def normed_gated(
+        self, hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """`normed` with kernels/gated_silu behind it, where one kernel computes so many rows of both faster;
+        down_proj's input, of which it is not to take `gated`."""
+        return None
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """`forward` of kernels/gated_silu of [tokens, 2 in_features]."""

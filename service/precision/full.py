@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from service.errors import PrecisionError
+from service.kernels import gated_linear
+from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.dense_linear import (
     bind_linear,
     dense_linear,
@@ -33,12 +35,25 @@ class FullLinear(QuantLinear):
         self.kernel = linear_kernel(self.weight, deterministic=group.deterministic)
         self.row_invariant = is_row_invariant(self.weight, deterministic=group.deterministic)
         self.bound = bind_linear(self.weight, bias, deterministic=group.deterministic)
+        self.gating = None
+        if group.name == "gate_up_proj" and bias is None and not group.deterministic:
+            self.gating = gated_linear.bind(self.weight)
+        if self.gating:
+            self.kernel, self.gated_rows = f"{gated_linear.NAME}, {self.kernel}", self.gating.checked
         self.chosen_by_rows = weight.is_cuda and weight.itemsize == 2 and not group.deterministic
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bound:
             return self.bound(x)
         return dense_linear(x, self.weight, self.bias)
+
+    def normed_gated(
+        self, hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.gating is None or len(hidden) not in self.gating.served:
+            return None
+        total, x = add_rms_norm(hidden, delta, gain, eps)
+        return total, self.gating(x)
 
     def dense(self, part: int) -> Tensor:
         return unpack_weight(self.weight)[part_rows(self.group, part)].float().cpu()

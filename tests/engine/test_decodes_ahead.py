@@ -24,7 +24,7 @@ def test_every_variant_of_the_cache_s_table_is(
     monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
     loaded: list[Any] = []
     monkeypatch.setattr("service.engine.kernels_ahead.decode_attention.load", loaded.append)
-    for linear in ("dense_linear", "w4_linear"):
+    for linear in ("dense_linear", "gated_linear", "w4_linear"):
         monkeypatch.setattr(f"service.engine.kernels_ahead.{linear}.load", lambda variant: None)
     folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
     source, backend = RandomWeights(folder, META, Draw()), load_backend(precision)

@@ -92,7 +92,7 @@ def whole_start(
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here is no GPU to bring kernels in CUDA C++ to."""
-    for kernels in ("decode_attention", "dense_linear", "w4_linear", "w8_linear"):
+    for kernels in ("decode_attention", "dense_linear", "gated_linear", "w4_linear", "w8_linear"):
         monkeypatch.setattr(f"service.engine.kernels_ahead.{kernels}.load", lambda variant: None)
 
 
@@ -366,3 +366,22 @@ def test_so_is_every_variant_of_the_16_bit_kernel(
         assert "stream_kernel" not in {launched[0] for launched in ahead}
         assert len(loaded) == (0 if deterministic else num_variants)
         assert all(variant.bf16 for variant in loaded)
+
+
+@pytest.mark.parametrize(
+    ("precision", "num_loaded"), [("fp16", 1), ("int8:skip=gate_up_proj", 1), ("nf4", 0)]
+)
+def test_so_is_the_one_that_computes_gate_up_and_the_gate(
+    precision: str, num_loaded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
+    loaded: list[Any] = []
+    monkeypatch.setattr("service.engine.kernels_ahead.gated_linear.load", loaded.append)
+    folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
+    source, backend = RandomWeights(folder, META, Draw()), load_backend(precision)
+    for deterministic in (False, True):
+        loaded.clear()
+        config = EngineConfig(model_path="", precision=precision, deterministic=deterministic)
+        for load in cuda_loads(shapes_of(source, backend, config, torch.bfloat16, 8)):
+            load()
+        assert [variant.bf16 for variant in loaded] == [1] * (0 if deterministic else num_loaded)

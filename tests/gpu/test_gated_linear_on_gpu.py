@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.engine.self_check import check_gated
+from service.kernels import gated_linear
 from service.kernels.cuda import absence
 from service.kernels.gated_linear import cuda, plan
 from service.kernels.gated_silu import gated_silu
+from service.precision.base import LinearGroup
+from service.precision.full import FullLinear
+from service.precision.linear import LinearSpec
 
 pytestmark = pytest.mark.gpu
 
@@ -21,6 +26,7 @@ CUDA = torch.device("cuda")
 # gate and up of Llama-3.2-1B, Llama-3.1-8B and Qwen2.5-7B, and sizes that fill no tile
 LINEARS = [(16384, 2048), (28672, 4096), (37888, 3584), (2 * 5000, 2184)]
 ROWS = (1, 63, 128, 333, 768, 897, 1024, 2048)
+EPS = 1e-5
 WORSE_THAN_CUBLAS = 2.0
 
 
@@ -112,3 +118,21 @@ def test_a_captured_chain_equals_the_eager_one(num_rows: int) -> None:
         graph.replay()
         for y, expected in zip(captured, want, strict=True):
             assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", plan.DTYPES)
+def test_a_layer_is_served_by_it(dtype: torch.dtype) -> None:
+    """At its numbers of rows and no others; what is summed on the way is the same."""
+    parts = tuple(LinearSpec(name, 4096, 14336) for name in ("gate", "up"))
+    layer = FullLinear(LinearGroup("gate_up_proj", parts, CUDA, dtype), weight_of(28672, 4096, dtype), None)
+    assert layer.kernel.startswith(gated_linear.NAME)
+    gain = torch.rand(4096, device=CUDA).to(dtype)
+    for num_rows in (64, 512, 768, 833, 1024, 2048):
+        hidden, delta = torch.randn(2, num_rows, 4096, device=CUDA).to(dtype)
+        made = layer.normed_gated(hidden, delta, gain, EPS)
+        assert (made is not None) == (num_rows in (768, 1024, 2048))
+        if made is not None:
+            total, both = layer.normed(hidden, delta, gain, EPS)
+            assert torch.equal(made[0], total)
+            assert error(made[1], gated_silu(both).double()) < (1e-2 if dtype is torch.bfloat16 else 1e-3)
+    check_gated(layer, 0.02)
