@@ -60,16 +60,8 @@ def with_8_bit_cache(precision: str, *arguments: str) -> tuple[Step, ...]:
 
 
 STEPS = (
-    engine("few-fp16", 80, "--streams", "16,64", "--few-tokens", "512,768", "--rounds", "2"),
-    Step("w16-tile", 100, ("docs/experiments/w16_tile.py", "--out", "OUT/w16-tile")),
-    Step("w16-beside", 90, ("docs/experiments/w16_beside.py", "--out", "OUT/w16-beside")),
     Step("fp8-chain", 100, ("docs/experiments/fp8_chain.py", "--seconds", "90")),
     Step("w16-algorithms", 100, ("docs/experiments/w16_algorithms.py", "--out", "OUT/w16-algorithms")),
-    Step(
-        "w4-rings",
-        70,
-        ("docs/experiments/w4_rings.py", "--codes", "affine 128,nf4 64,int3 64", "--rows", "1,16"),
-    ),
     Step(
         "compare-8b",
         780,
@@ -80,7 +72,8 @@ STEPS = (
         ),
         resumes=True,
     ),
-    tested("swaps", 260, "tests/gpu/test_swap_on_gpu.py"),
+    tested("swaps", 200, "tests/gpu/test_swap_on_gpu.py"),
+    tested("filled-device", 60, "tests/gpu/test_filled_device_on_gpu.py"),
     tested("kernel-times", 130, "tests/gpu/test_kernel_times_on_gpu.py"),
     over_http("http-fp16-64", 50, "fp16", "64"),
     *with_8_bit_cache("fp16"),
