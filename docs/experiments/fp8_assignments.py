@@ -3,11 +3,16 @@
 `assignments(rows)` tells them. A table in service/kernels (fp8_linear/plan.py, w8_linear/plan.py) follows what wins.
 """
 
+import torch
 from fp8_layer import EVERYWHERE, Way
-from fp8_variants import WIDE, ByTriton, Choice, candidates
-from w8_variants import SHAPES
+from fp8_variants import WIDE, ByTiles, ByTriton, Choice, candidates
+from w8_variants import SHAPES, Kernel
 
+from service.kernels.fp8_linear.plan import is_early
 from service.kernels.int8_linear.plan import Tile
+from service.kernels.w8_linear.plan import Row, Shape, plan, refusal, row_for
+
+SERVED = "as served"
 
 
 def triton(*told: int, splits: int = 0) -> ByTriton:
@@ -55,7 +60,7 @@ def assignments(rows: int) -> dict[str, dict[str, Choice]]:
     """Name -> linear -> who serves it."""
     most = min(known for known in MIXES if rows <= known)
     mix, tiles, light = MIXES[most], candidates(rows)["tiles"], candidates(rows)["light"]
-    found = {"as served": served(rows), "Triton before": BEFORE[most], "mix of Triton": mix, **simpler(rows)}
+    found = {SERVED: served(rows), "Triton before": BEFORE[most], "mix of Triton": mix, **simpler(rows)}
     for kind, serving in (("tiles", tiles), ("light", light)):
         for places in ([WIDE], ["down"], [WIDE, "down"], ["qkv", WIDE, "down"]):
             found[f"mix, {kind} {' '.join(places)}"] = {**mix, **{place: serving[place] for place in places}}
@@ -64,8 +69,14 @@ def assignments(rows: int) -> dict[str, dict[str, Choice]]:
     return found
 
 
-def early(choices: dict[str, Choice]) -> list[Way | None]:
-    """Rows as they are; releasing first before all that is no kernel of Triton's; everywhere. None: as one before."""
+def ways_of(rows: int, label: str, choices: dict[str, Choice]) -> list[Way | None]:
+    """Rows waiting first; releasing first before all that is no kernel of Triton's; everywhere. None: as one before.
+
+    What serves is in the first place, released as it is there.
+    """
+    if label == SERVED:
+        found = (is_early(rows, k, n, tile_rows(n, k)) for n, k in SHAPES.values())
+        return [Way(frozenset(name for name, early in zip(SHAPES, found, strict=True) if early)), None, None]
     before_tiles = frozenset(name for name, choice in choices.items() if not isinstance(choice, ByTriton))
     is_new = before_tiles not in (frozenset(), EVERYWHERE)
     return [Way(), Way(before_tiles) if is_new else None, Way(EVERYWHERE)]
@@ -73,7 +84,22 @@ def early(choices: dict[str, Choice]) -> list[Way | None]:
 
 def served(rows: int) -> dict[str, Choice]:
     """By today's tables."""
-    return dict.fromkeys(SHAPES, ByTriton())
+    return {name: served_by(rows, n, k) for name, (n, k) in SHAPES.items()}
+
+
+def served_by(rows: int, n: int, k: int) -> Choice:
+    row = row_for(tile_rows(n, k), rows)
+    if row is None:
+        return ByTriton()
+    tile = row.variant
+    kernel = Kernel(1, tile.tile, tile.rt, tile.stages, bf16=1, light=tile.light, ahead=tile.ahead, maps=1)
+    return ByTiles(kernel, "rest" if tile.cuts else "whole")
+
+
+def tile_rows(n: int, k: int) -> tuple[Row, ...]:
+    """The plan of w8_tile.cu for such a linear."""
+    shape = Shape("fp8", n, k, torch.bfloat16)
+    return () if refusal(shape) else plan(shape)
 
 
 def simpler(rows: int) -> dict[str, dict[str, Choice]]:
@@ -93,3 +119,8 @@ def tried_by_triton(rows: int, name: str) -> set[ByTriton]:
     """Settings of Triton's kernel for this linear."""
     tried = {choices[name] for choices in assignments(rows).values()}
     return {choice for choice in tried if isinstance(choice, ByTriton)}
+
+
+def served_kernels(all_rows: list[int]) -> set[Kernel]:
+    found = (choice for rows in all_rows for choice in served(rows).values())
+    return {choice.kernel for choice in found if isinstance(choice, ByTiles)}

@@ -32,10 +32,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from fp8_assignments import assignments, early, tried_by_triton
-from fp8_layer import ATTENTION, CUDA, EPS, LAYERS, WAYS, Bench, Way, load, random_weight, rows_kernel
+from fp8_assignments import assignments, served_kernels, tried_by_triton, ways_of
+from fp8_layer import ATTENTION, CUDA, EPS, LAYERS, WAYS, Bench, Way, load, random_weight
 from fp8_variants import WIDE, ByTriton, Choice, Nobody, candidates, kernels, most_sums, room, swept
-from w8_variants import SHAPES
+from w8_variants import SHAPES, Kernel
 
 from service.engine.kernels_ahead import META, compile_all
 from service.kernels import decode_attention as attention
@@ -137,7 +137,7 @@ def show_candidates(report: Report, bench: Bench) -> None:
                 alone[name, choice] = report.cell(what, partial(bench.alone, choice, name))
         for _ in range(ROUNDS):
             for label, choices in told.items():
-                for number, way in enumerate(early(choices)):
+                for number, way in enumerate(ways_of(bench.rows, label, choices)):
                     if way:
                         what = f"{bench.rows} {label} way {number}"
                         us = report.cell(what, partial(bench.chain, choices, way))
@@ -146,11 +146,14 @@ def show_candidates(report: Report, bench: Bench) -> None:
         rest = error
     if not chains and rest:
         raise rest
-    report.title(f"{bench.rows} rows", ("as served", "before it", "first", *SHAPES, "alone"))
+    report.title(f"{bench.rows} rows", ("waiting", "before it", "first", *SHAPES, "alone"))
     nothing = [float("nan")]
     for label, choices in told.items():
         each = [alone.get(item, nothing[0]) for item in choices.items()]
-        ways = [chains.get((label, way), nothing) if way else nothing for way in early(choices)]
+        ways = [
+            chains.get((label, way), nothing) if way else nothing
+            for way in ways_of(bench.rows, label, choices)
+        ]
         report.line(label, [*map(wrong_or_median, ways), *each, sum(map(abs, each))])
     spreads = [max(us) - min(us) for us in chains.values()]
     apart = f"{statistics.median(spreads):.1f} in the median, {max(spreads):.1f} at most"
@@ -168,7 +171,7 @@ def work(report: Report, all_rows: list[int], has_candidates: bool) -> None:
     asked = tried_by_triton if has_candidates else lambda *_: [ByTriton()]
     print(f"{compile_all(partial(walk, all_rows, asked), loads(all_rows))} kernels", flush=True)
     weights = [{name: random_weight(shape, CUDA) for name, shape in SHAPES.items()} for _ in range(LAYERS)]
-    sums = torch.full((most_sums(all_rows),), float("nan"), device=CUDA)
+    sums = torch.full((most_sums(loaded(all_rows)),), float("nan"), device=CUDA)
     arrived = torch.zeros(4096, dtype=torch.int32, device=CUDA)
     benches = [Bench(rows, weights, sums, arrived) for rows in all_rows]
     gc.freeze()  # a capture collects garbage, and what is here is none
@@ -203,8 +206,12 @@ def show_all(report: Report, benches: list[Bench], all_rows: list[int]) -> None:
 
 
 def loads(all_rows: list[int]) -> list[Callable[[], object]]:
-    found: list[Callable[[], object]] = [partial(load, kernel) for kernel in kernels(all_rows)]
+    found: list[Callable[[], object]] = [partial(load, kernel) for kernel in loaded(all_rows)]
     return [*found, *(partial(attention.load, row.variant) for row in attention.plan(ATTENTION))]
+
+
+def loaded(all_rows: list[int]) -> list[Kernel]:
+    return sorted({*kernels(all_rows), *served_kernels(all_rows)})
 
 
 def walk(all_rows: list[int], asked: Callable[[int, str], Iterable[ByTriton]]) -> None:
@@ -214,11 +221,10 @@ def walk(all_rows: list[int], asked: Callable[[int, str], Iterable[ByTriton]]) -
     for rows in all_rows:
         bench = Bench(rows, weights, nothing, nothing)
         for is_first in (False, True):
-            with rows_kernel(is_first):
-                fp8.quantize_normed(bench.x, bench.x, bench.gain, EPS)
-                fp8.quantize_normed(bench.x, bench.idle["o"], bench.gain, EPS)
-                coded = fp8.quantize_rows(bench.x)
-                gated = fp8.quantize_gated(bench.idle[WIDE])
+            fp8.quantize_normed(bench.x, bench.x, bench.gain, EPS, early=is_first)
+            fp8.quantize_normed(bench.x, bench.idle["o"], bench.gain, EPS, early=is_first)
+            coded = fp8.quantize_rows(bench.x, early=is_first)
+            gated = fp8.quantize_gated(bench.idle[WIDE], early=is_first)
         for name in SHAPES:
             for choice in asked(rows, name):
                 bench.multiply(choice, name, 0, gated if name == "down" else coded)

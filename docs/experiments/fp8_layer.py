@@ -3,9 +3,7 @@
 import ctypes
 import statistics
 import sys
-import types
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-import triton
-from fp8_variants import MULTIPROCESSORS, ByTiles, ByTorch, ByTriton, Choice, Nobody
+from fp8_variants import MULTIPROCESSORS, WIDE, ByTiles, ByTorch, ByTriton, Choice, Nobody
 from graph_times import replays_us
 from torch import Tensor
 from w8_variants import SHAPES, Kernel, cut
@@ -38,19 +35,6 @@ LARGEST_ERROR = 3e-3  # relative, in norm, with the rounding to bfloat16, which 
 CARVEOUT, DEFAULT, LARGEST = 9, -1, 100  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, per cent
 
 
-def releasing_first(kernel: Any) -> Any:
-    """A copy of a kernel in Triton whose successor may begin before it has waited itself."""
-    told = kernel.fn
-    names = told.__globals__ | {"await_then_release": launching.await_predecessor}
-    copy = types.FunctionType(told.__code__, names, told.__name__, told.__defaults__, told.__closure__)
-    copy.__annotations__, copy.__module__ = told.__annotations__, told.__module__
-    copy.__qualname__ = told.__qualname__
-    return triton.jit(copy)
-
-
-ROWS_KERNELS = {False: fp8.quantize_kernel, True: releasing_first(fp8.quantize_kernel)}
-
-
 @dataclass(frozen=True)
 class Way:
     """How the kernels between the linears are launched."""
@@ -68,15 +52,6 @@ class Way:
 
 AS_SERVED, EVERYWHERE = Way(), frozenset(SHAPES)
 WAYS = (AS_SERVED, Way(EVERYWHERE), Way(EVERYWHERE, carveout=True), Way(carveout=True))
-
-
-@contextmanager
-def rows_kernel(is_first: bool) -> Iterator[None]:
-    fp8.quantize_kernel = ROWS_KERNELS[is_first]
-    try:
-        yield
-    finally:
-        fp8.quantize_kernel = ROWS_KERNELS[False]
 
 
 def ask_for_shared_memory(share: int) -> None:
@@ -222,18 +197,12 @@ class Bench:
                     products.append(Product(self.weights[layer][name], *coded, y))
                 return y
 
-            with rows_kernel("qkv" in early):
-                hidden, coded = fp8.quantize_normed(hidden, delta, self.gain, EPS)
+            hidden, coded = fp8.quantize_normed(hidden, delta, self.gain, EPS, early="qkv" in early)
             attended = self.attend(multiply("qkv", coded), layer)
-            with rows_kernel("o" in early):
-                coded = fp8.quantize_rows(attended)
-            delta = multiply("o", coded)
-            with rows_kernel("gate_up" in early):
-                hidden, coded = fp8.quantize_normed(hidden, delta, self.gain, EPS)
-            gate_up = multiply("gate_up", coded)
-            with rows_kernel("down" in early):
-                coded = fp8.quantize_gated(gate_up)
-            delta = multiply("down", coded)
+            delta = multiply("o", fp8.quantize_rows(attended, early="o" in early))
+            hidden, coded = fp8.quantize_normed(hidden, delta, self.gain, EPS, early=WIDE in early)
+            gate_up = multiply(WIDE, coded)
+            delta = multiply("down", fp8.quantize_gated(gate_up, early="down" in early))
         return products
 
     def chain(self, choices: dict[str, Choice], way: Way = AS_SERVED) -> float:

@@ -1,6 +1,6 @@
 """Who could serve fp8's few rows, linear by linear: w8_tile.cu in several shapes, Triton's kernel, torch's product."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from w8_variants import SHAPES, Kernel, cut
@@ -133,9 +133,9 @@ def kernels(all_rows: list[int]) -> list[Kernel]:
     return sorted(set(each()))
 
 
-def most_sums(all_rows: list[int]) -> int:
+def most_sums(found: Iterable[Kernel]) -> int:
     """Float32 numbers that blocks of any of them leave for each other."""
-    return max(kernel.workspace_bytes(MULTIPROCESSORS) for kernel in kernels(all_rows)) // 4
+    return max(kernel.workspace_bytes(MULTIPROCESSORS) for kernel in found) // 4
 
 
 def room() -> None:

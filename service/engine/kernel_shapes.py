@@ -9,6 +9,7 @@ import torch
 
 from service.kernels import decode_attention, dense_linear, gated_linear, w4_linear, w8_linear
 from service.kernels.cuda import absence
+from service.kernels.fp8_linear.plan import is_early
 from service.kernels.w4_linear.layout import NF4_BLOCK
 from service.messages import EngineConfig
 from service.model.checkpoint import TensorSource
@@ -47,7 +48,7 @@ class Shapes:
     deterministic: bool
     w4_kind: w4_linear.Kind | None = None  # of codes, where kernels/w4_linear serves what its table has
     cuda_dense: bool = False  # our own 16-bit kernel in CUDA C++ serves what its table has
-    cuda_int8: bool = False  # our own 8-bit kernel in CUDA C++ serves many rows of what its table has
+    cuda_w8: bool = False  # our own 8-bit kernel in CUDA C++ serves int8's many rows and fp8's few
     cuda_decode: bool = False  # our own attention in CUDA C++ serves decodes, where its table has them
 
     def w4(self, name: str) -> w4_linear.Shape | None:
@@ -61,13 +62,31 @@ class Shapes:
         return None if w4_linear.refusal(shape) else shape
 
     def w8(self, name: str) -> w8_linear.Shape | None:
-        """The linear of this layer class, if kernels/w8_linear serves its many rows."""
-        if self.int8 is None or not self.cuda_int8 or name in self.int8.skipped:
+        """The linear of this layer class, if kernels/w8_linear serves rows of it."""
+        is_int8 = self.int8 is not None and name not in self.int8.skipped
+        if not (self.cuda_w8 and (is_int8 or self.linears == "fp8")):
             return None
         parts = layer_groups(self.config, 0)[name]
-        out_features = sum(part.out_features for part in parts)
-        shape = w8_linear.Shape(out_features, parts[0].in_features, self.dtype, self.int8.threshold)
+        shape = w8_linear.Shape(
+            "int8" if is_int8 else "fp8",
+            sum(part.out_features for part in parts),
+            parts[0].in_features,
+            self.dtype,
+            any(part.bias for part in parts),
+            self.int8.threshold if self.int8 else 0.0,
+        )
         return None if w8_linear.refusal(shape) else shape
+
+    def tiles(self, name: str) -> tuple[w8_linear.Row, ...]:
+        """What kernels/w8_linear has for this layer class."""
+        shape = self.w8(name)
+        return w8_linear.plan(shape) if shape else ()
+
+    def is_early(self, name: str, num_rows: int) -> bool:
+        """Of the kernel that makes fp8's rows for this layer class."""
+        parts = layer_groups(self.config, 0)[name]
+        out_features = sum(part.out_features for part in parts)
+        return is_early(num_rows, parts[0].in_features, out_features, self.tiles(name))
 
     def dense(self, out_features: int, in_features: int) -> tuple[dense_linear.Row, ...]:
         """Of a 16-bit linear the plan for few rows; empty where the kernels of Triton serve it."""

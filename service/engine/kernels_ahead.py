@@ -39,7 +39,7 @@ PROMPT_TOKENS = 64  # of the steps with prompts; their kernels are compiled for 
 LONG_TOKENS = 4096  # of a context whose attention takes larger tiles
 MANY_TOKENS = 8192  # where the kernels of a deterministic linear are those for many rows
 NUM_BLOCKS = 2  # of a layer's cache, likewise
-EIGHT_BIT_TOKENS = (1, 16, 32, 256, 257)  # of the steps with prompts that int8's and fp8's linears tell apart
+EIGHT_BIT_TOKENS = (1, 16, 32, 64, 256, 257)  # of steps with prompts that 8-bit linears tell apart
 
 
 class KernelsAhead:
@@ -81,10 +81,10 @@ def compile_all(walk: Callable[[], None], loads: Sequence[Callable[[], object]] 
 
 def cuda_loads(shapes: Shapes) -> list[Callable[[], object]]:
     """What compiles and loads each variant of our kernels in CUDA C++ that a layer of this model may call."""
-    found = [shape for name in GROUPS if (shape := shapes.w4(name))]
-    w4 = {row.variant for shape in found for row in w4_linear.plan(shape)}
-    int8 = [many for name in GROUPS if (many := shapes.w8(name))]
-    w8 = {row.variant.program: row.variant for many in int8 for row in w8_linear.plan(many)}
+    four_bit = [shape for shape in map(shapes.w4, GROUPS) if shape]
+    w4 = {row.variant for shape in four_bit for row in w4_linear.plan(shape)}
+    eight_bit = [shape for shape in map(shapes.w8, GROUPS) if shape]
+    w8 = {row.variant.program: row.variant for each in eight_bit for row in w8_linear.plan(each)}
     dense = {row.variant for linear in shapes.dense_linears() for row in shapes.dense(*linear)}
     gated = shapes.gated()
     return [
@@ -231,7 +231,8 @@ class Steps:
         if self.shapes.linears == "fp8":
             from service.kernels.fp8_linear.triton import quantize_normed
 
-            hidden, rows = quantize_normed(hidden, delta, self.norm, self.shapes.config.norm_eps)
+            early = self.shapes.is_early(name, len(hidden))
+            hidden, rows = quantize_normed(hidden, delta, self.norm, self.shapes.config.norm_eps, early=early)
             return hidden, self.fp8(name, hidden, *rows)
         hidden, x = self.norm_alone(hidden, delta)
         return hidden, self.linear(name, x)
@@ -244,7 +245,8 @@ class Steps:
         if self.shapes.linears == "fp8":
             from service.kernels.fp8_linear.triton import quantize_gated
 
-            return self.fp8(name, gate_up, *quantize_gated(gate_up))
+            early = self.shapes.is_early(name, len(gate_up))
+            return self.fp8(name, gate_up, *quantize_gated(gate_up, early=early))
         from service.kernels.gated_silu.triton import gated_silu
 
         return self.linear(name, gated_silu(gate_up))
@@ -271,7 +273,7 @@ class Steps:
         if self.shapes.linears == "fp8":
             from service.kernels.fp8_linear.triton import quantize_rows
 
-            return self.fp8(name, x, *quantize_rows(x))
+            return self.fp8(name, x, *quantize_rows(x, early=self.shapes.is_early(name, len(x))))
         if self.shapes.int8 and name not in self.shapes.int8.skipped:
             from service.kernels.int8_linear.triton import int8_linear
 
@@ -323,7 +325,7 @@ class Steps:
 
         parts = layer_groups(self.shapes.config, 0)[name]
         out_features = sum(part.out_features for part in parts)
-        if len(rows) > FEW_ROWS:
+        if len(rows) > FEW_ROWS or w8_linear.row_for(self.shapes.tiles(name), len(rows)):
             return self.activations(len(rows), out_features)
         codes = empty(out_features, rows.shape[1], dtype=torch.float8_e4m3fn)
         scales = empty(out_features, dtype=torch.float32)

@@ -10,10 +10,8 @@ of all rows of a forward where any of them reaches the threshold. Alone, a row i
 Source: arXiv 2208.07339.
 """
 
-import logging
 from collections.abc import Mapping
 from copy import copy
-from functools import cache
 from typing import Any, Self
 
 import torch
@@ -38,8 +36,7 @@ from service.precision.source import (
     tensor_bytes,
 )
 from service.precision.spec import PrecisionSpec, canonical, check_options
-
-logger = logging.getLogger(__name__)
+from service.precision.w8 import serves
 
 
 class Int8Linear(QuantLinear):
@@ -76,7 +73,8 @@ class Int8Linear(QuantLinear):
             kernel = "triton.int8_linear" if group.device.type == "cuda" else "torch.int8_linear"
             self.kernel_rows = KERNEL_ROWS if group.device.type == "cuda" else ()
         threshold = native.in_float16(options.threshold)
-        shape = w8_linear.Shape(group.out_features, group.in_features, group.dtype, threshold)
+        outs, width = codes.shape
+        shape = w8_linear.Shape("int8", outs, width, group.dtype, bias is not None, threshold)
         has_tiles = is_ours and not self.is_native and serves(group, shape)
         if has_tiles:
             kernel = f"{kernel} up to {w8_linear.AFTER_ROWS} rows, {w8_linear.kernel_name()}"
@@ -97,7 +95,7 @@ class Int8Linear(QuantLinear):
         self.register_buffer("steps", scales / 127 if has_tiles else None)
         self.tiles: w8_linear.Tiles | None = None
         if self.steps is not None:
-            self.tiles = w8_linear.bind(codes, self.steps, bias, self.rule, shape, number)
+            self.tiles = w8_linear.bind_int8(codes, self.steps, bias, self.rule, shape, number)
         told = self.codes, scales, bias, options.threshold
         self.bound = native.linear(*told, self.by_row) if self.is_native else None
 
@@ -196,20 +194,3 @@ class Int8(InFlight):
             codes[rows], scales[rows], _ = bitsandbytes.int8_vectorwise_quant(weight)
         number, self._num_built = self._num_built, self._num_built + 1
         return Int8Linear(group, codes, scales, bias, self.options, number)
-
-
-def serves(group: LinearGroup, shape: w8_linear.Shape) -> bool:
-    """Does kernels/w8_linear serve many rows of this group? The log says why not, on a GPU that could."""
-    if group.device.type != "cuda":
-        return False
-    reason = w8_linear.absence() or w8_linear.refusal(shape)
-    if group.deterministic:
-        reason = reason or "its sums depend on the other rows, which `deterministic` forbids"
-    if reason:
-        tell_refusal(group.name, reason)
-    return not reason
-
-
-@cache
-def tell_refusal(layer: str, reason: str) -> None:
-    logger.info("many rows of `%s` are not served by our own 8-bit kernel: %s", layer, reason)

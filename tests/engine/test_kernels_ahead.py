@@ -21,7 +21,8 @@ from service.engine.kernels_ahead import META, KernelsAhead, compile_all, cuda_l
 from service.engine.warm_up import warm_up
 from service.kernels.dense_linear import Variant
 from service.kernels.dense_linear.few_rows import Entry
-from service.kernels.w8_linear import AFTER_ROWS
+from service.kernels.w8_linear import AFTER_ROWS, refusal, row_for
+from service.kernels.w8_linear.plan import TABLES, Settings
 from service.messages import EngineConfig, Loading
 from service.model.batch import BLOCK_TOKENS
 from service.model.instance import ModelInstance
@@ -147,12 +148,22 @@ def test_so_does_one_of_8_bits(
 
 @pytest.mark.parametrize(
     ("family", "precision"),
-    [("qwen2", "int8"), ("llama", "int8:outliers=batch"), ("llama", "int8:threshold=0,skip=down_proj")],
+    [
+        ("qwen2", "int8"),
+        ("llama", "int8:outliers=batch"),
+        ("llama", "int8:threshold=0,skip=down_proj"),
+        ("qwen2", "fp8"),
+        ("llama", "fp8"),
+    ],
 )
-def test_so_does_one_of_int8_whose_many_rows_are_tiles(
+def test_so_does_one_whose_many_rows_of_int8_or_few_of_fp8_are_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, precision: str
 ) -> None:
-    """The rows before them are Triton's; every variant of their kernel is loaded."""
+    """The rows before them are Triton's; every variant of their kernel is loaded. Of fp8 some rows are
+    Triton's, and what has a bias."""
+    early = Settings(64, 1, 8, cuts=True, light=1, early=True)
+    fp8 = (16, (Settings(16, 1, 10),) * 3), (32, (None,) * 3), (64, (early,) * 3)
+    monkeypatch.setitem(TABLES, "fp8", fp8)
     monkeypatch.setattr("service.kernels.dense_linear.triton.MIN_WEIGHT_BYTES", 0)
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | FAMILIES[family]))
     source, backend = RandomWeights(tmp_path, CPU, Draw()), load_backend(precision)
@@ -165,25 +176,35 @@ def test_so_does_one_of_int8_whose_many_rows_are_tiles(
     monkeypatch.setattr("service.engine.kernels_ahead.w8_linear.load", loaded.append)
     for load in cuda_loads(shapes):
         load()
-    assert {variant.tile for variant in loaded} == {32, 64, 128}
-    assert len({variant.program for variant in loaded}) == len(loaded)
+    is_fp8 = precision == "fp8"
+    assert {variant.tile for variant in loaded} == ({16, 64} if is_fp8 else {32, 64, 128})
+    assert len(programs := {variant.program for variant in loaded}) == len(loaded)
     with pytest.MonkeyPatch.context() as patch, recorded() as ahead:
         # its arithmetic on meta tensors would have torch import its compiler
-        patch.setattr("service.kernels.w8_linear.reference.w8_linear", None)
+        patch.setattr("service.kernels.w8_linear.reference.int8_linear", None)
         walk(shapes, batch_sizes(MAX_REQUESTS))
-    assert not {kind[0] for kind in ahead} & {"many_rows_kernel", "list_columns_kernel"}
+    names = {kind[0] for kind in ahead}
+    assert not names & {"many_rows_kernel", "list_columns_kernel"}
+    assert "few_rows_kernel" in names
+    called: set[Any] = set()
 
-    def multiply(self: Any, rows: Any) -> Tensor:
-        assert len(rows.x) > AFTER_ROWS
-        assert rows.codes.shape == (1, *rows.x.shape)
-        return rows.x.new_zeros(len(rows.x), self.shape.out_features)
+    def multiply(self: Any, codes: Tensor, scales: Tensor, x16: Tensor | None) -> Tensor:
+        num_rows = len(codes)
+        row = row_for(self.rows, num_rows)
+        assert row
+        assert is_fp8 or num_rows > AFTER_ROWS
+        assert is_fp8 == (x16 is None)
+        called.add(row.variant.program)
+        return codes.new_zeros(num_rows, self.shape.out_features, dtype=self.shape.dtype)
 
-    monkeypatch.setattr("service.precision.int8.serves", lambda group, shape: True)
+    monkeypatch.setattr(f"service.precision.{backend.name}.serves", lambda group, shape: not refusal(shape))
     monkeypatch.setattr("service.kernels.w8_linear.cuda.multiprocessors", lambda: 132)
-    monkeypatch.setattr("service.kernels.w8_linear.cuda.Bound.__call__", multiply)
+    monkeypatch.setattr("service.kernels.w8_linear.cuda.Bound.multiply", multiply)
     with recorded() as launched, tensors_on_it():
         whole_start(source, precision, monkeypatch)
     assert launched <= ahead
+    assert called <= programs
+    assert bool(called) == ("batch" not in precision)  # which is bitsandbytes' where no GPU is
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)

@@ -19,7 +19,7 @@ from service.kernels.add_rms_norm import add_rms_norm
 from service.kernels.gated_silu import gated_silu
 from service.kernels.int8_linear import gated_linear, int8_linear, normed_linear
 from service.kernels.int8_rows import ALL_LIVE, Live, OutlierRule
-from service.kernels.w8_linear import AFTER_ROWS, Shape, Tiles, absence, bind, plan
+from service.kernels.w8_linear import AFTER_ROWS, Shape, Tiles, absence, bind_int8, plan
 from service.kernels.w8_linear.cuda import workspace_on
 from service.precision import load_backend
 from service.precision.base import LinearGroup
@@ -46,7 +46,7 @@ def kernels() -> None:
     """Every variant of the shapes above, compiled and loaded."""
     if reason := absence():
         pytest.skip(reason)
-    shapes = [Shape(*shape, dtype, THRESHOLD) for shape, dtype in product(SHAPES, DTYPES)]
+    shapes = [Shape("int8", *shape, dtype, threshold=THRESHOLD) for shape, dtype in product(SHAPES, DTYPES)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(w8_linear.load, {row.variant for shape in shapes for row in plan(shape)}))
 
@@ -70,8 +70,8 @@ def weight_of(
 ) -> tuple[Tensor, Tensor, Tiles]:
     codes = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8, device=CUDA)
     scales = torch.rand(out_features, device=CUDA) * 0.1 + 1e-3
-    shape = Shape(out_features, in_features, dtype, told.threshold)
-    return codes, scales, bind(codes, scales / 127, None, told, shape, number)
+    shape = Shape("int8", out_features, in_features, dtype, threshold=told.threshold)
+    return codes, scales, bind_int8(codes, scales / 127, None, told, shape, number)
 
 
 def rows_with_outliers(num_rows: int, width: int, dtype: torch.dtype, count: int) -> Tensor:
@@ -97,7 +97,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def assert_idle() -> None:
-    workspace = workspace_on(CUDA)
+    workspace = workspace_on(CUDA, "int8")
     assert not workspace.arrived.any()
     assert not workspace.gathered.any()
 
@@ -210,7 +210,7 @@ def test_captured_with_padding(by_row: bool, num_rows: int) -> None:
             want = defined(row, codes, scales, by_row)
             assert relative(y[:-PADDED], want) <= ROUNDED[torch.float16], count
         assert int(told.counts[1]) == 2 * rows.numel()
-    bitmaps = workspace_on(CUDA).bitmaps
+    bitmaps = workspace_on(CUDA, "int8").bitmaps
     assert by_row == (not bitmaps[2].any()), "by row the second layer has cleared the first one's"
     assert_idle()
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import cycle
 
 import torch
+from torch import Tensor
 
 from service.kernels import decode_attention as decodes_of
 from service.kernels import gated_linear, w4_linear, w8_linear
@@ -27,7 +28,8 @@ from service.kernels.w4_linear.plan import TABLES, few_of, tile_of
 from service.kernels.w4_linear.variants import Few
 from service.kernels.w4_linear.variants import Variant as W4Variant
 from service.kernels.w8_linear import cuda as w8_cuda
-from service.kernels.w8_linear.plan import AFTER_ROWS, DEEP, TILES, WIDE
+from service.kernels.w8_linear.plan import AFTER_ROWS, DEEP, WIDE
+from service.kernels.w8_linear.plan import TABLES as W8_TABLES
 from tests.kernels.decodes import EPS, decodes
 from tests.kernels.given import Given
 from tests.kernels.triton_launches import rule_of
@@ -81,22 +83,44 @@ def w4(given: Given, *, few: bool) -> None:
 
 def w8_shapes() -> Iterator[w8_linear.Shape]:
     for number, (outs, width) in enumerate(W8_SHAPES):
-        yield w8_linear.Shape(outs, width, DTYPES[number % 2], THRESHOLD)
+        dtype = DTYPES[number % 2]
+        yield w8_linear.Shape("int8", outs, width, dtype, threshold=THRESHOLD)
+        yield w8_linear.Shape("fp8", outs, width, dtype)
 
 
 def w8_tile(given: Given) -> None:
-    """With outliers in many columns, and without any."""
     for number, shape in enumerate(w8_shapes()):
-        codes = given.integers(-127, 128, shape.out_features, shape.in_features, dtype=torch.int8)
+        if w8_linear.refusal(shape):  # fp8's tables may leave a place to another kernel
+            continue
         steps = given.scales(shape.out_features)
-        for by_row in (True, False):
-            rule = rule_of(given, THRESHOLD, by_row=by_row)
-            bound = w8_cuda.Bound(codes, steps, None, rule, shape, number)
-            tiles = w8_linear.Tiles(bound.marks, bound)
-            for num_rows in (AFTER_ROWS + 1, *((most or 300) - 5 for most, _ in TILES[1:])):
-                x = given.normal(num_rows, shape.in_features, dtype=shape.dtype)
-                for times in (1, 0.1):
-                    int8.int8_linear(x * times, codes, steps, None, rule, ALL_LIVE, tiles)
+        if shape.codes == "int8":
+            int8_tile(given, shape, steps, number)
+        else:
+            fp8_tile(given, shape, steps)
+
+
+def int8_tile(given: Given, shape: w8_linear.Shape, steps: Tensor, number: int) -> None:
+    """With outliers in many columns, and without any."""
+    codes = given.integers(-127, 128, shape.out_features, shape.in_features, dtype=torch.int8)
+    for by_row in (True, False):
+        rule = rule_of(given, THRESHOLD, by_row=by_row)
+        bound = w8_cuda.BoundInt8(w8_cuda.Weight(codes, steps), None, rule, shape, number)
+        tiles = w8_linear.Tiles(bound.marks, bound)
+        most_rows = [most or 300 for most, _ in W8_TABLES["int8"]]
+        for num_rows in (AFTER_ROWS + 1, *(most - 5 for most in most_rows[1:])):
+            x = given.normal(num_rows, shape.in_features, dtype=shape.dtype)
+            for times in (1, 0.1):
+                int8.int8_linear(x * times, codes, steps, None, rule, ALL_LIVE, tiles)
+
+
+def fp8_tile(given: Given, shape: w8_linear.Shape, steps: Tensor) -> None:
+    def codes(rows: int) -> Tensor:
+        return given.normal(rows, shape.in_features, dtype=torch.float32).to(torch.float8_e4m3fn)
+
+    multiply = w8_cuda.BoundFP8(w8_cuda.Weight(codes(shape.out_features), steps), shape)
+    for row in multiply.rows:
+        for num_rows in (row.after + 1, row.variant.tile - 5):
+            multiply(codes(num_rows), given.scales(num_rows))
 
 
 def dense_rows() -> Iterator[few_rows.Row]:

@@ -16,7 +16,7 @@ from service.kernels.decode_attention import cuda as decode_cuda
 from service.kernels.decode_attention.table import HEAD_DIMS, TABLE
 from service.kernels.dense_linear import few_rows
 from service.kernels.w4_linear.plan import TABLES
-from service.kernels.w8_linear.plan import TILES
+from service.kernels.w8_linear.plan import TABLES as W8_TABLES
 from tests.kernels import cuda_launches, triton_launches
 from tests.kernels.absent_gpu import KERNELS, recorded
 from tests.kernels.given import Given
@@ -98,9 +98,9 @@ def test_so_is_every_variant_of_a_table(programs: set[Program]) -> None:
     def seen(kernel: str, *names: str, **only: int) -> set[tuple[int, ...]]:
         told = [dict(program.definitions) for program in programs if program.kernel == kernel]
         return {
-            tuple(each[name] for name in names)
+            tuple(each.get(name, 0) for name in names)
             for each in told
-            if all(each[name] == value for name, value in only.items())
+            if all(each.get(name, 0) == value for name, value in only.items())
         }
 
     for kind, (few, few_of_wide, tiles) in TABLES.items():
@@ -114,9 +114,14 @@ def test_so_is_every_variant_of_a_table(programs: set[Program]) -> None:
             for _, choices in tiles
             for each in choices
         }
-    assert seen("w8_tile", "TILE", "RT", "STAGES", "CAP") == {
-        (each.tile, each.rt, each.stages, each.cap) for _, choices in TILES for each in choices
-    }
+    for codes, table in W8_TABLES.items():
+        names = ("TILE", "RT", "STAGES", "CAP", "LIGHT", "AHEAD")
+        assert seen("w8_tile", *names, FP8=int(codes == "fp8")) == {
+            (each.tile, each.rt, each.stages, each.cap, each.light, each.ahead)
+            for _, choices in table
+            for each in choices
+            if each
+        }
     assert seen("dense_stream", "TILE", "EARLY", "BF16") == {
         (entry.variant.tile, entry.variant.early, bf16) for entry in few_rows.TABLE for bf16 in (0, 1)
     }

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from service.kernels.add_rms_norm.reference import add_rms_norm
 from service.kernels.fp8_linear import reference
-from service.kernels.fp8_linear.plan import tile_for
+from service.kernels.fp8_linear.plan import SETTINGS, Setting, is_early, setting_for, splits_for
 from service.kernels.gated_silu.reference import gated_silu
-from service.kernels.int8_linear.plan import Tile, splits_of
+from service.kernels.int8_linear.plan import Tile
+from service.kernels.w8_linear import FewRows, Row
+from service.kernels.w8_linear import reference as w8_reference
+from service.kernels.w8_linear.variants import Tile as TileVariant
 from tests.kernels.interpreter import interpreted
 from tests.kernels.test_paged_attention import relative_rms
 
@@ -90,6 +93,33 @@ def test_what_precedes_a_linear_is_made_with_its_codes(
     assert relative_rms(y, reference.fp8_linear(normed, weight, of_weight, bias)) < 6e-3
 
 
+def test_few_rows_go_where_they_are_bound_to(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the codes of whatever precedes the linear; more rows are torch's affair as ever."""
+    codes, scales, _ = weight_of(64, 208)
+    asked: list[int] = []
+
+    def multiply(rows: Tensor, row_scales: Tensor) -> Tensor:
+        asked.append(len(rows))
+        return w8_reference.fp8_linear(codes, scales, torch.bfloat16, rows, row_scales)
+
+    few = FewRows((Row(1, 3, TileVariant("fp8", 1, 16, 1, 3)),), multiply)
+    x, gate_up, gain = rows_of(3, 208), rows_of(3, 416), torch.rand(208).bfloat16()
+    given = codes, scales, None
+    _, y = kernels.normed_linear(x, None, gain, 1e-5, *given, few)
+    found = [kernels.fp8_linear(x, *given, few), kernels.gated_linear(gate_up, *given, few), y]
+    assert asked == [3, 3, 3]
+    _, y = kernels.normed_linear(x, None, gain, 1e-5, *given)
+    want = [kernels.fp8_linear(x, *given), kernels.gated_linear(gate_up, *given), y]
+    for got, as_triton in zip(found, want, strict=True):
+        assert relative_rms(got, as_triton.double()) < 2e-3
+    by_torch = torch.zeros(4, 64)
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **named: by_torch)
+    assert kernels.fp8_linear(rows_of(65, 208), *given, few) is by_torch
+    for num_rows in (1, 4):
+        assert kernels.fp8_linear(rows_of(num_rows, 208), *given, few).shape == (num_rows, 64)
+    assert len(asked) == 3, "what its plan leaves out is Triton's"
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_broken_row_shows_and_spares_the_others(kernels: ModuleType, broken: float) -> None:
     codes, scales, _ = weight_of(64, 208)
@@ -104,5 +134,18 @@ def test_a_broken_row_shows_and_spares_the_others(kernels: ModuleType, broken: f
 
 def test_the_measured_shapes_take_the_measured_tiles() -> None:
     shapes = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
-    for num_rows in (1, 16, 64):
-        assert [splits_of(*shape, tile_for(num_rows, *shape)) for shape in shapes] == [2, 2, 1, 2]
+    splits = {1: [4, 4, 1, 8], 16: [2, 2, 1, 2], 64: [2, 2, 1, 4]}
+    for num_rows, want in splits.items():
+        found = [splits_for(*shape, setting_for(num_rows, *shape)) for shape in shapes]
+        assert found == want
+
+
+def test_rows_are_early_as_the_table_of_who_serves_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, triton = TileVariant("fp8", 1, 64, 1, 8), SETTINGS[-1][1][0]
+    tiles = Row(4, 16, variant), Row(32, 64, variant, early=True)
+    early = [is_early(num_rows, 4096, 4096, tiles) for num_rows in (1, 16, 17, 33, 64, 65)]
+    assert early == [False, False, False, True, True, False]
+    last = (64, (Setting(triton.tile, early=True),) * 3)
+    monkeypatch.setattr("service.kernels.fp8_linear.plan.SETTINGS", (*SETTINGS[:-1], last))
+    early = [is_early(num_rows, 4096, 4096, tiles[:1]) for num_rows in (1, 16, 17, 33, 64, 65)]
+    assert early == [False, False, True, True, True, False]

@@ -1,4 +1,4 @@
-"""What a bound int8 weight tells the W8A8 kernel of its plan; no kernel runs."""
+"""What a bound 8-bit weight tells the W8A8 kernel of its plan; no kernel runs."""
 
 import ctypes
 from typing import Any
@@ -11,7 +11,8 @@ from torch import Tensor
 from service.kernels.cuda import driver, maps
 from service.kernels.int8_rows import OutlierRule
 from service.kernels.w8_linear import Shape
-from service.kernels.w8_linear.variants import THREADS, Tile
+from service.kernels.w8_linear.plan import TABLES, Settings
+from service.kernels.w8_linear.variants import Tile
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,7 @@ from service.kernels.int8_rows.triton import Rows
 from service.kernels.w8_linear import cuda
 
 OUTS, WIDTH = 4096, 8192  # deep: few rows share tiles
+NUM_ARGUMENTS = 18
 STREAM = 77
 
 
@@ -26,7 +28,7 @@ class Kernel:
     handle = ctypes.c_void_p(1)
 
     def __init__(self, variant: Tile) -> None:
-        self.name, self.threads = variant.name, THREADS
+        self.name, self.threads = variant.name, variant.threads
 
 
 class Driver:
@@ -37,7 +39,7 @@ class Driver:
         self.maps: list[tuple[Any, ...]] = []
 
     def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
-        addresses = (ctypes.c_void_p * 18).from_address(arguments)
+        addresses = (ctypes.c_void_p * NUM_ARGUMENTS).from_address(arguments)
         told = driver.Config.from_buffer_copy(driver.Config.from_address(config))
         self.launches.append((told, list(addresses)))
         return 0
@@ -64,11 +66,24 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return found
 
 
-def bound(number: int = 0, bias: Tensor | None = None, **changes: float) -> cuda.Bound:
+def bound(number: int = 0, bias: Tensor | None = None, **changes: float) -> cuda.BoundInt8:
     codes, steps = torch.zeros(OUTS, WIDTH, dtype=torch.int8), torch.zeros(OUTS)
     rule = OutlierRule(changes.get("threshold", 6.0), bool(changes.get("by_row", True)), torch.zeros(2))
-    shape = Shape(OUTS, WIDTH, torch.float16, rule.threshold)
-    return cuda.Bound(codes, steps, bias, rule, shape, number)
+    shape = Shape("int8", OUTS, WIDTH, torch.float16, bias is not None, rule.threshold)
+    return cuda.BoundInt8(cuda.Weight(codes, steps), bias, rule, shape, number)
+
+
+def bound_fp8() -> cuda.BoundFP8:
+    """Under a table that leaves 17 to 32 rows to another kernel."""
+    codes = torch.zeros(OUTS, WIDTH, dtype=torch.float8_e4m3fn)
+    few, more = Settings(16, 1, 10, light=1), Settings(64, 1, 8, cuts=True, light=1, early=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TABLES, "fp8", ((16, (None, few, None)), (32, (None,) * 3), (64, (more,) * 3)))
+        return cuda.BoundFP8(cuda.Weight(codes, torch.zeros(OUTS)), Shape("fp8", OUTS, WIDTH, torch.bfloat16))
+
+
+def fp8_rows_of(num_rows: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(num_rows, WIDTH, dtype=torch.float8_e4m3fn), torch.zeros(num_rows)
 
 
 def rows_of(num_rows: int) -> Rows:
@@ -93,15 +108,15 @@ def test_arguments_stand_in_the_kernel_s_order(library: Driver) -> None:
     of_codes, of_rows = library.maps
     variant = multiply.rows[1].variant
     assert of_rows == (0, rows.codes.data_ptr(), [WIDTH, 50], [WIDTH], [128, variant.tile])
-    assert of_codes == (0, multiply.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
+    assert of_codes == (0, multiply.weight.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
     config, told = library.launches[0]
     workspace = multiply.workspace
     assert pointers(told, range(2, 12)) == [
         rows.scales.data_ptr(),
-        multiply.steps.data_ptr(),
+        multiply.weight.steps.data_ptr(),
         rows.x.data_ptr(),
         multiply.marks.bitmap.data_ptr(),
-        multiply.codes.data_ptr(),
+        multiply.weight.codes.data_ptr(),
         y.data_ptr(),
         workspace.sums.data_ptr(),
         workspace.arrived.data_ptr(),
@@ -112,7 +127,7 @@ def test_arguments_stand_in_the_kernel_s_order(library: Driver) -> None:
     assert shared == 32 % 13
     assert integers(told[12:17]) == [50, OUTS, WIDTH, shared, cuda.GATHERED_COLUMNS]
     assert ctypes.c_float.from_address(told[17]).value == 6.0
-    assert (config.grid_x, config.block_x, config.stream) == (blocks, THREADS, STREAM)
+    assert (config.grid_x, config.block_x, config.stream) == (blocks, 384, STREAM)
     assert config.shared_bytes == variant.shared_bytes
     assert workspace.sums.numel() >= 13 * variant.sums_of_block
 
@@ -155,3 +170,41 @@ def test_a_bias_is_added(library: Driver, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)
     bias = torch.randn(OUTS).half()
     assert torch.equal(bound(bias=bias)(rows_of(20)), bias.expand(20, -1))
+
+
+def test_fp8_tells_nothing_of_outliers(library: Driver) -> None:
+    """x, its bitmap and gathered columns are nowhere; the sums of a tile's parts are its own."""
+    multiply, (codes, scales) = bound_fp8(), fp8_rows_of(50)
+    y = multiply(codes, scales)
+    assert (y.shape, y.dtype) == ((50, OUTS), torch.bfloat16)
+    weight, workspace, variant = multiply.weight, multiply.workspace, multiply.rows[1].variant
+    of_codes, of_rows = library.maps
+    assert of_rows == (0, codes.data_ptr(), [WIDTH, 50], [WIDTH], [128, variant.tile])
+    assert of_codes == (0, weight.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
+    config, told = library.launches[0]
+    given = [scales.data_ptr(), weight.steps.data_ptr(), 0, 0, weight.codes.data_ptr()]
+    left = [y.data_ptr(), workspace.sums.data_ptr(), workspace.arrived.data_ptr(), 0]
+    assert pointers(told, range(2, 11)) == [*given, *left]
+    assert integers(told[12:16]) == [50, OUTS, WIDTH, 32 % 13]
+    assert (config.grid_x, config.block_x, config.stream) == (13, 288, STREAM)
+    assert config.shared_bytes == variant.shared_bytes
+    assert workspace.sums.numel() >= 13 * variant.sums_of_block
+    assert workspace is not bound().workspace
+
+
+def test_fp8_s_rows_choose_the_variant(library: Driver) -> None:
+    multiply = bound_fp8()
+    for num_rows, tile in ((1, 16), (16, 16), (33, 64), (64, 64)):
+        multiply(*fp8_rows_of(num_rows))
+        assert library.maps[-1][-1] == [128, tile]
+    for num_rows in (17, 32, 65):
+        with pytest.raises(AssertionError):
+            multiply(*fp8_rows_of(num_rows))
+
+
+def test_what_the_kernel_would_misread_is_not_launched(library: Driver) -> None:
+    codes, scales = fp8_rows_of(3)
+    for wrong in (codes.view(torch.int8), codes[:, :16].contiguous()):
+        with pytest.raises(AssertionError):
+            bound_fp8()(wrong, scales)
+    assert not library.launches

@@ -1,40 +1,61 @@
-"""The table of the W8A8 kernel: total for what it does not refuse, one reason for what it does."""
+"""The tables of the W8A8 kernel: total for what they do not refuse, one reason for what they do."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.kernels.w8_linear import AFTER_ROWS, Shape, plan, refusal
-from service.kernels.w8_linear.plan import most_sums
+from service.kernels.w8_linear import AFTER_ROWS, Codes, Shape, plan, refusal, row_for
+from service.kernels.w8_linear.plan import MOST_FP8_ROWS, TABLES, Settings, most_sums
 from service.kernels.w8_linear.variants import SHARED_BYTES, STEP, SYSTEM_BYTES, Tile
 
 HALF = torch.float16
 
 
 @given(
+    codes=st.sampled_from(["int8", "fp8"]),
+    biased=st.booleans(),
     outs=st.integers(1, 3000),
     steps=st.integers(1, 2100),
     factor=st.sampled_from([1, 8, 16]),
-    num_rows=st.integers(AFTER_ROWS + 1, 10_000),
+    some_rows=st.integers(1, 10_000),
     most_blocks=st.integers(1, 140),
     dtype=st.sampled_from([HALF, torch.bfloat16]),
 )
 def test_it_has_a_kernel_or_a_reason(
-    outs: int, steps: int, factor: int, num_rows: int, most_blocks: int, dtype: torch.dtype
+    codes: Codes,
+    biased: bool,
+    outs: int,
+    steps: int,
+    factor: int,
+    some_rows: int,
+    most_blocks: int,
+    dtype: torch.dtype,
 ) -> None:
-    shape = Shape(outs * factor, steps * factor, dtype, 6.0)
+    threshold = 6.0 if codes == "int8" else 0.0
+    shape = Shape(codes, outs * factor, steps * factor, dtype, biased, threshold)
     if reason := refusal(shape):
-        assert "no multiple of" in reason or "more than 32768" in reason
+        known = ("more than 32768",) if codes == "int8" else ("no bias", "another kernel")
+        assert any(text in reason for text in ("no multiple of", *known))
         return
     rows = plan(shape)
     ends = [row.max_rows for row in rows]
-    assert ends[-1] is None
-    assert ends[:-1] == sorted({end for end in ends if end})
-    variant = next(row.variant for row in rows if row.max_rows is None or num_rows <= row.max_rows)
+    assert ends[:-1] == sorted({end for end in ends[:-1] if end})
+    for row, before in zip(rows, (None, *rows), strict=False):
+        assert row.after >= (before.max_rows or 0 if before else 0), "ranges do not overlap"
+    num_rows = some_rows + AFTER_ROWS if codes == "int8" else (some_rows - 1) % MOST_FP8_ROWS + 1
+    found = row_for(rows, num_rows)
+    assert found or codes == "fp8", "int8 is served by any number of rows"
+    assert not row_for(rows, AFTER_ROWS if codes == "int8" else MOST_FP8_ROWS + 1)
+    if not found:
+        return
+    assert not (found.early and codes == "int8")
+    variant = found.variant
+    assert variant.tile >= num_rows or codes == "int8", "fp8's rows are one tile"
     assert variant.shared_bytes <= SHARED_BYTES - SYSTEM_BYTES
-    assert variant.sums_of_block <= most_sums()
+    assert variant.sums_of_block <= most_sums(codes)
     assert variant.bf16 == (dtype is torch.bfloat16)
+    assert variant.codes == codes
     blocks, shared = variant.work(num_rows, shape.out_features, shape.in_features, most_blocks)
     tiles = -(-shape.out_features // variant.outputs) * -(-num_rows // variant.tile)
     assert 1 <= blocks <= most_blocks
@@ -54,23 +75,54 @@ def test_it_has_a_kernel_or_a_reason(
         ({"in_features": 112}, "112 input features are no multiple of 32"),
         ({"in_features": 1 << 16}, "65536 input features are more than 32768"),
         ({"threshold": 1e-6}, "threshold 1e-06"),
+        ({"codes": "fp8", "biased": True, "threshold": 0.0}, "no bias"),
     ],
 )
 def test_who_is_refused_is_told_why(changes: dict[str, object], reason: str) -> None:
-    told = {"out_features": 4096, "in_features": 4096, "dtype": HALF, "threshold": 6.0} | changes
-    assert reason in refusal(Shape(**told))  # type: ignore[arg-type]
+    told = {"codes": "int8", "out_features": 4096, "in_features": 4096, "dtype": HALF, "threshold": 6.0}
+    assert reason in refusal(Shape(**told | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("outs", "width", "reason"),
+    [(1008, 208, ""), (1000, 208, "1000 outputs"), (1008, 200, "no multiple of 16"), (16, 1 << 17, "")],
+)
+def test_fp8_knows_no_bitmap(outs: int, width: int, reason: str) -> None:
+    """So inputs need be no whole words of it, and may be any number."""
+    found = refusal(Shape("fp8", outs, width, torch.bfloat16))
+    assert reason in found
+    assert bool(reason) == bool(found)
 
 
 def test_none_is_refused_where_there_are_no_outliers() -> None:
-    assert not refusal(Shape(4096, 4096, HALF, 0.0))
+    assert not refusal(Shape("int8", 4096, 4096, HALF))
 
 
 @pytest.mark.parametrize(("outs", "width"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
 def test_the_shapes_that_were_measured(outs: int, width: int) -> None:
-    rows = plan(Shape(outs, width, HALF, 6.0))
+    rows = plan(Shape("int8", outs, width, HALF, threshold=6.0))
     assert [row.max_rows for row in rows] == [32, 64, 128, 256, None]
     gathers = [row.variant.gathers for row in rows]
     assert gathers == [False, False, True, True, True]
+    rows = plan(Shape("fp8", outs, width, torch.bfloat16))
+    assert [row.max_rows for row in rows] == [row.variant.tile for row in rows]
+    assert {row.variant.cuts for row in rows} == {outs < 28672}
+
+
+def test_a_place_may_be_left_to_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    some, more = Settings(16, 1, 10, light=1), Settings(64, 1, 8, cuts=True, early=True)
+    table = ((16, (some, None, None)), (32, (None, None, None)), (64, (more, more, None)))
+    monkeypatch.setitem(TABLES, "fp8", table)
+    narrow, deep, wide = (
+        Shape("fp8", outs, width, torch.bfloat16)
+        for outs, width in ((4096, 4096), (4096, 14336), (28672, 4096))
+    )
+    rows = plan(narrow)
+    served = [row_for(rows, num_rows) for num_rows in (1, 16, 17, 32, 33, 64, 65)]
+    assert [row.variant.tile if row else 0 for row in served] == [16, 16, 0, 0, 64, 64, 0]
+    assert [row.early for row in rows] == [False, True]
+    assert [(row.after, row.max_rows) for row in plan(deep)] == [(32, 64)]
+    assert "another kernel" in refusal(wide)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +140,6 @@ def test_the_shapes_that_were_measured(outs: int, width: int) -> None:
 def test_every_block_that_shares_has_a_step(
     outs: int, width: int, num_rows: int, most_blocks: int, work: tuple[int, int]
 ) -> None:
-    assert Tile(0, 64, 1, 4, 64, cuts=True).work(num_rows, outs, width, most_blocks) == work
+    assert Tile("int8", 0, 64, 1, 4, 64, cuts=True).work(num_rows, outs, width, most_blocks) == work
     tiles = min(-(-outs // 128) * -(-num_rows // 64), most_blocks)
-    assert Tile(0, 64, 1, 4, 64).work(num_rows, outs, width, most_blocks) == (tiles, 0)
+    assert Tile("int8", 0, 64, 1, 4, 64).work(num_rows, outs, width, most_blocks) == (tiles, 0)

@@ -11,7 +11,7 @@ from service.kernels.add_rms_norm.reference import add_rms_norm
 from service.kernels.gated_silu.reference import gated_silu
 from service.kernels.int8_linear import reference
 from service.kernels.int8_rows import ALL_LIVE, Live, Marks, OutlierRule
-from service.kernels.w8_linear import AFTER_ROWS, Shape, Tiles, bind
+from service.kernels.w8_linear import AFTER_ROWS, Shape, Tiles, bind_int8
 from tests.kernels.interpreter import interpreted
 
 THRESHOLD = 6.0
@@ -51,8 +51,8 @@ def tiles_for(told: OutlierRule, width: int, dtype: torch.dtype) -> tuple[Tensor
     codes = torch.randint(-127, 128, (48, width), generator=generator, dtype=torch.int8)
     scales, bias = torch.rand(2, 48, generator=generator) * 0.1
     bias = bias.to(dtype)
-    shape = Shape(48, width, dtype, told.threshold)
-    return codes, scales, bias, bind(codes, scales / 127, bias, told, shape, 0)
+    shape = Shape("int8", 48, width, dtype, True, told.threshold)
+    return codes, scales, bias, bind_int8(codes, scales / 127, bias, told, shape, 0)
 
 
 def relative(got: Tensor, want: Tensor) -> float:

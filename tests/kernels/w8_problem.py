@@ -1,28 +1,31 @@
-"""An LLM.int8() linear as kernels/w8_linear is given it, quantized in torch, and what it must come to."""
+"""8-bit linears as kernels/w8_linear is given them, quantized in torch, and what they must come to."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from service.kernels.fp8_linear.reference import quantize_rows
+
 THRESHOLD = 6.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Weights, codes and steps; rows with outliers in some columns, each in every second row."""
+    """Weights, codes and steps; int8's rows have outliers in some columns, each in every second row."""
 
-    codes: Tensor  # int8 [out, in]
+    codes: Tensor  # int8 or float8_e4m3fn [out, in]
     steps: Tensor  # float32 [out]
     x: Tensor  # 16-bit [T, in]
-    x_codes: Tensor  # int8 [T, in], 0 for outliers
+    x_codes: Tensor  # as `codes` [T, in], 0 for outliers
     x_steps: Tensor  # float32 [T]
     bitmap: Tensor  # int32 [1024]
 
     @property
     def outliers(self) -> Tensor:
         wide = self.x.double()
-        return torch.where(wide.abs() >= THRESHOLD, wide, 0)
+        is_outlier = (wide.abs() >= THRESHOLD) & (self.codes.dtype is torch.int8)
+        return torch.where(is_outlier, wide, 0)
 
     def wanted(self) -> Tensor:
         """float64 [T, out]."""
@@ -30,8 +33,17 @@ class Problem:
         return rows @ (self.codes.double() * self.steps.double()[:, None]).t()
 
 
-def problem(num_rows: int, outs: int, width: int, count: int, dtype: torch.dtype) -> Problem:
+def fp8_problem(num_rows: int, outs: int, width: int, dtype: torch.dtype) -> Problem:
     """On the CPU, random."""
+    codes, steps = quantize_rows(torch.randn(outs, width) * 0.05)
+    x = torch.randn(num_rows, width) * 2
+    x[:, width // 2] *= 30
+    x = x.to(dtype)
+    return Problem(codes, steps, x, *quantize_rows(x), bits_of(torch.zeros(width)))
+
+
+def problem(num_rows: int, outs: int, width: int, count: int, dtype: torch.dtype) -> Problem:
+    """On the CPU, random, of int8."""
     codes = torch.randint(-127, 128, (outs, width), dtype=torch.int8)
     steps = torch.rand(outs) * 1e-3 + 1e-4
     x = torch.randn(num_rows, width).clamp_(-5.5, 5.5)

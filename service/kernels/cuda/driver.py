@@ -17,12 +17,13 @@ import torch
 from service.errors import DeviceError
 from service.kernels.cuda.cubins import Program, cubin
 
-# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-MAX_DYNAMIC_SHARED_BYTES, WIDE_CLUSTERS = 8, 14
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT (per cent),
+# _NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+MAX_DYNAMIC_SHARED_BYTES, CARVEOUT, WIDE_CLUSTERS = 8, 9, 14
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*
 WITHOUT_ASKING = 48 << 10  # bytes of shared memory that every kernel may have
 # CU_TENSOR_MAP_DATA_TYPE_*, _SWIZZLE_*, _L2_PROMOTION_L2_256B
-MAP_TYPES = {torch.int8: 0, torch.int32: 2, torch.float16: 6, torch.bfloat16: 9}
+MAP_TYPES = {torch.int8: 0, torch.float8_e4m3fn: 0, torch.int32: 2, torch.float16: 6, torch.bfloat16: 9}
 SWIZZLE_NONE, SWIZZLE_128 = 0, 3
 PROMOTE_256 = 3
 
@@ -104,11 +105,17 @@ def multiprocessors() -> int:
 class Kernel:
     """A loaded kernel; its blocks have this many threads and at most these bytes of dynamic shared memory.
 
-    `wide_clusters`: more than eight blocks are one.
+    `wide_clusters`: more than eight blocks are one. `shares`: all that a multiprocessor has may be shared
+    memory while it runs, so that blocks of a neighbouring launch fit beside its own.
     """
 
     def __init__(
-        self, program: Program, threads: int, most_shared_bytes: int, wide_clusters: bool = False
+        self,
+        program: Program,
+        threads: int,
+        most_shared_bytes: int,
+        wide_clusters: bool = False,
+        shares: bool = False,
     ) -> None:
         self.name, self.threads = program.kernel, threads
         code, here = cubin(program), driver()
@@ -120,14 +127,21 @@ class Kernel:
             here.call("cuFuncSetAttribute", self.handle, MAX_DYNAMIC_SHARED_BYTES, most_shared_bytes)
         if wide_clusters:
             here.call("cuFuncSetAttribute", self.handle, WIDE_CLUSTERS, 1)
+        if shares:
+            here.call("cuFuncSetAttribute", self.handle, CARVEOUT, 100)
 
 
 @cache
 def kernel_of(
-    program: Program, threads: int, most_shared_bytes: int, *, wide_clusters: bool = False
+    program: Program,
+    threads: int,
+    most_shared_bytes: int,
+    *,
+    wide_clusters: bool = False,
+    shares: bool = False,
 ) -> Kernel:
     """Compiled and loaded; twice at most where two threads ask at once."""
-    return Kernel(program, threads, most_shared_bytes, wide_clusters)
+    return Kernel(program, threads, most_shared_bytes, wide_clusters, shares)
 
 
 class Launch:

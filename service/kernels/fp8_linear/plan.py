@@ -1,21 +1,57 @@
-"""In which tiles few rows are multiplied with which E4M3 layer, as measured on an H100.
+"""How few rows are multiplied with which E4M3 layer on a GPU, as measured on an H100.
 
-Timed over the four linears of a layer of Llama-3.1-8B (docs/experiments.md). From there on torch's scaled
-matmul is as fast.
+Timed behind the kernels that make their rows, over layers of Llama-3.1-8B (docs/experiments.md, section 9); a
+layer of another shape takes what its nearest relative takes. Where kernels/w8_linear serves, its table comes
+first. From FEW_ROWS rows on torch's scaled matmul is as fast.
 """
 
-from service.kernels.int8_linear.plan import Tile, shape_of
+from typing import NamedTuple
+
+from service.kernels.int8_linear.plan import PROGRAMS, Tile, shape_of, splits_of
+from service.kernels.w8_linear.plan import Row, row_for
 
 FEW_ROWS = 64
 PLACES = (16, 32, FEW_ROWS)  # numbers of rows that the kernel is compiled for
-TILES = (
-    (4, (Tile(64, 256, 4, 4), Tile(64, 256, 4, 4), Tile(128, 128, 4, 5))),
-    (16, (Tile(64, 128, 4, 6), Tile(64, 128, 4, 6), Tile(128, 256, 8, 2))),
-    (FEW_ROWS, (Tile(64, 128, 4, 4), Tile(64, 128, 4, 4), Tile(128, 128, 8, 4))),
+
+
+class Setting(NamedTuple):
+    """Of Triton's kernel for a layer."""
+
+    tile: Tile
+    programs: int = PROGRAMS  # at least so many share a weight of few outputs
+    early: bool = False  # the kernel that makes its rows lets it begin before it waits itself
+
+
+AT_ONE = Setting(Tile(64, 128, 4, 6), 2 * PROGRAMS)
+AT_SOME = Setting(Tile(64, 256, 4, 4))
+AT_MORE = Setting(Tile(64, 128, 4, 4))
+# by the most rows: for a layer that is narrow and shallow, for a deep one, for a wide one
+SETTINGS = (
+    (4, (AT_ONE, Setting(Tile(128, 256, 8, 3), 2 * PROGRAMS), Setting(Tile(64, 256, 4, 4)))),
+    (16, (AT_SOME, AT_SOME, Setting(Tile(128, 256, 8, 3)))),
+    (FEW_ROWS, (AT_MORE, Setting(Tile(64, 256, 4, 3), 2 * PROGRAMS), Setting(Tile(128, 128, 8, 4)))),
 )
-KERNEL_ROWS = tuple(sorted({*PLACES, *(most for most, _ in TILES)}))  # most rows of each kernel here
+KERNEL_ROWS = tuple(sorted({*PLACES, *(most for most, _ in SETTINGS)}))  # most rows of each kernel here
 
 
-def tile_for(num_rows: int, in_features: int, out_features: int) -> Tile:
+def setting_for(num_rows: int, in_features: int, out_features: int) -> Setting:
     """Of up to FEW_ROWS rows."""
-    return next(tiles for most, tiles in TILES if num_rows <= most)[shape_of(in_features, out_features)]
+    found = next(settings for most, settings in SETTINGS if num_rows <= most)
+    return found[shape_of(in_features, out_features)]
+
+
+def splits_for(in_features: int, out_features: int, setting: Setting) -> int:
+    """Of the inputs."""
+    return splits_of(in_features, out_features, setting.tile, setting.programs)
+
+
+def is_early(num_rows: int, in_features: int, out_features: int, tiles: tuple[Row, ...]) -> bool:
+    """Whether the kernel that makes rows for a layer lets it begin before it waits itself.
+
+    `tiles`: the layer's plan of kernels/w8_linear. It pays where blocks of both linears around the rows fit a
+    multiprocessor together, one of each, and costs where several do and come unevenly.
+    """
+    if num_rows > FEW_ROWS:
+        return False
+    row = row_for(tiles, num_rows)
+    return row.early if row else setting_for(num_rows, in_features, out_features).early

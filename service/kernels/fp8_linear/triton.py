@@ -1,9 +1,10 @@
-"""E4M3 on CUDA in Triton: any number of rows quantized in one kernel, few rows multiplied in another.
+"""E4M3 on CUDA: any number of rows quantized in one kernel of Triton, few rows multiplied in another.
 
 A program streams some rows of the weight, the left operand of the tensor cores' product, as
 kernels/dense_linear does; shares of the inputs are added in their order. The tensor cores add products of
 8-bit floats with fewer bits than float32 has, which over 14,336 inputs was 0.3 % off, so what they add up is
-carried into float32 after each tile of 128 or 256 inputs.
+carried into float32 after each tile of 128 or 256 inputs. On an H100 kernels/w8_linear multiplies some of
+what few rows there are.
 """
 
 import torch
@@ -12,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from service.kernels.dense_linear.triton import LINE, arrivals
-from service.kernels.fp8_linear.plan import FEW_ROWS, PLACES, tile_for
+from service.kernels.fp8_linear.plan import FEW_ROWS, PLACES, Setting, is_early, setting_for, splits_for
 from service.kernels.fp8_linear.reference import LARGEST
-from service.kernels.int8_linear.plan import Tile, splits_of
+from service.kernels.int8_linear.plan import Tile
 from service.kernels.int8_rows.triton import held, magnitude_bits, numbers_of, summed
-from service.kernels.launch import await_then_release, cdiv, launch, next_power_of_2
+from service.kernels.launch import await_predecessor, await_then_release, cdiv, launch, next_power_of_2
+from service.kernels.w8_linear import FewRows, row_for
 
 LINE_BYTES = 2 * LINE
 
@@ -35,10 +37,14 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     LARGEST: tl.constexpr,
+    IS_EARLY: tl.constexpr,  # the successor may begin before this has waited: plan.is_early
     IS_DEPENDENT: tl.constexpr,
 ):
     """As kernels/int8_rows: what precedes the linear is made here, and a row is held while it is encoded."""
-    await_then_release(IS_DEPENDENT)
+    if IS_EARLY:
+        await_predecessor(IS_DEPENDENT)
+    else:
+        await_then_release(IS_DEPENDENT)
     IS_HELD: tl.constexpr = WIDTH <= TILE  # noqa: N806
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([TILE], total_ptr.dtype.element_ty)
@@ -156,30 +162,38 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=is_stored)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """reference.quantize_rows, bit for bit."""
+def quantize_rows(x: Tensor, *, early: bool = False) -> tuple[Tensor, Tensor]:
+    """reference.quantize_rows, bit for bit. `early`, here and below: the next kernel may begin before this
+    one's wait for its predecessor is over."""
     x = x.contiguous()
-    return _quantize("x", x, x, x, x, 0.0, x.shape[1])
+    return _quantize("x", x, x, x, x, 0.0, x.shape[1], early)
 
 
-def quantize_gated(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_gated(gate_up: Tensor, *, early: bool = False) -> tuple[Tensor, Tensor]:
     """[T, 2 in] -> `quantize_rows` of kernels/gated_silu of it."""
     gate_up = gate_up.contiguous()
-    return _quantize("gate_up", gate_up, gate_up, gate_up, gate_up, 0.0, gate_up.shape[1] // 2)
+    return _quantize("gate_up", gate_up, gate_up, gate_up, gate_up, 0.0, gate_up.shape[1] // 2, early)
 
 
 def quantize_normed(
-    hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float
+    hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float, *, early: bool = False
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """hidden + delta [T, in], and `quantize_rows` of its norm as kernels/add_rms_norm."""
     hidden = hidden.contiguous()
     delta = hidden if delta is None else delta.contiguous()
     total = hidden.new_empty(hidden.shape)
-    return total, _quantize("hidden", hidden, delta, gain, total, eps, hidden.shape[1])
+    return total, _quantize("hidden", hidden, delta, gain, total, eps, hidden.shape[1], early)
 
 
 def _quantize(
-    source: str, x: Tensor, delta: Tensor, gain: Tensor, total: Tensor, eps: float, width: int
+    source: str,
+    x: Tensor,
+    delta: Tensor,
+    gain: Tensor,
+    total: Tensor,
+    eps: float,
+    width: int,
+    early: bool,
 ) -> tuple[Tensor, Tensor]:
     num_rows = len(x)
     codes = x.new_empty(num_rows, width, dtype=torch.float8_e4m3fn)
@@ -190,21 +204,27 @@ def _quantize(
         (num_rows,),
         (x, delta, gain, total, codes, scales),
         (eps,),
-        (source, delta is not x, width, numbers, int(LARGEST)),
+        (source, delta is not x, width, numbers, int(LARGEST), early),
         num_warps=warps,
         contracts=False,
     )
     return codes, scales
 
 
-def fp8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def fp8_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, few: FewRows | None = None
+) -> Tensor:
     """See the package."""
-    return multiply(x, *quantize_rows(x), codes, scales, bias)
+    coded = quantize_rows(x, early=early_before(x, codes, few))
+    return multiply(x, *coded, codes, scales, bias, few)
 
 
-def gated_linear(gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def gated_linear(
+    gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, few: FewRows | None = None
+) -> Tensor:
     """`fp8_linear` of kernels/gated_silu of [T, 2 in]."""
-    return multiply(gate_up, *quantize_gated(gate_up), codes, scales, bias)
+    coded = quantize_gated(gate_up, early=early_before(gate_up, codes, few))
+    return multiply(gate_up, *coded, codes, scales, bias, few)
 
 
 def normed_linear(
@@ -215,16 +235,31 @@ def normed_linear(
     codes: Tensor,
     scales: Tensor,
     bias: Tensor | None,
+    few: FewRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden + delta, and `fp8_linear` of its norm."""
-    total, coded = quantize_normed(hidden, delta, gain, eps)
-    return total, multiply(hidden, *coded, codes, scales, bias)
+    total, coded = quantize_normed(hidden, delta, gain, eps, early=early_before(hidden, codes, few))
+    return total, multiply(hidden, *coded, codes, scales, bias, few)
+
+
+def early_before(x: Tensor, codes: Tensor, few: FewRows | None) -> bool:
+    """Of the kernel that makes rows of `x` for this weight."""
+    out_features, in_features = codes.shape
+    return is_early(len(x), in_features, out_features, few.rows if few else ())
 
 
 def multiply(
-    x: Tensor, rows: Tensor, row_scales: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
+    x: Tensor,
+    rows: Tensor,
+    row_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    few: FewRows | None = None,
 ) -> Tensor:
     """Codes of rows [T, in] and of the weight -> [T, out] in the type of `x`."""
+    if few and row_for(few.rows, len(rows)):
+        return few.multiply(rows, row_scales)
     if len(rows) <= FEW_ROWS:
         return few_rows(x, rows, row_scales, codes, scales, bias)
     y: Tensor = torch._scaled_mm(
@@ -246,8 +281,8 @@ def few_rows(
     """Codes of rows [T, in], T up to FEW_ROWS -> [T, out] in the type of `x`; 0 splits: as many as fit."""
     num_rows, in_features = rows.shape
     out_features = len(codes)
-    tile = tile or tile_for(num_rows, in_features, out_features)
-    splits = splits or splits_of(in_features, out_features, tile)
+    setting = Setting(tile) if tile else setting_for(num_rows, in_features, out_features)
+    tile, splits = setting.tile, splits or splits_for(in_features, out_features, setting)
     share = cdiv(cdiv(in_features, splits), tile.inputs) * tile.inputs
     splits = cdiv(in_features, share)
     out = x.new_empty(num_rows, out_features)

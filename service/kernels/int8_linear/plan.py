@@ -58,10 +58,10 @@ def block_for(num_rows: int, in_features: int, out_features: int) -> Block:
     return next(blocks for most, blocks in BLOCKS if num_rows <= most)[shape_of(in_features, out_features)]
 
 
-def splits_of(in_features: int, out_features: int, tile: Tile) -> int:
-    """The least power of two that makes `PROGRAMS` of few rows, if each has a whole tile of inputs."""
+def splits_of(in_features: int, out_features: int, tile: Tile, programs: int = PROGRAMS) -> int:
+    """The least power of two that makes `programs` of few rows, if each has a whole tile of inputs."""
     tiles, splits = -(-out_features // tile.outputs), 1
-    while splits < MAX_SPLITS and tiles * splits < PROGRAMS and 2 * splits * tile.inputs <= in_features:
+    while splits < MAX_SPLITS and tiles * splits < programs and 2 * splits * tile.inputs <= in_features:
         splits *= 2
     return splits
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from service.kernels.int8_rows import Marks, OutlierRule
 
 
-def w8_linear(
+def int8_linear(
     codes: Tensor, steps: Tensor, bias: Tensor | None, rule: OutlierRule, marks: Marks, rows: object
 ) -> Tensor:
     """`rows`, as int8_rows has left them with these marks -> [T, out] in their type."""
@@ -21,6 +21,13 @@ def w8_linear(
     sums = x_codes.double() @ codes.double().t() * x_steps[:, None] + outliers.double() @ codes.double().t()
     y = (sums * steps).to(rows.dtype)
     return y if bias is None else y + bias
+
+
+def fp8_linear(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype, x_codes: Tensor, x_scales: Tensor
+) -> Tensor:
+    """Codes of rows [T, in] and what they count [T] -> [T, out], rounded once."""
+    return (x_codes.double() @ codes.double().t() * (x_scales[:, None] * scales)).to(dtype)
 
 
 def told_threshold(rule: OutlierRule) -> float:

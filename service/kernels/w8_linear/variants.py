@@ -5,15 +5,18 @@ plan.py --Tile--> cuda.py; `w8_layout.h` asserts the same shared memory
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from service.kernels.cuda import Program
+
+Codes = Literal["int8", "fp8"]  # of a weight and of rows: LLM.int8()'s, whose outliers are apart, or E4M3
 
 FOLDER = Path(__file__).parent
 KERNEL = "w8_tile"
 SHARED_BYTES = 228 << 10  # of a multiprocessor
 SYSTEM_BYTES = 1 << 10  # of each block's, which are not its own
 WARPGROUPS = 2  # that multiply
-THREADS = (WARPGROUPS + 1) * 128
+WARPGROUP, WARP = 128, 32  # threads
 STEP = 128  # input features of a stage
 MAX_INPUTS = 1 << 15  # whose bits fit beside the stages
 GATHERING_ROWS = 128  # of a tile, from which on outliers are gathered for all blocks first
@@ -28,24 +31,37 @@ class Tile:
     """Tiles of 128 rt outputs and `tile` rows. Blocks take them whole, or (`cuts`) share those that would
     fill the device only in part."""
 
+    codes: Codes
     bf16: int  # activations are bfloat16, not float16
     tile: int
     rt: int  # of 64 outputs, of a warpgroup
     stages: int  # of the ring through which codes arrive
-    cap: int  # listed columns of a part of a tile whose codes are copied as they pass
+    cap: int = 0  # int8: listed columns of a part of a tile whose codes are copied as they pass
     cuts: bool = False
+    light: int = 0  # fp8: leaves registers and threads to blocks of its neighbours
+    ahead: int = 0  # fp8: steps behind the ring that are brought into the L2 before the predecessor is over
 
     @property
     def program(self) -> Program:
-        settings = {
-            "TILE": self.tile, "RT": self.rt, "STAGES": self.stages, "CAP": self.cap, "BF16": self.bf16,
-            "SHARED_BYTES": self.shared_bytes,
-        }  # fmt: skip
+        settings = {"TILE": self.tile, "RT": self.rt, "STAGES": self.stages}
+        if self.codes == "int8":
+            settings |= {"CAP": self.cap, "BF16": self.bf16}
+        else:
+            settings |= {"FP8": 1, "LIGHT": self.light, "AHEAD": self.ahead, "MAPS": 1, "BF16": self.bf16}
+        settings |= {"SHARED_BYTES": self.shared_bytes}
         return Program(FOLDER / f"{KERNEL}.cu", KERNEL, tuple(settings.items()))
 
     @property
     def name(self) -> str:
-        return f"{KERNEL} {self.bf16}x{self.tile}x{self.rt}x{self.stages}x{self.cap}"
+        light, ahead = " light" * self.light, f" ahead {self.ahead}" if self.ahead else ""
+        return (
+            f"{KERNEL} {self.codes} {self.bf16}x{self.tile}x{self.rt}x{self.stages}x{self.cap}{light}{ahead}"
+        )
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return WARPGROUPS * WARPGROUP + (WARP if self.light else WARPGROUP)
 
     @property
     def outputs(self) -> int:
@@ -53,14 +69,18 @@ class Tile:
 
     @property
     def gathers(self) -> bool:
-        return self.tile >= GATHERING_ROWS
+        return self.codes == "int8" and self.tile >= GATHERING_ROWS
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        lists = 1024 + 384 + 8 * self.tile + 4096 + 528 + self.outputs * self.cap
-        piece = self.tile if self.tile < 128 or self.rt * self.tile < 256 else 64  # rows with sums as floats
-        ring = rounded_up(rounded_up(lists, 1024) + 2 * piece * 64 + WARPGROUPS * 4 * 512, 1024)
+        before, rooms = 1024 + 384 + 8 * self.tile, 0
+        if self.codes == "int8":
+            piece = (
+                self.tile if self.tile < 128 or self.rt * self.tile < 256 else 64
+            )  # rows with sums as floats
+            before, rooms = before + 4096 + 528 + self.outputs * self.cap, 2 * piece * 64
+        ring = rounded_up(rounded_up(before, 1024) + rooms + WARPGROUPS * 4 * 512, 1024)
         return ring + self.stages * STEP * (self.outputs + self.tile) - SYSTEM_BYTES
 
     @property
