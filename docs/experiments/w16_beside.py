@@ -4,7 +4,7 @@ python docs/experiments/w16_beside.py --out FOLDER [--seconds 80] [--decodes 256
 
 Llama-3.1-8B's shapes in float16. Decodes' attention is bound by memory and leaves the tensor cores idle; a product of many
 rows is bound by them and leaves memory idle. Beside each other they must share the multiprocessors: the product is given
-`n` of them (cublasLt by its SM_COUNT_TARGET, w16_tile.cu by its number of blocks), attention takes what is left.
+`n` of them (cublasLt by its SM_COUNT_TARGET, kernels/gated_linear by its number of blocks), attention takes what is left.
 
     norm, qkv, rotary, prompts' attention, o and norm of prompts --> gate_up of prompts (n multiprocessors) --> join
                                                                '--> decodes' attention (the others) ---------^
@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -36,10 +35,8 @@ from w16_algorithms import open_board
 from w16_cublaslt import WORKSPACE_BYTES, CublasLtError, Library, loaded_library
 from w16_step import Arrangements, ByLt, ByTile, Copy, Layer, Problem, Sizes, Way, by_torch
 from w16_sustained import Board, Contender, Cpu, Gpu, there_and_back, time_once
-from w16_tile_variants import Variant
 
 SHARES = (116, 108, 100, 92, 84)  # multiprocessors of a product; 132 in all
-TILES = (Variant(1), Variant(1, 2), Variant(1, 2, 2), Variant(1, 4))
 ROUNDS = 7
 HELD_SECONDS = 1.0
 LARGEST_ERROR = 3e-3  # of a layer's results beside those of the served arrangement, relative, in norm
@@ -151,21 +148,15 @@ def main() -> None:
     else:
         machine, board = Gpu(), open_board()
         machine.stream = torch.cuda.Stream(priority=-1)  # the product's blocks go before attention's
-        with ThreadPoolExecutor() as pool:
-            complaints = list(pool.map(lambda variant: variant.compile(folder), TILES))
-        print("".join(f"{complaint}\n" for complaint in complaints if complaint), end="")
-        ready = [variant for variant, complaint in zip(TILES, complaints, strict=True) if not complaint]
         problem = Problem("cuda", Sizes(), arguments.decodes, prompts)
         by_torch(problem.hidden, problem.copies[0].weights["o"], torch.empty_like(problem.hidden))
         machine.synchronize()  # what follows is on a stream of its own
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
         library = Library(loaded_library())
         ways += [Way(f"cublasLt {n}", ByLt(library, machine, workspace, n), by_torch) for n in SHARES]
-        for variant in ready:
-            free = ByTile(folder, variant, 0)
-            ways += [
-                Way(f"{variant.label} {n}", ByTile(folder, variant, n), free, gates=True) for n in SHARES
-            ]
+        weights = [copy.weights["gate_up"] for copy in problem.copies]
+        free = ByTile(weights, 0)
+        ways += [Way(f"gated_linear {n}", ByTile(weights, n), free, gates=True) for n in SHARES]
     gc.disable()  # what it frees inside a capture would spoil it
     with machine.on_stream():
         measure_pairs(made := Arrangements(problem, machine), ways, report, lambda: end - time.monotonic())

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from w16_cublaslt import Algorithm, Library, Product
 from w16_sustained import Cpu, Gpu
-from w16_tile_variants import Variant
 
 from service.kernels import decode_attention, launch
 from service.kernels.add_rms_norm import add_rms_norm
+from service.kernels.gated_linear import Variant
 from service.kernels.gated_silu import gated_silu
 from service.kernels.paged_attention import AttentionPlan, paged_attention, plan_attention
 from service.kernels.rotary_kv import rotary_kv
@@ -173,20 +173,17 @@ class ByLt:
 
 
 class ByTile:
-    """w16_tile.cu with SwiGLU in its epilogue: y is [rows, outputs / 2]. `most` 0: as many blocks as run at once."""
+    """kernels/gated_linear of these weights: y is [rows, outputs / 2]. `most` 0: as many blocks as run at once."""
 
-    def __init__(self, folder: Path, variant: Variant, most: int) -> None:
-        from w16_tile_worker import Launcher
+    def __init__(self, weights: Sequence[Tensor], most: int) -> None:
+        from service.kernels.gated_linear.cuda import Bound
 
-        self.launcher = Launcher(folder, variant)
-        if most:
-            self.launcher.grid = min(most // variant.cluster * variant.cluster, self.launcher.grid)
-        self.kept: list[Any] = []
+        self.bound = {w.data_ptr(): Bound(w, Variant(0)) for w in weights}
+        for bound in self.bound.values():
+            bound.num_blocks = min(most // 2 * 2 or bound.num_blocks, bound.num_blocks)
 
     def __call__(self, x: Tensor, w: Tensor, y: Tensor) -> None:
-        start = self.launcher.bind(x, w, y)
-        self.kept.append(start)
-        start()
+        self.bound[w.data_ptr()].write(x, y)
 
 
 @dataclass
