@@ -1,4 +1,4 @@
-"""Which variants of the linears in CUDA C++ are compiled ahead of a start on an H100."""
+"""Which variants of our kernels in CUDA C++ are compiled ahead of a start on an H100."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here is no GPU to bring kernels in CUDA C++ to."""
+    """Here is no GPU to bring them to."""
     for kernels in ("decode_attention", "dense_linear", "gated_linear", "w4_linear", "w8_linear"):
         monkeypatch.setattr(f"service.engine.kernels_ahead.{kernels}.load", lambda variant: None)
 
@@ -99,3 +99,26 @@ def test_so_is_the_one_that_computes_gate_up_and_the_gate(
         for load in cuda_loads(shapes_of(source, backend, config, torch.bfloat16, 8)):
             load()
         assert [variant.bf16 for variant in loaded] == [1] * (0 if deterministic else num_loaded)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kv_dtype", "splits"),
+    [("nf4", None, [16, 8, 4, 2, 1]), ("fp16", torch.int8, [16, 8, 4, 2, 1]), ("fp16", torch.float32, [])],
+)
+def test_of_decodes_every_variant_of_the_cache_s_table_is(
+    precision: str, kv_dtype: torch.dtype | None, splits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None in deterministic order."""
+    monkeypatch.setattr("service.engine.kernel_shapes.absence", lambda: "")
+    loaded: list[Any] = []
+    monkeypatch.setattr("service.engine.kernels_ahead.decode_attention.load", loaded.append)
+    folder = Path(__file__).parents[2] / "service" / "model" / "presets" / "llama-3.1-8b"
+    source, backend = RandomWeights(folder, META, Draw()), load_backend(precision)
+    for deterministic in (False, True):
+        config = EngineConfig(model_path="", precision=precision, deterministic=deterministic)
+        shapes = shapes_of(source, backend, config, torch.float16, 8, kv_dtype)
+        for load in cuda_loads(shapes):
+            load()
+    assert [variant.splits for variant in loaded] == splits
+    codes = int(kv_dtype is torch.int8)
+    assert {(each.dim, each.group, each.normed, each.codes) for each in loaded} <= {(128, 4, 0, codes)}
