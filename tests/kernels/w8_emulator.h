@@ -21,7 +21,6 @@ inline int ones(uint32_t v) { return __builtin_popcount(v); }
 inline int lowest(uint32_t v) { return __builtin_ctz(v); }
 template <int N>
 inline void settle(void*) {}
-constexpr uint64_t NORMAL = 0;
 
 inline const char* swizzled_byte(uint64_t descriptor, int row, int byte) {
     uint32_t at = ((descriptor & 0x3fff) << 4) + row / 8 * 1024 + row % 8 * 128 + byte;

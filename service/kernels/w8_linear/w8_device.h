@@ -29,7 +29,6 @@ DEVICE void settle(int* sums) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(sums[i])::"memory");
 }
-constexpr uint64_t NORMAL = 0x1000000000000000ull;  // L2
 #else
 #include "w8_emulator.h"
 #endif
