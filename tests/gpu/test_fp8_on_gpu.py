@@ -22,6 +22,7 @@ from service.kernels.w8_linear.cuda import workspace_on
 from service.kernels.w8_linear.plan import TABLES, Settings
 from service.precision import load_backend
 from service.precision.base import LinearGroup
+from service.precision.fp8 import kernels_of
 from service.precision.linear import LinearSpec
 
 pytestmark = pytest.mark.gpu
@@ -212,8 +213,8 @@ def test_a_layer_of_the_backend(biased: bool) -> None:
     group = LinearGroup("down_proj", (spec,), CUDA, BF16)
     weights = {"down.weight": torch.randn(576, 1536) / 40, "down.bias": torch.randn(576)}
     layer = load_backend("fp8").build(group, weights.__getitem__)
-    ours = "triton.fp8_linear" if absence() else "cuda.w8_tile"
-    assert layer.kernel == f"{ours} up to 64 rows, torch.scaled_mm"
+    shape = Shape("fp8", 576, 1536, BF16, biased)
+    assert layer.kernel == kernels_of(() if absence() or refusal(shape) else plan(shape))[0]
     assert {16, 32, 64} <= set(layer.kernel_rows)
     with torch.inference_mode():
         check(layer, 0.08)
