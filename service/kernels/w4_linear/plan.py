@@ -97,7 +97,7 @@ TABLES: dict[Kind, Table] = {
     "nf4": Table((FewSettings(16, 3, 2, 1),), (), (
         (8, (TileSettings(8, 1, 4, 2, 5, wide_table=1, scaled_sums=1),
              TileSettings(8, 1, 4, 2, 8, wide_table=1, scaled_sums=1, stretched=0.84))),
-        (16, (TileSettings(16, 1, 4, 2, 4, wide_table=1, scaled_sums=1),
+        (16, (TileSettings(16, 2, 2, 2, 4, wide_table=1, scaled_sums=1),
               TileSettings(16, 1, 3, 2, 4, wide_table=1, scaled_sums=1),
               TileSettings(16, 1, 4, 2, 7, wide_table=1, scaled_sums=1, stretched=0.84))),
         (32, (TileSettings(32, 1, 3, 2, 6, wide_table=1),
