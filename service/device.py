@@ -202,6 +202,7 @@ class GraphPool:
 
     def __init__(self) -> None:
         self._handle = torch.cuda.graph_pool_handle()
+        self._first: torch.cuda.CUDAGraph | None = None  # torch gives up a pool whose graphs are all gone
         self._stream = torch.cuda.Stream()
 
     def capture(self, run: Callable[[], Tensor], *, is_known: bool = False) -> Captured:
@@ -215,6 +216,7 @@ class GraphPool:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            self._first = self._first or graph
             try:
                 result = run()
             except BaseException:

