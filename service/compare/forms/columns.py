@@ -12,7 +12,6 @@ from service.compare.figures import Interval, effect
 from service.compare.forms.notes import goodput_level
 from service.compare.forms.words import (
     MILLISECONDS,
-    NO_VERDICT,
     NOTHING,
     PLAIN,
     SIGNS,
@@ -142,39 +141,31 @@ def bytes_cell(report: Report, row: Row, unit: Unit, name: str, noise: float) ->
 
 
 def divergence_cell(report: Report, row: Row) -> Cell:
-    if row.quality is None:
+    if row.quality is None or not report.judges_quality:
         return EMPTY
-    if not report.judges_quality:
-        return Cell(NO_VERDICT)
     known = row.quality.kl if row.name != report.reference else None
     return Cell(f"{row.quality.kl_mean:.4f}", ends=span(known, 1.0, 4))
 
 
 def perplexity_cell(report: Report, row: Row) -> Cell:
-    if row.quality is None:
+    if row.quality is None or not report.judges_quality:
         return EMPTY
-    if not report.judges_quality:
-        return Cell(NO_VERDICT)
     ratio = None if row.name == report.reference else row.quality.perplexity_ratio
     known = effect("perplexity", ratio) if ratio else ""
     return Cell(f"{row.quality.perplexity:.3f}", change(ratio), ends(ratio), known)
 
 
 def top1_cell(report: Report, row: Row) -> Cell:
-    if row.quality is None:
+    if row.quality is None or not report.judges_quality:
         return EMPTY
-    if not report.judges_quality:
-        return Cell(NO_VERDICT)
     known = row.quality.top1 if row.name != report.reference else None
     return Cell(f"{100 * row.quality.top1_agreement:.1f}", ends=span(known, 100.0, 1))
 
 
 def greedy_cell(report: Report, row: Row) -> Cell:
     """Of whole answers; below, how far the median one agrees."""
-    if row.quality is None or row.quality.greedy is None:
+    if row.quality is None or row.quality.greedy is None or not report.judges_quality:
         return EMPTY
-    if not report.judges_quality:
-        return Cell(NO_VERDICT)
     found = row.quality.greedy
     agreed = f"median {found.median_agreed_tokens}/{found.num_tokens}"
     return Cell(f"{100 * found.same_share:.0f}", ends=agreed)

@@ -51,15 +51,21 @@ def explanations(report: Report) -> list[str]:
         f"tokens/s{' and energy' if has_energy else ''}: {level_words(report, work.throughput_level)}. "
         f"Latencies: {level_words(report, work.latency_level)}, Poisson arrivals, timed from when each "
         f"request was due ({work.rate_rule}).",
-        f"Perplexity and KL (nats per token, against {report.reference}): {report.text.name}, "
-        f"{report.text.protocol}.",
+        *(
+            [
+                f"Perplexity and KL (nats per token, against {report.reference}): {report.text.name}, "
+                f"{report.text.protocol}."
+            ]
+            if report.judges_quality
+            else []
+        ),
         *(
             [
                 "Same answer: greedy answers equal to the reference's as far as was looked; below, the "
                 "median number of tokens before the first that differs. In the reference's own row: where "
                 "its decode parts from its prefill, by rounding alone."
             ]
-            if any(row.quality and row.quality.greedy for row in report.rows)
+            if report.judges_quality and any(row.quality and row.quality.greedy for row in report.rows)
             else []
         ),
         *([f"Goodput: with {work.slo.said}, at {at_most}."] if work.slo else []),

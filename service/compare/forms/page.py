@@ -23,7 +23,7 @@ from service.compare.forms.columns import (
 from service.compare.forms.notes import goodput_level, level_words, reason, warnings
 from service.compare.forms.pictures import marks, parts_of, pictures
 from service.compare.forms.tables import answer
-from service.compare.forms.words import MILLISECONDS, NO_VERDICT, amount
+from service.compare.forms.words import MILLISECONDS, amount
 from service.compare.forms.words import measured as written
 from service.compare.report import Report, Row
 
@@ -135,7 +135,7 @@ def tiles(report: Report) -> list[Tile]:
     found = []
     for column in columns(report):
         cell = column.cell(row)
-        if column.group == "start" or not cell.is_known or cell.value == NO_VERDICT:
+        if column.group == "start" or not cell.is_known:
             continue
         other = column.cell(base) if base and base is not row else None
         beside = other.value if other and other.is_known else ""

@@ -9,7 +9,6 @@ from service.compare.figures import Interval
 
 NOTHING = "–"
 MINUS = "−"
-NO_VERDICT = "no verdict"  # on quality, where the weights are random
 UNTOLD = "~"  # before a change that cannot be told from none
 SIGNS = {"better": " ✓", "worse": " ✗"}  # behind one that is established: grey paper has no green and red
 
