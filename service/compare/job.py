@@ -8,6 +8,7 @@ A finished turn is a file in `--out`, so a run that was stopped goes on where it
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from time import monotonic
 
 import msgspec
 from rich.console import Console
@@ -96,6 +97,7 @@ class Comparison:
         first_look: Look,
         console: Console,
     ) -> None:
+        self.begun = monotonic()
         self.plan, self.text, self.out = plan, text, out
         self.app_factory, self.command = app_factory, command
         self.measure_turn, self.first_look = measure_turn, first_look
@@ -121,12 +123,17 @@ class Comparison:
             for repeat in range(options.max_repeats):
                 if repeat >= options.repeats:
                     round_s = len(self.plan.everyone) * pace.turn_s
-                    if not turns.unresolved() or turns.seconds + round_s > 60 * options.minutes:
+                    if not turns.unresolved() or self.spent_s + round_s > 60 * options.minutes:
                         break
                     self.num_repeats = repeat + 1
                     pace.remain(self.num_left)
                 for turn, mode in self.left(repeat):
                     await self.one_turn(turn, mode, pace)
+
+    @property
+    def spent_s(self) -> float:
+        """Of this run, with what precedes its turns; of one that it goes on with, its turns alone."""
+        return max(self.turns.seconds, monotonic() - self.begun)
 
     @property
     def num_left(self) -> int:

@@ -197,6 +197,17 @@ def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(fake: Compar
     )
 
 
+@pytest.mark.parametrize(("before_s", "repeats"), [(0.0, 3), (3600.0, 2)])
+def test_what_precedes_the_turns_counts_too(
+    fake: Compare, monkeypatch: pytest.MonkeyPatch, before_s: float, repeats: int
+) -> None:
+    """Texts, the front and the first look: a third repeat that would have fitted without them does not."""
+    clock = iter([0.0])
+    monkeypatch.setattr("service.compare.job.monotonic", lambda: next(clock, before_s))
+    report = fake(FakeTurns(noise=0.3), repeats=2, max_repeats=3, minutes=60.0)
+    assert {row.num_repeats for row in report.rows} == {repeats}
+
+
 def test_a_finished_run_takes_more_repeats(fake: Compare) -> None:
     fake(FakeTurns(), repeats=2, max_repeats=2)
     more = FakeTurns()
