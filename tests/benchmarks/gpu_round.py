@@ -6,6 +6,7 @@
 A step is a command of this repository, in whose documentation stands what it measures. Its output goes to
 OUT/NAME.log and the end of it here; OUT/ended.json says which have ended, and they are not run again. One
 that would not end within the limit is left for the next call, but for those that go on where they stopped.
+Steps that time nothing run beside each other.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 LLAMA = "preset:llama-3.1-8b"
@@ -30,66 +33,74 @@ SERVED = (LLAMA, "--load-format", "random", "--tokenizer", "TOKENIZER")
 @dataclass(frozen=True)
 class Step:
     """`arguments` of Python; in them TOKENIZER and OUT stand for the two folders. `seconds`: expected, on an
-    H100 whose kernel caches are empty. `resumes`: it may be stopped, and goes on at the next call."""
+    H100 whose kernel caches are empty. `resumes`: it may be stopped, and goes on at the next call. `beside`:
+    nothing in it is timed, so that it may run beside others of its kind."""
 
     name: str
     seconds: int
     arguments: tuple[str, ...] = field(repr=False)
     resumes: bool = False
+    beside: bool = False
 
 
-def tested(name: str, seconds: int, *arguments: str) -> Step:
-    return Step(name, seconds, (*PYTEST, *arguments))
+def suite(name: str, seconds: int, *arguments: str, beside: bool = False) -> Step:
+    return Step(name, seconds, (*PYTEST, *arguments), beside=beside)
 
 
 def engine(name: str, seconds: int, *arguments: str) -> Step:
     return Step(name, seconds, ("-m", "tests.benchmarks.engine_steps", *arguments))
 
 
-def over_http(name: str, seconds: int, precision: str, levels: str) -> Step:
+def over_http(name: str, seconds: int, precision: str, levels: str, *served: str) -> Step:
     asked = ("--requests", "4", "--precisions", precision, "--levels", levels, "--out", "OUT/http")
-    return Step(name, seconds, ("-m", "tests.benchmarks.over_http", *SERVED, *asked))
+    return Step(name, seconds, ("-m", "tests.benchmarks.over_http", *SERVED, *asked, *served))
 
 
 def with_8_bit_cache(precision: str, *arguments: str) -> tuple[Step, ...]:
-    work = ("--precision", precision, "--tokens", "768,512", "--streams", "256", "--rounds", "2", *arguments)
+    work = ("--precision", precision, "--tokens", "768,512", "--streams", "256", "--rounds", "1", *arguments)
     return tuple(
-        engine(f"kv-{kv_dtype}-{precision}", 45, *work, "--kv-dtype", kv_dtype)
+        engine(f"kv-{kv_dtype}-{precision}", 35, *work, "--kv-dtype", kv_dtype)
         for kv_dtype in ("auto", "int8", "fp8")
     )
 
 
+PLANTED = ("--random-std", "0.01", "--random-outliers", "32")
 STEPS = (
-    tested("gated-linear", 60, "tests/gpu/test_gated_linear_on_gpu.py"),
-    Step("w16-tile", 100, ("docs/experiments/w16_tile.py", "--out", "OUT/w16-tile")),
-    Step("fp8-candidates", 75, ("docs/experiments/fp8_chain.py", "--candidates")),
-    Step("w16-algorithms", 100, ("docs/experiments/w16_algorithms.py", "--out", "OUT/w16-algorithms")),
-    Step(
-        "compare-8b",
-        780,
-        (
-            *("-m", "service", "compare", *SERVED, "--precisions", "fp16,int8,fp8,nf4,awq,int3"),
-            *("--random-std", "0.01", "--random-outliers", "32", "--slo", "ttft=500ms,itl=30ms"),
-            *("--out", "OUT/compare-8b"),
-        ),
-        resumes=True,
-    ),
-    tested("swaps", 200, "tests/gpu/test_swap_on_gpu.py"),
-    tested("filled-device", 60, "tests/gpu/test_filled_device_on_gpu.py"),
-    tested("kernel-times", 130, "tests/gpu/test_kernel_times_on_gpu.py"),
-    over_http("http-fp16-64", 50, "fp16", "64"),
-    *with_8_bit_cache("fp16"),
-    *with_8_bit_cache("awq"),
+    suite("swaps", 280, "tests/gpu/test_swap_on_gpu.py", beside=True),
     Step(
         "racecheck",
-        130,
+        180,
         ("-m", "tests.benchmarks.sanitize", "--under", "racecheck", "--logs", "OUT/racecheck"),
+        beside=True,
     ),
+    suite(
+        "linears",
+        150,
+        *("-n", "4", "tests/gpu/test_fp8_on_gpu.py", "tests/gpu/test_int8_on_gpu.py"),
+        *("tests/gpu/test_w4_on_gpu.py", "tests/gpu/test_gated_linear_on_gpu.py"),
+        beside=True,
+    ),
+    suite("filled-device", 60, "tests/gpu/test_filled_device_on_gpu.py"),
+    *with_8_bit_cache("fp16"),
+    *with_8_bit_cache("awq"),
+    over_http("http-fp16", 75, "fp16", "1,16,64,256"),
+    over_http("http-fp8", 75, "fp8", "1,16,64,256"),
+    over_http("http-nf4", 75, "nf4", "1,16,64,256"),
+    over_http("http-awq", 75, "awq", "1,16,64,256"),
+    over_http("http-int8", 75, "int8", "1,16,64,256", *PLANTED),
+    Step(
+        "w4-rings",
+        30,
+        ("docs/experiments/w4_rings.py", "--codes", "affine 128,nf4 64", "--rows", "1,16"),
+    ),
+    *with_8_bit_cache("nf4"),
+    *with_8_bit_cache("int8", *PLANTED),
+    *with_8_bit_cache("fp8"),
+    Step("w16-tile", 100, ("docs/experiments/w16_tile.py", "--out", "OUT/w16-tile")),
     engine(
         "few-awq", 60, "--precision", "awq", "--streams", "16,64", "--few-tokens", "512,768", "--rounds", "2"
     ),
     over_http("http-int3", 60, "int3", "1,16,64"),
-    tested("three-bits", 90, "-n", "4", "tests/gpu/test_int3_on_gpu.py"),
     Step(
         "starts",
         60,
@@ -107,9 +118,8 @@ STEPS = (
         ),
     ),
     engine("deterministic", 60, "--deterministic", "--streams", "1,16,64", "--rounds", "2"),
-    tested("ledger", 90, "tests/gpu/test_ledger_on_gpu.py", "tests/gpu/test_memory_given_back.py"),
-    *with_8_bit_cache("nf4"),
-    *with_8_bit_cache("int8", "--random-std", "0.01", "--random-outliers", "32"),
+    suite("ledger", 90, "tests/gpu/test_ledger_on_gpu.py", "tests/gpu/test_memory_given_back.py"),
+    Step("w16-algorithms", 100, ("docs/experiments/w16_algorithms.py", "--out", "OUT/w16-algorithms")),
 )
 
 
@@ -141,18 +151,25 @@ def run_all(steps: Sequence[Step], out: Path, folders: dict[str, str], limit_s: 
     ended_at = out / "ended.json"
     ended = json.loads(ended_at.read_text()) if ended_at.is_file() else {}
     until = time.monotonic() + limit_s
-    for step in steps:
+    waiting = [step for step in steps if step.name not in ended]
+    while waiting:
+        together = [step for step in waiting if step.beside] if waiting[0].beside else waiting[:1]
+        waiting = [step for step in waiting if step not in together]
         left_s = until - time.monotonic()
-        if step.name in ended:
-            continue
-        if left_s < (2 * STOPPING_S if step.resumes else step.seconds):
-            print(f"## {step.name}: left, {step.seconds} s do not fit into {left_s:.0f}", flush=True)
-            continue
-        status, seconds = run_one(step, out, folders, left_s)
-        print(f"## {step.name}: {'goes on later' if status is None else status}, {seconds:.0f} s", flush=True)
-        if status is not None:
-            ended[step.name] = {"status": status, "seconds": round(seconds, 1)}
-            ended_at.write_text(json.dumps(ended, indent=2))
+        fitting = []
+        for step in together:
+            if left_s < (2 * STOPPING_S if step.resumes else step.seconds):
+                print(f"## {step.name}: left, {step.seconds} s do not fit into {left_s:.0f}", flush=True)
+            else:
+                fitting.append(step)
+        with ThreadPoolExecutor(len(together)) as pool:
+            outcomes = pool.map(partial(run_one, out=out, folders=folders, left_s=left_s), fitting)
+        for step, (status, seconds) in zip(fitting, outcomes, strict=True):
+            told = "goes on later" if status is None else status
+            print(f"## {step.name}: {told}, {seconds:.0f} s", flush=True)
+            if status is not None:
+                ended[step.name] = {"status": status, "seconds": round(seconds, 1)}
+                ended_at.write_text(json.dumps(ended, indent=2))
 
 
 def run_one(step: Step, out: Path, folders: dict[str, str], left_s: float) -> tuple[int | None, float]:

@@ -52,6 +52,24 @@ def test_what_does_not_fit_is_left_for_the_next_call(
     assert ran(tmp_path) == "shortlong"
 
 
+MEETS = """
+import os, sys
+out, name, other = sys.argv[1:4]
+open(f"{out}/{name}.here", "w").close()
+while not os.path.exists(f"{out}/{other}.here"):
+    pass
+"""
+
+
+def test_what_times_nothing_runs_beside_its_kind(tmp_path: Path) -> None:
+    """Each of the two ends when the other has begun; what is timed comes before and behind them."""
+    meeting = [Step(name, 1, ("-c", MEETS, "OUT", name, other), beside=True) for name, other in ("xy", "yx")]
+    run_all([step("a"), meeting[0], step("b"), meeting[1]], tmp_path, {"OUT": str(tmp_path)}, limit_s=60)
+    ended = json.loads((tmp_path / "ended.json").read_text())
+    assert list(ended) == ["a", "x", "y", "b"]
+    assert {one["status"] for one in ended.values()} == {0}
+
+
 class NeverInTime(subprocess.Popen[bytes]):
     """A process that is still at work when it should have ended: the limit comes as soon as it has begun."""
 
