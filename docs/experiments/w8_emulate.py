@@ -87,13 +87,6 @@ CASES = (
     (Kernel(0, 256, 1, 2, 32), 300, 144, 512, 70, "all", 3),
     (Kernel(1, 16, 1, 3), 9, 272, 640, 0, "all", 4),
     (Kernel(1, 64, 2, 3, bf16=1), 64, 256, 384, 0, "whole", 1),
-    (Kernel(1, 128, 2, 2), 200, 272, 512, 0, "rest", 3),
-    # as section 9's third run has them: one warpgroup, weights asked for into the L2, more of them than there are
-    (Kernel(1, 16, 1, 3, bf16=1, light=1, maps=1), 9, 272, 640, 0, "all", 4),
-    (Kernel(1, 16, 2, 3, bf16=1, warpgroups=1, light=1, ahead=2, maps=1), 5, 272, 1040, 0, "rest", 2),
-    (Kernel(1, 64, 2, 2, bf16=1, warpgroups=1, light=1, ahead=64, maps=1), 64, 400, 784, 0, "all", 5),
-    (Kernel(1, 64, 1, 3, bf16=1, ahead=8, maps=1), 40, 272, 784, 0, "whole", 2),
-    (Kernel(0, 32, 1, 3, 32, ahead=4), 33, 160, 1040, 3, "all", 7),
 )
 
 

@@ -16,7 +16,7 @@ WARPGROUP, WARP, STEP = 128, 32, 128  # threads; STEP: of K
 
 @dataclass(frozen=True, order=True)
 class Kernel:
-    """R = 64 * rt * warpgroups outputs x `tile` rows of activations; the constants of w8_layout.h."""
+    """R = 128 * rt outputs x `tile` rows of activations; the constants of w8_layout.h."""
 
     fp8: int
     tile: int
@@ -25,18 +25,14 @@ class Kernel:
     cap: int = 32
     per_sm: int = 1
     bf16: int = 0
-    warpgroups: int = 2
-    light: int = 0
-    ahead: int = 0
-    maps: int = 0
 
     @property
     def outputs(self) -> int:
-        return 64 * self.rt * self.warpgroups
+        return 128 * self.rt
 
     @property
     def threads(self) -> int:
-        return self.warpgroups * WARPGROUP + (WARP if self.fp8 and self.light else WARPGROUP)
+        return 2 * WARPGROUP + (WARP if self.fp8 else WARPGROUP)
 
     @property
     def program(self) -> "Program":
@@ -51,8 +47,7 @@ class Kernel:
     @property
     def constants(self) -> dict[str, int]:
         return {"FP8": self.fp8, "TILE": self.tile, "RT": self.rt, "STAGES": self.stages, "CAP": self.cap,
-                "PER_SM": self.per_sm, "BF16": self.bf16, "WARPGROUPS": self.warpgroups, "LIGHT": self.light,
-                "AHEAD": self.ahead, "MAPS": self.maps}  # fmt: skip
+                "PER_SM": self.per_sm, "BF16": self.bf16}  # fmt: skip
 
     @property
     def defines(self) -> dict[str, int]:
@@ -70,7 +65,7 @@ class Kernel:
             before += 4096 + 528 + self.outputs * self.cap
         piece = self.tile if self.rt * self.tile < 256 else 64
         out = whole(before) + (0 if self.fp8 else 2 * piece * 32 * 2)
-        return whole(out + self.warpgroups * 4 * 512) + self.stages * 128 * (self.outputs + self.tile) - 1024
+        return whole(out + 2 * 4 * 512) + self.stages * 128 * (self.outputs + self.tile) - 1024
 
     def compile(self, folder: Path) -> str:
         """-> what nvcc complained about: errors, spills, serialized products."""
@@ -115,13 +110,11 @@ FP8 = {
     1: ((16, 1, 10), (16, 2, 6), (16, 1, 5, 32, 2)),
     16: ((16, 1, 10), (16, 1, 5, 32, 2)),
     64: ((64, 1, 8), (64, 2, 5)),
-    256: ((128, 1, 6), (128, 2, 4)),
-    1024: ((128, 1, 6), (128, 2, 4)),
-}
+}  # torch's product is ahead behind them
 
 
 def kernels_for(rows: int) -> list[Kernel]:
-    return [Kernel(0, *c) for c in INT8[rows]] + [Kernel(1, *c) for c in FP8[rows]]
+    return [Kernel(0, *c) for c in INT8[rows]] + [Kernel(1, *c) for c in FP8.get(rows, ())]
 
 
 def all_kernels() -> list[Kernel]:

@@ -9,7 +9,6 @@ import torch
 
 from service.kernels import decode_attention, dense_linear, gated_linear, w4_linear, w8_linear
 from service.kernels.cuda import absence
-from service.kernels.fp8_linear.plan import is_early
 from service.kernels.w4_linear.layout import NF4_BLOCK
 from service.messages import EngineConfig
 from service.model.checkpoint import TensorSource
@@ -81,12 +80,6 @@ class Shapes:
         """What kernels/w8_linear has for this layer class."""
         shape = self.w8(name)
         return w8_linear.plan(shape) if shape else ()
-
-    def is_early(self, name: str, num_rows: int) -> bool:
-        """Of the kernel that makes fp8's rows for this layer class."""
-        parts = layer_groups(self.config, 0)[name]
-        out_features = sum(part.out_features for part in parts)
-        return is_early(num_rows, parts[0].in_features, out_features, self.tiles(name))
 
     def dense(self, out_features: int, in_features: int) -> tuple[dense_linear.Row, ...]:
         """Of a 16-bit linear the plan for few rows; empty where the kernels of Triton serve it."""

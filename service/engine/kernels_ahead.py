@@ -231,8 +231,7 @@ class Steps:
         if self.shapes.linears == "fp8":
             from service.kernels.fp8_linear.triton import quantize_normed
 
-            early = self.shapes.is_early(name, len(hidden))
-            hidden, rows = quantize_normed(hidden, delta, self.norm, self.shapes.config.norm_eps, early=early)
+            hidden, rows = quantize_normed(hidden, delta, self.norm, self.shapes.config.norm_eps)
             return hidden, self.fp8(name, hidden, *rows)
         hidden, x = self.norm_alone(hidden, delta)
         return hidden, self.linear(name, x)
@@ -245,8 +244,7 @@ class Steps:
         if self.shapes.linears == "fp8":
             from service.kernels.fp8_linear.triton import quantize_gated
 
-            early = self.shapes.is_early(name, len(gate_up))
-            return self.fp8(name, gate_up, *quantize_gated(gate_up, early=early))
+            return self.fp8(name, gate_up, *quantize_gated(gate_up))
         from service.kernels.gated_silu.triton import gated_silu
 
         return self.linear(name, gated_silu(gate_up))
@@ -273,7 +271,7 @@ class Steps:
         if self.shapes.linears == "fp8":
             from service.kernels.fp8_linear.triton import quantize_rows
 
-            return self.fp8(name, x, *quantize_rows(x, early=self.shapes.is_early(name, len(x))))
+            return self.fp8(name, x, *quantize_rows(x))
         if self.shapes.int8 and name not in self.shapes.int8.skipped:
             from service.kernels.int8_linear.triton import int8_linear
 

@@ -1,7 +1,7 @@
 """FP8: 8-bit floats (E4M3), a scale for each output of a weight and for each row of activations.
 
 16-bit weights --build: rows' absmax / 448--> codes, scales --forward: rows of x likewise--> y
-                                                     on an H100 some of up to 64 rows: w8_linear
+                                                     on an H100 5 to 16 rows of the wide: w8_linear
 
 W8A8 with dynamic activation scales, per channel and per token, made while the checkpoint loads; nothing is
 calibrated. Source: arXiv 2209.05433. A row's result does not depend on what else is in the batch.

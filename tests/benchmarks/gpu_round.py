@@ -93,6 +93,7 @@ STEPS = (
         30,
         ("docs/experiments/w4_rings.py", "--codes", "affine 128,nf4 64", "--rows", "1,16"),
     ),
+    Step("fp8-chain", 30, ("docs/experiments/fp8_chain.py",)),
     *with_8_bit_cache("nf4"),
     *with_8_bit_cache("int8", *PLANTED),
     *with_8_bit_cache("fp8"),

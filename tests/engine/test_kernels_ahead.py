@@ -159,8 +159,8 @@ def test_so_does_one_whose_many_rows_of_int8_or_few_of_fp8_are_tiles(
 ) -> None:
     """The rows before them are Triton's; every variant of their kernel is loaded. Of fp8 some rows are
     Triton's, and what has a bias."""
-    early = Settings(64, 1, 8, cuts=True, light=1, early=True)
-    fp8 = (16, (Settings(16, 1, 10),) * 3), (32, (None,) * 3), (64, (early,) * 3)
+    some, more = Settings(16, 1, 10), Settings(64, 1, 8, cuts=True)
+    fp8 = (16, (some,) * 3), (32, (None,) * 3), (64, (more,) * 3)
     monkeypatch.setitem(TABLES, "fp8", fp8)
     monkeypatch.setattr("service.kernels.dense_linear.triton.MIN_WEIGHT_BYTES", 0)
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | FAMILIES[family]))

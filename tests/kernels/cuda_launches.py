@@ -82,16 +82,16 @@ def w4(given: Given, *, few: bool) -> None:
 
 
 def w8_shapes() -> Iterator[w8_linear.Shape]:
-    for number, (outs, width) in enumerate(W8_SHAPES):
-        dtype = DTYPES[number % 2]
-        yield w8_linear.Shape("int8", outs, width, dtype, threshold=THRESHOLD)
-        yield w8_linear.Shape("fp8", outs, width, dtype)
+    for number, shape in enumerate(W8_SHAPES):
+        yield w8_linear.Shape("int8", *shape, DTYPES[number % 2], threshold=THRESHOLD)
+        for dtype in DTYPES:
+            of_fp8 = w8_linear.Shape("fp8", *shape, dtype)
+            if not w8_linear.refusal(of_fp8):  # its table leaves shapes to another kernel
+                yield of_fp8
 
 
 def w8_tile(given: Given) -> None:
     for number, shape in enumerate(w8_shapes()):
-        if w8_linear.refusal(shape):  # fp8's tables may leave a place to another kernel
-            continue
         steps = given.scales(shape.out_features)
         if shape.codes == "int8":
             int8_tile(given, shape, steps, number)

@@ -92,8 +92,8 @@ def rows_of_int8(marks):
     types |= {"counts_ptr": "*i64", "cleared_ptr": "*i32", "slot_stride": "i32", "first_slot": "i32"}
     return ptx(int8_rows.quantize_kernel, kind | shape, 2, 3, **types, threshold="fp32")
 
-def rows_of_fp8(is_early):
-    kind = {"SOURCE": "x", "ADDS": False, "LARGEST": 448, "IS_EARLY": is_early}
+def rows_of_fp8():
+    kind = {"SOURCE": "x", "ADDS": False, "LARGEST": 448}
     shape = {"WIDTH": 1024, "TILE": 1024, "IS_DEPENDENT": True}
     return ptx(fp8.quantize_kernel, kind | shape, 2, 3, codes_ptr="*fp8e4nv", scales_ptr="*fp32")
 
@@ -123,8 +123,7 @@ print(json.dumps({
     "fp8": few(fp8.few_rows_kernel, fp8_plan, {}, "*fp8e4nv", "*fp32"),
     "int8_rows": rows_of_int8(False),
     "int8_rows_for_tiles": rows_of_int8(True),
-    "fp8_rows": rows_of_fp8(False),
-    "fp8_rows_early": rows_of_fp8(True),
+    "fp8_rows": rows_of_fp8(),
     "norm": ptx(add_rms_norm_kernel, norm, 8, 3),
 }))
 """
@@ -219,7 +218,7 @@ PREFETCHING = ("stream", "int8", "fp8")
     "kernel",
     [
         "decode", "coded_decode", "prefill", "coded_prefill", "scaled_prefill", "unpack", "rotary",
-        "rotary_int8", "fixed", "fixed_many", "norm", "int8_rows", "fp8_rows", "fp8_rows_early", *PREFETCHING,
+        "rotary_int8", "fixed", "fixed_many", "norm", "int8_rows", "fp8_rows", *PREFETCHING,
     ],
 )  # fmt: skip
 def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], kernel: str) -> None:
@@ -231,8 +230,7 @@ def test_nothing_is_touched_before_the_predecessor_is_done(ptx: dict[str, str], 
 
 
 def test_who_lets_its_successor_begin_before_it_waits(ptx: dict[str, str]) -> None:
-    """All but the 8-bit linears of few rows in Triton, and the kernels that make their rows: fp8's where no
-    table says otherwise."""
+    """All but the 8-bit linears of few rows in Triton, and the kernels that make their rows."""
     waiting = {
         name
         for name, text in ptx.items()

@@ -115,12 +115,9 @@ def test_so_is_every_variant_of_a_table(programs: set[Program]) -> None:
             for each in choices
         }
     for codes, table in W8_TABLES.items():
-        names = ("TILE", "RT", "STAGES", "CAP", "LIGHT", "AHEAD")
+        names = ("TILE", "RT", "STAGES", "CAP")
         assert seen("w8_tile", *names, FP8=int(codes == "fp8")) == {
-            (each.tile, each.rt, each.stages, each.cap, each.light, each.ahead)
-            for _, choices in table
-            for each in choices
-            if each
+            (each.tile, each.rt, each.stages, each.cap) for _, choices in table for each in choices if each
         }
     assert seen("dense_stream", "TILE", "EARLY", "BF16") == {
         (entry.variant.tile, entry.variant.early, bf16) for entry in few_rows.TABLE for bf16 in (0, 1)

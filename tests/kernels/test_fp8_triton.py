@@ -10,7 +10,7 @@ from torch import Tensor
 
 from service.kernels.add_rms_norm.reference import add_rms_norm
 from service.kernels.fp8_linear import reference
-from service.kernels.fp8_linear.plan import SETTINGS, Setting, is_early, setting_for, splits_for
+from service.kernels.fp8_linear.plan import setting_for, splits_for
 from service.kernels.gated_silu.reference import gated_silu
 from service.kernels.int8_linear.plan import Tile
 from service.kernels.w8_linear import FewRows, Row
@@ -134,18 +134,7 @@ def test_a_broken_row_shows_and_spares_the_others(kernels: ModuleType, broken: f
 
 def test_the_measured_shapes_take_the_measured_tiles() -> None:
     shapes = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
-    splits = {1: [4, 4, 1, 8], 16: [2, 2, 1, 2], 64: [2, 2, 1, 4]}
+    splits = {1: [4, 4, 1, 8], 16: [2, 2, 1, 2], 32: [2, 2, 1, 2], 64: [2, 2, 1, 4]}
     for num_rows, want in splits.items():
         found = [splits_for(*shape, setting_for(num_rows, *shape)) for shape in shapes]
         assert found == want
-
-
-def test_rows_are_early_as_the_table_of_who_serves_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    variant, triton = TileVariant("fp8", 1, 64, 1, 8), SETTINGS[-1][1][0]
-    tiles = Row(4, 16, variant), Row(32, 64, variant, early=True)
-    early = [is_early(num_rows, 4096, 4096, tiles) for num_rows in (1, 16, 17, 33, 64, 65)]
-    assert early == [False, False, False, True, True, False]
-    last = (64, (Setting(triton.tile, early=True),) * 3)
-    monkeypatch.setattr("service.kernels.fp8_linear.plan.SETTINGS", (*SETTINGS[:-1], last))
-    early = [is_early(num_rows, 4096, 4096, tiles[:1]) for num_rows in (1, 16, 17, 33, 64, 65)]
-    assert early == [False, False, True, True, True, False]

@@ -76,7 +76,7 @@ def bound(number: int = 0, bias: Tensor | None = None, **changes: float) -> cuda
 def bound_fp8() -> cuda.BoundFP8:
     """Under a table that leaves 17 to 32 rows to another kernel."""
     codes = torch.zeros(OUTS, WIDTH, dtype=torch.float8_e4m3fn)
-    few, more = Settings(16, 1, 10, light=1), Settings(64, 1, 8, cuts=True, light=1, early=True)
+    few, more = Settings(16, 1, 10), Settings(64, 1, 8, cuts=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TABLES, "fp8", ((16, (None, few, None)), (32, (None,) * 3), (64, (more,) * 3)))
         return cuda.BoundFP8(cuda.Weight(codes, torch.zeros(OUTS)), Shape("fp8", OUTS, WIDTH, torch.bfloat16))

@@ -6,14 +6,11 @@ compiler for the GPU makes of it, nor speed.
 
 import shutil
 from ctypes import c_float
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from service.kernels.cuda import Program
 from service.kernels.w8_linear.variants import STEP, Tile
 from tests.kernels.emulated import box, build, pointer
 from tests.kernels.w8_problem import THRESHOLD, fp8_problem, problem
@@ -37,10 +34,10 @@ CASES = [
     (Tile("int8", 0, 128, 1, 3, 64, cuts=True), 200, 256, 640, 20, 3),
     (Tile("int8", 0, 128, 2, 2, 32), 130, 256, 384, 100, 3),
     (Tile("int8", 0, 256, 1, 2, 32), 300, 144, 256, 0, 3),
-    (Tile("fp8", 1, 16, 1, 3, cuts=True, light=1), 9, 272, 656, 0, 4),
+    (Tile("fp8", 1, 16, 1, 3, cuts=True), 9, 272, 656, 0, 4),
     (Tile("fp8", 1, 32, 1, 4, cuts=True), 21, 144, 1040, 0, 7),
-    (Tile("fp8", 1, 64, 2, 2, light=1, ahead=2), 40, 272, 784, 0, 2),
-    (Tile("fp8", 1, 64, 1, 3, cuts=True, light=1), 64, 128, 1536, 0, 5),
+    (Tile("fp8", 1, 64, 2, 2), 40, 272, 784, 0, 2),
+    (Tile("fp8", 1, 64, 1, 3, cuts=True), 64, 128, 1536, 0, 5),
 ]
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="no g++, which compiles the kernel for the emulator"
@@ -57,28 +54,12 @@ def test_it_computes_what_codes_and_outliers_mean(
     tmp_path: Path, variant: Tile, num_rows: int, outs: int, width: int, count: int, most_blocks: int
 ) -> None:
     """In whatever order blocks come: each time the same bits."""
-    assert_right(tmp_path, variant, variant.program, num_rows, outs, width, count, most_blocks)
-
-
-@needs_compiler
-@pytest.mark.parametrize(("case", "steps"), [(CASES[0], 2), (CASES[2], 64)], ids=["some", "all"])
-def test_asking_for_weights_ahead_changes_nothing(tmp_path: Path, case: tuple[Any, ...], steps: int) -> None:
-    """Up to more steps than a block has."""
-    variant, *sizes = case
-    definitions = *variant.program.definitions, ("AHEAD", steps), ("MAPS", 1)
-    assert_right(tmp_path, variant, replace(variant.program, definitions=definitions), *sizes)
-
-
-def assert_right(
-    folder: Path, variant: Tile, program: Program, num_rows: int, outs: int, width: int, count: int,
-    most_blocks: int,
-) -> None:  # fmt: skip
     torch.manual_seed(0)
     dtype = torch.bfloat16 if variant.bf16 else torch.float16
     is_int8 = variant.codes == "int8"
     sizes = num_rows, outs, width
     given = problem(*sizes, count, dtype) if is_int8 else fp8_problem(*sizes, dtype)
-    want, library = given.wanted(), build(program, folder, RUN)
+    want, library = given.wanted(), build(variant.program, tmp_path, RUN)
     blocks, shared = variant.work(num_rows, outs, width, most_blocks)
     assert bool(shared) == variant.cuts
     arrived, gathered = torch.zeros(most_blocks, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
@@ -111,7 +92,7 @@ def assert_right(
 def test_a_broken_row_of_fp8_spares_the_others(tmp_path: Path) -> None:
     """Its codes are NaN: so are its results, and nobody else's."""
     torch.manual_seed(0)
-    variant = Tile("fp8", 1, 16, 1, 3, cuts=True, light=1)
+    variant = Tile("fp8", 1, 16, 1, 3, cuts=True)
     num_rows, outs, width = 5, 128, 512
     given = fp8_problem(num_rows, outs, width, torch.bfloat16)
     given.x_codes[2] = torch.tensor(float("nan")).to(torch.float8_e4m3fn)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.kernels.w8_linear import AFTER_ROWS, Codes, Shape, plan, refusal, row_for
-from service.kernels.w8_linear.plan import MOST_FP8_ROWS, TABLES, Settings, most_sums
+from service.kernels.w8_linear.plan import TABLES, WIDE, Settings, most_sums
 from service.kernels.w8_linear.variants import SHARED_BYTES, STEP, SYSTEM_BYTES, Tile
 
 HALF = torch.float16
@@ -43,13 +43,14 @@ def test_it_has_a_kernel_or_a_reason(
     assert ends[:-1] == sorted({end for end in ends[:-1] if end})
     for row, before in zip(rows, (None, *rows), strict=False):
         assert row.after >= (before.max_rows or 0 if before else 0), "ranges do not overlap"
-    num_rows = some_rows + AFTER_ROWS if codes == "int8" else (some_rows - 1) % MOST_FP8_ROWS + 1
+    most_fp8 = TABLES["fp8"][-1][0]
+    assert most_fp8
+    num_rows = some_rows + AFTER_ROWS if codes == "int8" else (some_rows - 1) % most_fp8 + 1
     found = row_for(rows, num_rows)
     assert found or codes == "fp8", "int8 is served by any number of rows"
-    assert not row_for(rows, AFTER_ROWS if codes == "int8" else MOST_FP8_ROWS + 1)
+    assert not row_for(rows, AFTER_ROWS if codes == "int8" else most_fp8 + 1)
     if not found:
         return
-    assert not (found.early and codes == "int8")
     variant = found.variant
     assert variant.tile >= num_rows or codes == "int8", "fp8's rows are one tile"
     assert variant.shared_bytes <= SHARED_BYTES - SYSTEM_BYTES
@@ -85,7 +86,12 @@ def test_who_is_refused_is_told_why(changes: dict[str, object], reason: str) -> 
 
 @pytest.mark.parametrize(
     ("outs", "width", "reason"),
-    [(1008, 208, ""), (1000, 208, "1000 outputs"), (1008, 200, "no multiple of 16"), (16, 1 << 17, "")],
+    [
+        (WIDE + 16, 208, ""),
+        (WIDE + 8, 208, "16392 outputs"),
+        (WIDE, 200, "no multiple of 16"),
+        (WIDE, 1 << 17, ""),
+    ],
 )
 def test_fp8_knows_no_bitmap(outs: int, width: int, reason: str) -> None:
     """So inputs need be no whole words of it, and may be any number."""
@@ -104,13 +110,15 @@ def test_the_shapes_that_were_measured(outs: int, width: int) -> None:
     assert [row.max_rows for row in rows] == [32, 64, 128, 256, None]
     gathers = [row.variant.gathers for row in rows]
     assert gathers == [False, False, True, True, True]
-    rows = plan(Shape("fp8", outs, width, torch.bfloat16))
-    assert [row.max_rows for row in rows] == [row.variant.tile for row in rows]
-    assert {row.variant.cuts for row in rows} == {outs < 28672}
+    fp8 = Shape("fp8", outs, width, torch.bfloat16)
+    if outs < WIDE:
+        assert "another kernel is faster" in refusal(fp8)
+    else:
+        assert [(row.after, row.max_rows, row.variant.tile) for row in plan(fp8)] == [(4, 16, 16)]
 
 
 def test_a_place_may_be_left_to_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    some, more = Settings(16, 1, 10, light=1), Settings(64, 1, 8, cuts=True, early=True)
+    some, more = Settings(16, 1, 10), Settings(64, 1, 8, cuts=True)
     table = ((16, (some, None, None)), (32, (None, None, None)), (64, (more, more, None)))
     monkeypatch.setitem(TABLES, "fp8", table)
     narrow, deep, wide = (
@@ -120,7 +128,6 @@ def test_a_place_may_be_left_to_another_kernel(monkeypatch: pytest.MonkeyPatch) 
     rows = plan(narrow)
     served = [row_for(rows, num_rows) for num_rows in (1, 16, 17, 32, 33, 64, 65)]
     assert [row.variant.tile if row else 0 for row in served] == [16, 16, 0, 0, 64, 64, 0]
-    assert [row.early for row in rows] == [False, True]
     assert [(row.after, row.max_rows) for row in plan(deep)] == [(32, 64)]
     assert "another kernel" in refusal(wide)
 

@@ -8,7 +8,6 @@ first. From FEW_ROWS rows on torch's scaled matmul is as fast.
 from typing import NamedTuple
 
 from service.kernels.int8_linear.plan import PROGRAMS, Tile, shape_of, splits_of
-from service.kernels.w8_linear.plan import Row, row_for
 
 FEW_ROWS = 64
 PLACES = (16, 32, FEW_ROWS)  # numbers of rows that the kernel is compiled for
@@ -19,7 +18,6 @@ class Setting(NamedTuple):
 
     tile: Tile
     programs: int = PROGRAMS  # at least so many share a weight of few outputs
-    early: bool = False  # the kernel that makes its rows lets it begin before it waits itself
 
 
 AT_ONE = Setting(Tile(64, 128, 4, 6), 2 * PROGRAMS)
@@ -28,7 +26,7 @@ AT_MORE = Setting(Tile(64, 128, 4, 4))
 # by the most rows: for a layer that is narrow and shallow, for a deep one, for a wide one
 SETTINGS = (
     (4, (AT_ONE, Setting(Tile(128, 256, 8, 3), 2 * PROGRAMS), Setting(Tile(64, 256, 4, 4)))),
-    (16, (AT_SOME, AT_SOME, Setting(Tile(128, 256, 8, 3)))),
+    (32, (AT_SOME, AT_SOME, Setting(Tile(128, 256, 8, 3)))),
     (FEW_ROWS, (AT_MORE, Setting(Tile(64, 256, 4, 3), 2 * PROGRAMS), Setting(Tile(128, 128, 8, 4)))),
 )
 KERNEL_ROWS = tuple(sorted({*PLACES, *(most for most, _ in SETTINGS)}))  # most rows of each kernel here
@@ -43,15 +41,3 @@ def setting_for(num_rows: int, in_features: int, out_features: int) -> Setting:
 def splits_for(in_features: int, out_features: int, setting: Setting) -> int:
     """Of the inputs."""
     return splits_of(in_features, out_features, setting.tile, setting.programs)
-
-
-def is_early(num_rows: int, in_features: int, out_features: int, tiles: tuple[Row, ...]) -> bool:
-    """Whether the kernel that makes rows for a layer lets it begin before it waits itself.
-
-    `tiles`: the layer's plan of kernels/w8_linear. It pays where blocks of both linears around the rows fit a
-    multiprocessor together, one of each, and costs where several do and come unevenly.
-    """
-    if num_rows > FEW_ROWS:
-        return False
-    row = row_for(tiles, num_rows)
-    return row.early if row else setting_for(num_rows, in_features, out_features).early

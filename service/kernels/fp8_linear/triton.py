@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from service.kernels.dense_linear.triton import LINE, arrivals
-from service.kernels.fp8_linear.plan import FEW_ROWS, PLACES, Setting, is_early, setting_for, splits_for
+from service.kernels.fp8_linear.plan import FEW_ROWS, PLACES, Setting, setting_for, splits_for
 from service.kernels.fp8_linear.reference import LARGEST
 from service.kernels.int8_linear.plan import Tile
 from service.kernels.int8_rows.triton import held, magnitude_bits, numbers_of, summed
-from service.kernels.launch import await_predecessor, await_then_release, cdiv, launch, next_power_of_2
+from service.kernels.launch import await_then_release, cdiv, launch, next_power_of_2
 from service.kernels.w8_linear import FewRows, row_for
 
 LINE_BYTES = 2 * LINE
@@ -37,14 +37,10 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     LARGEST: tl.constexpr,
-    IS_EARLY: tl.constexpr,  # the successor may begin before this has waited: plan.is_early
     IS_DEPENDENT: tl.constexpr,
 ):
     """As kernels/int8_rows: what precedes the linear is made here, and a row is held while it is encoded."""
-    if IS_EARLY:
-        await_predecessor(IS_DEPENDENT)
-    else:
-        await_then_release(IS_DEPENDENT)
+    await_then_release(IS_DEPENDENT)
     IS_HELD: tl.constexpr = WIDTH <= TILE  # noqa: N806
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([TILE], total_ptr.dtype.element_ty)
@@ -162,27 +158,26 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=is_stored)
 
 
-def quantize_rows(x: Tensor, *, early: bool = False) -> tuple[Tensor, Tensor]:
-    """reference.quantize_rows, bit for bit. `early`, here and below: the next kernel may begin before this
-    one's wait for its predecessor is over."""
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """reference.quantize_rows, bit for bit."""
     x = x.contiguous()
-    return _quantize("x", x, x, x, x, 0.0, x.shape[1], early)
+    return _quantize("x", x, x, x, x, 0.0, x.shape[1])
 
 
-def quantize_gated(gate_up: Tensor, *, early: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_gated(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """[T, 2 in] -> `quantize_rows` of kernels/gated_silu of it."""
     gate_up = gate_up.contiguous()
-    return _quantize("gate_up", gate_up, gate_up, gate_up, gate_up, 0.0, gate_up.shape[1] // 2, early)
+    return _quantize("gate_up", gate_up, gate_up, gate_up, gate_up, 0.0, gate_up.shape[1] // 2)
 
 
 def quantize_normed(
-    hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float, *, early: bool = False
+    hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """hidden + delta [T, in], and `quantize_rows` of its norm as kernels/add_rms_norm."""
     hidden = hidden.contiguous()
     delta = hidden if delta is None else delta.contiguous()
     total = hidden.new_empty(hidden.shape)
-    return total, _quantize("hidden", hidden, delta, gain, total, eps, hidden.shape[1], early)
+    return total, _quantize("hidden", hidden, delta, gain, total, eps, hidden.shape[1])
 
 
 def _quantize(
@@ -193,7 +188,6 @@ def _quantize(
     total: Tensor,
     eps: float,
     width: int,
-    early: bool,
 ) -> tuple[Tensor, Tensor]:
     num_rows = len(x)
     codes = x.new_empty(num_rows, width, dtype=torch.float8_e4m3fn)
@@ -204,7 +198,7 @@ def _quantize(
         (num_rows,),
         (x, delta, gain, total, codes, scales),
         (eps,),
-        (source, delta is not x, width, numbers, int(LARGEST), early),
+        (source, delta is not x, width, numbers, int(LARGEST)),
         num_warps=warps,
         contracts=False,
     )
@@ -215,16 +209,14 @@ def fp8_linear(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, few: FewRows | None = None
 ) -> Tensor:
     """See the package."""
-    coded = quantize_rows(x, early=early_before(x, codes, few))
-    return multiply(x, *coded, codes, scales, bias, few)
+    return multiply(x, *quantize_rows(x), codes, scales, bias, few)
 
 
 def gated_linear(
     gate_up: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, few: FewRows | None = None
 ) -> Tensor:
     """`fp8_linear` of kernels/gated_silu of [T, 2 in]."""
-    coded = quantize_gated(gate_up, early=early_before(gate_up, codes, few))
-    return multiply(gate_up, *coded, codes, scales, bias, few)
+    return multiply(gate_up, *quantize_gated(gate_up), codes, scales, bias, few)
 
 
 def normed_linear(
@@ -238,14 +230,8 @@ def normed_linear(
     few: FewRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden + delta, and `fp8_linear` of its norm."""
-    total, coded = quantize_normed(hidden, delta, gain, eps, early=early_before(hidden, codes, few))
+    total, coded = quantize_normed(hidden, delta, gain, eps)
     return total, multiply(hidden, *coded, codes, scales, bias, few)
-
-
-def early_before(x: Tensor, codes: Tensor, few: FewRows | None) -> bool:
-    """Of the kernel that makes rows of `x` for this weight."""
-    out_features, in_features = codes.shape
-    return is_early(len(x), in_features, out_features, few.rows if few else ())
 
 
 def multiply(

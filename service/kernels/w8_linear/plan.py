@@ -2,10 +2,10 @@
 
 precision/int8, fp8 --Shape--> refusal, or plan --> cuda.py, engine/kernels_ahead
 
-int8 is served behind AFTER_ROWS rows, fp8 up to MOST_FP8_ROWS where its table has a variant; the others are
-another kernel's (kernels/int8_linear, fp8_linear). A plan has a row for each range of numbers of rows, whose
-end is included; it follows from the shape alone. Measured in docs/experiments.md, section 9, over the four
-linears of a layer of Llama-3.1-8B: int8 one by one with 32 columns of outliers, fp8 also in whole layers.
+int8 is served behind AFTER_ROWS rows, fp8 where its table has a variant; the others are another kernel's
+(kernels/int8_linear, fp8_linear). A plan has a row for each range of numbers of rows, whose end is included;
+it follows from the shape alone. Measured in docs/experiments.md, section 9, over the four linears of a layer
+of Llama-3.1-8B: int8 one by one with 32 columns of outliers, fp8 also in whole layers.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ import torch
 from service.kernels.w8_linear.variants import MAX_INPUTS, SHARED_BYTES, SYSTEM_BYTES, Codes, Tile
 
 AFTER_ROWS = 16
-MOST_FP8_ROWS = 64
 DTYPES = (torch.float16, torch.bfloat16)  # of activations
 MULTIPLE = 16  # of outputs: rows are stored so; of inputs: the copy engine reads no other rows of codes
 WORD_BITS = 32  # of int8's bitmap of columns: a word's end is no column's of a narrower layer
@@ -27,16 +26,13 @@ LEAST_THRESHOLD = 2.0**-14  # below float16 numbers thin out, and bfloat16's wou
 
 
 class Settings(NamedTuple):
-    """Of a variant, for this layer's `Tile`; and of the rows before it."""
+    """Of a variant, for this layer's `Tile`."""
 
     tile: int
     rt: int
     stages: int
     cap: int = 0
     cuts: bool = False
-    light: int = 0
-    ahead: int = 0
-    early: bool = False  # fp8: the kernel that makes its rows lets this one begin before it waits itself
 
 
 # by the most rows: for a layer that is narrow and shallow, for a deep one, for a wide one
@@ -54,13 +50,8 @@ INT8: Table = (
     (256, (FLAT, FLAT_CUT, Settings(256, 1, 4, 64))),
     (None, (FLAT, TALL, TALL)),
 )
-# as measured behind the kernels that make the rows: early releases pay where all four linears are tiles
-FP8_MOST = Settings(64, 1, 8, cuts=True, light=1, early=True)
-FP8: Table = (
-    (16, (None, None, Settings(16, 2, 6, light=1))),
-    (32, (None, None, Settings(32, 2, 5, light=1))),
-    (MOST_FP8_ROWS, (FP8_MOST, FP8_MOST, Settings(64, 2, 5, light=1, early=True))),
-)
+# behind the kernels that make the rows Triton's kernel is ahead but for this
+FP8: Table = ((4, (None, None, None)), (16, (None, None, Settings(16, 2, 6))))
 TABLES: dict[Codes, Table] = {"int8": INT8, "fp8": FP8}
 
 
@@ -83,7 +74,6 @@ class Row:
     after: int
     max_rows: int | None  # None: any number
     variant: Tile
-    early: bool = False  # see Settings
 
     def has(self, num_rows: int) -> bool:
         return self.after < num_rows and (self.max_rows is None or num_rows <= self.max_rows)
@@ -112,7 +102,7 @@ def plan(shape: Shape) -> tuple[Row, ...]:
     assert not refusal(shape), shape
     is_bf16 = int(shape.dtype is torch.bfloat16)
     rows = tuple(
-        Row(after, most, tile_of(shape.codes, is_bf16, settings), settings.early)
+        Row(after, most, tile_of(shape.codes, is_bf16, settings))
         for after, most, settings in settings_of(shape)
         if settings
     )
@@ -135,7 +125,7 @@ def settings_of(shape: Shape) -> Iterator[tuple[int, int | None, Settings | None
 
 
 def tile_of(codes: Codes, bf16: int, settings: Settings) -> Tile:
-    return Tile(codes, bf16, *settings[:-1])
+    return Tile(codes, bf16, *settings)
 
 
 def most_sums(codes: Codes) -> int:

@@ -38,30 +38,25 @@ class Tile:
     stages: int  # of the ring through which codes arrive
     cap: int = 0  # int8: listed columns of a part of a tile whose codes are copied as they pass
     cuts: bool = False
-    light: int = 0  # fp8: leaves registers and threads to blocks of its neighbours
-    ahead: int = 0  # fp8: steps behind the ring that are brought into the L2 before the predecessor is over
 
     @property
     def program(self) -> Program:
         settings = {"TILE": self.tile, "RT": self.rt, "STAGES": self.stages}
         if self.codes == "int8":
-            settings |= {"CAP": self.cap, "BF16": self.bf16}
+            settings |= {"CAP": self.cap}
         else:
-            settings |= {"FP8": 1, "LIGHT": self.light, "AHEAD": self.ahead, "MAPS": 1, "BF16": self.bf16}
-        settings |= {"SHARED_BYTES": self.shared_bytes}
+            settings |= {"FP8": 1}
+        settings |= {"BF16": self.bf16, "SHARED_BYTES": self.shared_bytes}
         return Program(FOLDER / f"{KERNEL}.cu", KERNEL, tuple(settings.items()))
 
     @property
     def name(self) -> str:
-        light, ahead = " light" * self.light, f" ahead {self.ahead}" if self.ahead else ""
-        return (
-            f"{KERNEL} {self.codes} {self.bf16}x{self.tile}x{self.rt}x{self.stages}x{self.cap}{light}{ahead}"
-        )
+        return f"{KERNEL} {self.codes} {self.bf16}x{self.tile}x{self.rt}x{self.stages}x{self.cap}"
 
     @property
     def threads(self) -> int:
-        """Of a block."""
-        return WARPGROUPS * WARPGROUP + (WARP if self.light else WARPGROUP)
+        """Of a block: beside the products fp8 has a warp that fetches, int8 also three for outliers."""
+        return WARPGROUPS * WARPGROUP + (WARP if self.codes == "fp8" else WARPGROUP)
 
     @property
     def outputs(self) -> int:

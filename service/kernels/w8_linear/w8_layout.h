@@ -20,29 +20,16 @@
 #ifndef PER_SM  // blocks that fit a multiprocessor: with 2, a launch works while the next one already reads its weights
 #define PER_SM 1
 #endif
-// What blocks need of a multiprocessor beside those of other launches, and what they ask for before the predecessor is over:
-// docs/experiments.md, section 9, third run
-#ifndef WARPGROUPS  // of consumers
-#define WARPGROUPS 2
-#endif
-#ifndef LIGHT  // registers stay as they are dealt out, and FP8's producer is one warp
-#define LIGHT 0
-#endif
-#ifndef AHEAD  // further steps of a block's weights that are brought into the L2
-#define AHEAD 0
-#endif
-#ifndef MAPS  // tensor maps are fetched ahead of their first use
-#define MAPS 0
-#endif
-constexpr int T = TILE, WGS = WARPGROUPS, R = 64 * RT * WGS, CONSUMERS = 128 * WGS, J = T / 8;
-constexpr int THREADS = CONSUMERS + (FP8 && LIGHT ? 32 : 128);
+constexpr int T = TILE, WGS = 2, R = 64 * RT * WGS, CONSUMERS = 128 * WGS, J = T / 8;
+// FP8 leaves threads and registers to blocks of its neighbours: docs/experiments.md, section 9, third run
+constexpr int THREADS = CONSUMERS + (FP8 ? 32 : 128);
 constexpr int W_BYTES = R * 128, X_BYTES = T * 128, STAGE_BYTES = W_BYTES + X_BYTES;
 constexpr int WORDS = FP8 ? 0 : 1024;                  // of the bitmap: up to 32,768 columns
 constexpr int PIECE = T < 128 || RT * T < 256 ? T : 64;  // rows of x whose sums become floats at a time
 constexpr int LISTED_AT_A_TIME = 32, ROOM = PIECE * LISTED_AT_A_TIME * 2;
 constexpr bool GATHERS = !FP8 && T >= 128;
 constexpr int OUT_ROWS = 16, OUT_BYTES = OUT_ROWS * 32;  // of results, where a warp turns them
-constexpr bool MOVES_REGISTERS = PER_SM == 1 && !LIGHT;
+constexpr bool MOVES_REGISTERS = PER_SM == 1 && !FP8;
 constexpr int CONSUMER_REGISTERS = RT * T < 256 ? 216 : 224, PRODUCER_REGISTERS = RT * T < 256 ? 72 : 56;
 
 // Addresses in shared memory; the first 1024 bytes are the system's. Barriers:

@@ -2,7 +2,7 @@
 // go from memory to the tensor cores as they are. LLM.int8() with its outliers in the same pass, or (FP8) e4m3.
 //
 //   producer (one thread): W [R][128 K] and x [T][128 K] boxes of bytes under the 128-byte swizzle into STAGES stages
-//   WGS (two) consumer warpgroups: 64 * RT outputs each; int32 sums, or e4m3 sums that are moved to float32 every 128 of K
+//   two consumer warpgroups: 64 * RT outputs each; int32 sums, or e4m3 sums that are moved to float32 every 128 of K
 //   three warps beside the producer, for outliers: one copies the listed columns' codes out of each stage of W as it
 //       passes, two fetch the 16-bit outliers, 32 columns at a time into one of two rooms. After the last stage sums become
 //       floats, 64 outputs x up to 128 rows of x at a time, and the product of outliers is added: no second reading of W.
@@ -39,16 +39,8 @@ DEVICE void produce(uint32_t here, const Linear& linear, Work& work, const Tenso
     // No kernel writes weights: the first stages' are fetched while the predecessor still works.
     const int first_at = work.at, first_whole = work.whole;
     int early = 0;
-    if constexpr (AHEAD == 0) {
-        while (early < STAGES && work.next(part))
-            for (int step = part.begin; step < part.end && early < STAGES; step++) fetch_weights(early++, step);
-    } else {
-        while (early < STAGES + AHEAD && work.next(part))
-            for (int step = part.begin; step < part.end && early < STAGES + AHEAD; step++, early++)
-                if (early < STAGES) fetch_weights(early, step);
-                else prefetch_box(w_map, step * 128, linear.first_output(part.tile));
-        if (early > STAGES) early = STAGES;
-    }
+    while (early < STAGES && work.next(part))
+        for (int step = part.begin; step < part.end && early < STAGES; step++) fetch_weights(early++, step);
     work.at = first_at, work.whole = first_whole;
     await_predecessor();
     release_successor();
@@ -133,7 +125,7 @@ w8_tile(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map,
     const Grid grid = {int(blockIdx.x), int(gridDim.x), stream_tiles, stream_tiles * linear.steps};
     const Listed listed(place.window);
     if (thread == 0) init_barriers(here);
-    if (MAPS && thread == CONSUMERS) prefetch_map(&w_map), prefetch_map(&x_map);
+    if (FP8 && thread == CONSUMERS) prefetch_map(&w_map), prefetch_map(&x_map);
     sync_block();
 
     Work work(linear, grid);
