@@ -18,6 +18,7 @@ from service.compare.statistics import student_t
 
 FORMAT = "halftone-report/2"
 MAX_DISAGREEMENT = 0.002
+EARLIER_STANDARD_ERRORS = 2.0  # beyond which a report that does not tell its windows took one for decided
 
 
 class Mode(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +59,8 @@ class Apart(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_decided(self) -> bool:
         """Further from 0 than chance takes it one time in twenty (Student's t over so few windows)."""
-        return abs(self.change) > student_t(max(self.num_windows - 1, 1)) * self.standard_error
+        most = student_t(max(self.num_windows - 1, 1)) if self.num_windows else EARLIER_STANDARD_ERRORS
+        return abs(self.change) > most * self.standard_error
 
     @property
     def is_flagged(self) -> bool:

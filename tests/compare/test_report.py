@@ -43,6 +43,8 @@ def test_reports_keep_the_shipped_schema(kind: str) -> None:
         (-0.003, 0.002, 8, False),
         (0.0015, 0.0001, 8, False),
         (0.003, 0.001, 3, False),  # of three windows the error itself is badly known
+        (0.003, 0.0014, 0, True),  # an earlier report: its page flags what it flagged
+        (0.003, 0.0016, 0, False),
     ],
 )
 def test_a_flag_needs_both_size_and_certainty(
