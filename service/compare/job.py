@@ -112,6 +112,7 @@ class Comparison:
                     self.turns.add(read_back(path, Finished))
         if self.turns.done:
             console.print(f"{len(self.turns.done)} engines' figures were measured before, and are kept")
+        self.kept_s = self.turns.seconds
         if (out / RATES_FILE).is_file():
             self.turns.rates = read_back(out / RATES_FILE, Rates)
 
@@ -132,8 +133,8 @@ class Comparison:
 
     @property
     def spent_s(self) -> float:
-        """Of this run, with what precedes its turns; of one that it goes on with, its turns alone."""
-        return max(self.turns.seconds, monotonic() - self.begun)
+        """Of this run, with what precedes its turns, and of the turns of one that it goes on with."""
+        return max(self.turns.seconds, self.kept_s + monotonic() - self.begun)
 
     @property
     def num_left(self) -> int:

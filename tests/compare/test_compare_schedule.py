@@ -201,10 +201,24 @@ def test_ctrl_c_keeps_what_is_measured_and_the_same_command_goes_on(fake: Compar
 def test_what_precedes_the_turns_counts_too(
     fake: Compare, monkeypatch: pytest.MonkeyPatch, before_s: float, repeats: int
 ) -> None:
-    """Texts, the front and the first look: a third repeat that would have fitted without them does not."""
+    """The front and the first look: a third repeat that would have fitted without them does not."""
     clock = iter([0.0])
     monkeypatch.setattr("service.compare.job.monotonic", lambda: next(clock, before_s))
     report = fake(FakeTurns(noise=0.3), repeats=2, max_repeats=3, minutes=60.0)
+    assert {row.num_repeats for row in report.rows} == {repeats}
+
+
+@pytest.mark.parametrize(("this_run_s", "repeats"), [(0.0, 3), (3592.0, 2)])
+def test_turns_that_are_kept_count_beside_what_this_run_takes(
+    fake: Compare, monkeypatch: pytest.MonkeyPatch, this_run_s: float, repeats: int
+) -> None:
+    """They once counted only where they took longer: at least three of 2 s, and a round takes 3 to 6."""
+    told: dict[str, Any] = {"repeats": 2, "max_repeats": 3, "minutes": 60.0}
+    with pytest.raises(KeyboardInterrupt):
+        fake(FakeTurns(noise=0.3, int8=Behaviour(fault=KeyboardInterrupt(), fault_from=1)), **told)
+    clock = iter([0.0])
+    monkeypatch.setattr("service.compare.job.monotonic", lambda: next(clock, this_run_s))
+    report = fake(FakeTurns(noise=0.3), **told)
     assert {row.num_repeats for row in report.rows} == {repeats}
 
 
