@@ -255,7 +255,7 @@ class Paired(msgspec.Struct, array_like=True):
 
     tokens: int  # positions that both scored
     mean: float
-    standard_error: float  # of the mean, windows taken as independent
+    standard_error: float  # of the mean: quality/divergence, grouped_mean or crossed_mean
     windows: int  # that it is over
 
 

@@ -2,7 +2,8 @@
 
 Evaluated, Cut --finding(), agreement_of(), greedy_of()--> Findings --> cli/evaluate. No torch here.
 
-Every standard error takes windows as independent. Intervals of 95 % are about two of them to each side.
+Every standard error takes windows as independent; that of decode beside prefill also has one token's errors
+move together, wherever it is predicted. Intervals of 95 % are about two of them to each side.
 """
 
 from math import exp, expm1
