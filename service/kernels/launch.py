@@ -58,8 +58,8 @@ def await_predecessor(is_dependent: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit  # type: ignore[untyped-decorator]
 def await_then_release(is_dependent: tl.constexpr):  # type: ignore[no-untyped-def]
-    """For 8-bit linears of few rows in Triton and the kernels that make their rows: where such a linear's
-    programs are placed earlier, a layer takes longer (docs/experiments.md, section 5)."""
+    """For 8-bit linears in Triton and the kernels that make their rows: where the programs of one of few rows
+    are placed earlier, a layer takes longer (docs/experiments.md, section 5)."""
     if is_dependent:
         gdc_wait()
         gdc_launch_dependents()
