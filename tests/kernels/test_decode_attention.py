@@ -1,6 +1,5 @@
 """A decode's attention in one launch: the very CUDA kernel on a machine of fibers, and who is served how."""
 
-import ctypes
 import shutil
 from collections.abc import Iterator
 from ctypes import c_float, c_int
@@ -13,14 +12,15 @@ import pytest
 import torch
 
 from service.kernels import launch as launching
-from service.kernels.cuda import driver, maps
+from service.kernels.cuda import driver
 from service.kernels.decode_attention import Settings, Shape, Variant, cuda, plan, refusal, serving, table
 from service.kernels.decode_attention.table import HEAD_DIMS, TABLE, row_for, rows_of, variant_of
 from service.kernels.paged_attention import plan_attention
 from tests.kernels.decodes import EPS, PAGE, Decodes, decodes
 from tests.kernels.emulated import box, build, pointer
+from tests.kernels.told_driver import STREAM, Driver, stand_in
 
-STREAM = 77
+NUM_ARGUMENTS, POINTERS, NUMBERS, FRACTIONS = 19, range(2, 13), range(13, 16), range(16, 19)
 HALF, BRAIN = torch.float16, torch.bfloat16
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 TOLERANCE = {HALF: 1e-3, BRAIN: 6e-3}  # relative RMS, as Triton's kernels have it
@@ -201,47 +201,10 @@ def test_variants_fit_the_device(dim: int, group: int) -> None:
         assert row.variant.splits <= 16
 
 
-class Driver:
-    """Copies arguments when it is called, as the real one does."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[driver.Config, list[int], list[float]]] = []
-        self.maps: list[tuple[Any, ...]] = []
-
-    def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
-        addresses = (ctypes.c_void_p * 19).from_address(arguments)
-        pointers = [ctypes.c_void_p.from_address(at or 0).value or 0 for at in addresses[2:13]]
-        numbers: list[float] = [c_int.from_address(at or 0).value for at in addresses[13:16]]
-        numbers += [c_float.from_address(at or 0).value for at in addresses[16:]]
-        told = driver.Config.from_buffer_copy(driver.Config.from_address(config))
-        self.launches.append((told, pointers, numbers))
-        return 0
-
-    def encode(self, made: Any, dtype: int, dimensions: int, address: Any, *told: Any) -> int:
-        shape, strides, box_shape, *_ = told
-        self.maps.append((address.value, list(shape), list(strides), list(box_shape)))
-        return 0
-
-    def check(self, what: str, code: int) -> None:
-        assert code == 0
-
-
-class Kernel:
-    handle = ctypes.c_void_p(1)
-
-    def __init__(self, variant: Variant) -> None:
-        self.name, self.threads = variant.name, variant.threads
-
-
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    found = Driver()
-    monkeypatch.setattr(driver, "driver", lambda: found)
-    monkeypatch.setattr(cuda, "load", Kernel)
-    monkeypatch.setattr(maps, "_maps", {})
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
     cuda.call_of.cache_clear()
-    yield found
+    yield stand_in(monkeypatch, cuda, NUM_ARGUMENTS)
     cuda.call_of.cache_clear()
 
 
@@ -260,22 +223,28 @@ def test_what_a_call_tells(
             variant, given.qkv, given.cos, given.sin, None, None, EPS, given.keys, given.values, given.step,
             0.25, 33, 0.0, given.scales,
         )  # fmt: skip
-        told, pointers, numbers = library.launches[-1]
+        told = library.launches[-1]
+        config = told.config
         assert y.shape == (2, 32, 128)
-        assert told.grid_x == 2 * 8 * variant.splits
-        assert (told.block_x, told.shared_bytes) == (variant.threads, variant.shared_bytes)
-        assert (told.stream, told.num_attributes) == (STREAM, int(dependent))
+        assert config.grid_x == 2 * 8 * variant.splits
+        assert (config.block_x, config.shared_bytes) == (variant.threads, variant.shared_bytes)
+        assert (config.stream, config.num_attributes) == (STREAM, int(dependent))
         tensors = (
             given.qkv, y, given.cos, given.sin, None, None, given.keys, given.values, given.scales,
             given.step.block_tables, given.step.lengths,
         )  # fmt: skip
-        assert pointers == [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        assert numbers == pytest.approx([given.step.block_tables.shape[1], 8, 33, 0.25, 0.0, EPS])
+        assert told.pointers(POINTERS) == [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        assert told.integers(NUMBERS) == [given.step.block_tables.shape[1], 8, 33]
+        assert told.floats(FRACTIONS) == pytest.approx([0.25, 0.0, EPS])
         of_keys, of_values = library.maps[maps_before:]
         rows = given.keys.shape[0] * 8 * PAGE
-        row_bytes = 128 * kv_dtype.itemsize
-        assert of_keys == (given.keys.data_ptr(), [128, rows], [row_bytes], [columns, PAGE])
-        assert of_values == (given.values.data_ptr(), [128, rows], [row_bytes], [columns, PAGE])
+        for told_map, pages in ((of_keys, given.keys), (of_values, given.values)):
+            assert told_map[1:5] == (
+                pages.data_ptr(),
+                [128, rows],
+                [128 * kv_dtype.itemsize],
+                [columns, PAGE],
+            )
 
 
 @pytest.mark.parametrize(("splits", "is_wide"), [(8, False), (16, True)])

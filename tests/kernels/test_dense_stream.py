@@ -1,9 +1,7 @@
 """The 16-bit linear of few rows in CUDA C++: whom it serves, what a call tells it, and what it computes."""
 
-import ctypes
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,17 +10,19 @@ from torch import Tensor
 
 from service.kernels import dense_linear
 from service.kernels import launch as launching
-from service.kernels.cuda import driver, maps
+from service.kernels.cuda import driver
 from service.kernels.dense_linear import Variant, cuda, few_rows, plan
 from service.kernels.dense_linear.few_rows import Entry
 from tests.kernels.emulated import box, build, pointer
+from tests.kernels.told_driver import MULTIPROCESSORS, STREAM, Driver, Map, stand_in
 
 TABLE = (
     Entry(8, 2048, Variant(8, 1, 1, 2, 3)),
     Entry(32, 65536, Variant(16, 1, 1, 2, 3)),
     Entry(64, 2048, Variant(64, 1, 2, 1, 3, share=2)),
 )
-STREAM = 77
+NUM_ARGUMENTS, POINTERS, NUMBERS = 8, range(2, 5), range(5, 8)
+FLOAT16 = driver.MAP_TYPES[torch.float16]
 RUN = """void run(int order, int grid, TensorMap* x, TensorMap* w, const uint16_t* bias, char* y, float* sums,
     int rows, int n, int k) {
     emulated_order = order;
@@ -93,47 +93,10 @@ def test_variants_fit_the_device() -> None:
         assert variant.threads <= 1024
 
 
-class Kernel:
-    handle = ctypes.c_void_p(1)
-
-    def __init__(self, variant: Variant) -> None:
-        self.name, self.threads = variant.name, variant.threads
-
-
-class Driver:
-    """Copies arguments when it is called, as the real one does."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[driver.Config, list[int], list[int]]] = []
-        self.maps: list[tuple[Any, ...]] = []
-
-    def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
-        addresses = (ctypes.c_void_p * 8).from_address(arguments)
-        pointers = [ctypes.c_void_p.from_address(at or 0).value or 0 for at in addresses[2:5]]
-        numbers = [ctypes.c_int.from_address(at or 0).value for at in addresses[5:]]
-        told = driver.Config.from_buffer_copy(driver.Config.from_address(config))
-        self.launches.append((told, pointers, numbers))
-        return 0
-
-    def encode(self, made: Any, dtype: int, dimensions: int, address: Any, *told: Any) -> int:
-        shape, strides, box_shape, *_ = told
-        self.maps.append((address.value, list(shape), list(strides), list(box_shape)))
-        return 0
-
-    def check(self, what: str, code: int) -> None:
-        assert code == 0
-
-
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, table: None) -> Driver:
-    found = Driver()
-    monkeypatch.setattr(driver, "driver", lambda: found)
-    monkeypatch.setattr(cuda, "load", Kernel)
-    monkeypatch.setattr(maps, "_maps", {})
     monkeypatch.setattr(cuda, "_workspaces", {})
-    monkeypatch.setattr(cuda, "multiprocessors", lambda: 13)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
-    return found
+    return stand_in(monkeypatch, cuda, NUM_ARGUMENTS)
 
 
 def bound(out: int = 2048, width: int = 4096, *, biased: bool = True) -> cuda.Bound:
@@ -146,17 +109,17 @@ def test_what_a_call_tells(library: Driver) -> None:
     multiply = bound()
     x = torch.randn(50, 4096).half()
     y = multiply(x)
-    told, pointers, numbers = library.launches[0]
-    variant = multiply.rows[1].variant
-    assert (told.grid_x, told.block_x, told.shared_bytes) == (12, variant.threads, variant.shared_bytes)
-    assert told.stream == STREAM
+    told, variant = library.launches[0], multiply.rows[1].variant
+    config, sums = told.config, multiply._workspace.sums
+    assert (config.grid_x, config.block_x, config.shared_bytes) == (12, variant.threads, variant.shared_bytes)
+    assert config.stream == STREAM
     assert multiply.bias is not None
-    assert pointers == [multiply.bias.data_ptr(), y.data_ptr(), multiply._workspace.sums.data_ptr()]
-    assert numbers == [50, 2048, 4096]
-    assert multiply._workspace.sums.numel() >= told.grid_x * variant.sums_of_block
+    assert told.pointers(POINTERS) == [multiply.bias.data_ptr(), y.data_ptr(), sums.data_ptr()]
+    assert told.integers(NUMBERS) == [50, 2048, 4096]
+    assert sums.numel() >= config.grid_x * variant.sums_of_block
     of_weight, of_x = library.maps
-    assert of_weight == (multiply.weight.data_ptr(), [4096, 2048], [8192], [64, variant.outputs])
-    assert of_x == (x.data_ptr(), [4096, 50], [8192], [64, 32]), "each of a pair fetches half"
+    assert of_weight == Map(FLOAT16, multiply.weight.data_ptr(), [4096, 2048], [8192], [64, variant.outputs])
+    assert of_x == Map(FLOAT16, x.data_ptr(), [4096, 50], [8192], [64, 32]), "each of a pair fetches half"
 
 
 def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
@@ -164,9 +127,10 @@ def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
     for num_rows in (1, 8, 9, 64):
         multiply(torch.zeros(num_rows, 4096, dtype=torch.float16))
         wanted = TABLE[0].variant if num_rows <= 8 else TABLE[2].variant
-        told, pointers, _ = library.launches[-1]
-        assert (told.shared_bytes, told.grid_x) == (wanted.shared_bytes, 13 // wanted.share * wanted.share)
-        assert pointers[0] == 0, "no bias"
+        told = library.launches[-1]
+        whole_pairs = MULTIPROCESSORS // wanted.share * wanted.share
+        assert (told.config.shared_bytes, told.config.grid_x) == (wanted.shared_bytes, whole_pairs)
+        assert told.pointers(POINTERS)[0] == 0, "no bias"
 
 
 def test_more_rows_than_the_table_has_are_torch_s(library: Driver) -> None:
@@ -183,7 +147,7 @@ def test_it_comes_before_its_predecessor_ends_where_that_is_on(
 ) -> None:
     monkeypatch.setattr(launching, "DEPENDENT", dependent)
     bound()(torch.zeros(1, 4096, dtype=torch.float16))
-    assert library.launches[-1][0].num_attributes == int(dependent)
+    assert library.launches[-1].config.num_attributes == int(dependent)
 
 
 def test_on_a_cpu_nobody_is_bound_to_it(table: None) -> None:

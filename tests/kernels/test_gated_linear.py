@@ -1,6 +1,5 @@
 """gate_up of many rows and the gate in one: whom the kernel serves, what a call says, what it computes."""
 
-import ctypes
 import shutil
 import signal
 import subprocess
@@ -15,13 +14,15 @@ from torch import Tensor
 
 from service.kernels import gated_linear
 from service.kernels import launch as launching
-from service.kernels.cuda import Program, driver, maps
+from service.kernels.cuda import Program, driver
 from service.kernels.gated_linear import Variant, cuda, plan, reference, variant_of
 from service.kernels.gated_silu.reference import gated_silu
 from tests.kernels.emulated import box, build, pointer
+from tests.kernels.told_driver import STREAM, Driver, Kernel, Map, stand_in
 
 H100_PAIRS, LLAMA_8B = 66, 14336
-STREAM = 77
+NUM_ARGUMENTS, NUMBERS = 6, range(3, 6)
+FLOAT16 = driver.MAP_TYPES[torch.float16]
 ORDERS = (0, 11, 2026)  # seeds by which blocks are held up
 ERROR = {0: 6e-4, 1: 5e-3}  # relative, in norm, by BF16: three roundings
 RUN = """void run(int order, int grid, TensorMap* x, TensorMap* w, TensorMap* y, int rows, int columns,
@@ -129,7 +130,7 @@ def test_x_fetched_before_its_maker_is_over_is_found(tmp_path: Path) -> None:
     """The emulated machine ends there."""
     library = planted(tmp_path, (("            await_predecessor();\n            for", "for"),))
     case = f"computed(ctypes.CDLL({library._name!r}), *problem(*CASES[0][:-1]), CASES[0][-1], 0)"
-    command = f"from tests.kernels.test_gated_linear import *; {case}"
+    command = f"import ctypes; from tests.kernels.test_gated_linear import *; {case}"
     assert subprocess.run([sys.executable, "-c", command]).returncode == -signal.SIGABRT
 
 
@@ -156,40 +157,10 @@ def test_on_a_cpu_nobody_is_bound_to_it() -> None:
     assert gated_linear.bind(torch.zeros(4096, 2048, dtype=torch.float16)) is None
 
 
-class Kernel:
-    name, threads, handle = "gated_tile", plan.THREADS, ctypes.c_void_p(1)
-
-
-class Driver:
-    """Copies arguments when it is called, as the real one does."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[driver.Config, list[int]]] = []
-        self.maps: list[tuple[Any, ...]] = []
-
-    def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
-        addresses = (ctypes.c_void_p * 6).from_address(arguments)
-        numbers = [ctypes.c_int.from_address(at or 0).value for at in addresses[3:]]
-        self.launches.append((driver.Config.from_buffer_copy(driver.Config.from_address(config)), numbers))
-        return 0
-
-    def encode(self, made: Any, dtype: int, dimensions: int, address: Any, *told: Any) -> int:
-        shape, _, box_shape, *_ = told
-        self.maps.append((address.value, list(shape), list(box_shape)))
-        return 0
-
-    def check(self, what: str, code: int) -> None:
-        assert code == 0
-
-
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    found = Driver()
-    monkeypatch.setattr(driver, "driver", lambda: found)
-    monkeypatch.setattr(cuda, "load", lambda variant: Kernel())
-    monkeypatch.setattr(maps, "_maps", {})
-    monkeypatch.setattr(cuda, "multiprocessors", lambda: 13)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+    found = stand_in(monkeypatch, cuda, NUM_ARGUMENTS)
+    monkeypatch.setattr(cuda, "load", lambda variant: Kernel(variant, plan.THREADS))
     return found
 
 
@@ -200,16 +171,17 @@ def test_what_a_call_tells(library: Driver) -> None:
     x = torch.zeros(200, 320, dtype=torch.float16)
     y = multiply(x)
     assert y.shape == (200, 136)
-    told, numbers = library.launches[0]
-    assert (told.grid_x, told.block_x, told.stream) == (12, plan.THREADS, STREAM)
-    assert told.shared_bytes == Variant(0).shared_bytes
-    assert numbers == [200, 136, 320]
+    told = library.launches[0]
+    config = told.config
+    assert (config.grid_x, config.block_x, config.stream) == (12, plan.THREADS, STREAM)
+    assert config.shared_bytes == Variant(0).shared_bytes
+    assert told.integers(NUMBERS) == [200, 136, 320]
     of_weight, of_x, of_y = library.maps
-    assert of_weight == (weight.data_ptr(), [320, 272], [64, 128])
-    assert of_x == (x.data_ptr(), [320, 200], [64, 128])
-    assert of_y == (y.data_ptr(), [136, 200], [64, 16])
+    assert of_weight == Map(FLOAT16, weight.data_ptr(), [320, 272], [640], [64, 128])
+    assert of_x == Map(FLOAT16, x.data_ptr(), [320, 200], [640], [64, 128])
+    assert of_y == Map(FLOAT16, y.data_ptr(), [136, 200], [272], [64, 16])
     multiply(torch.zeros(7, 320, dtype=torch.float16))
-    assert library.launches[1][1] == [7, 136, 320]
+    assert library.launches[1].integers(NUMBERS) == [7, 136, 320]
     assert len(library.maps) == 5
     assert multiply(x[:0]).shape == (0, 136)
     assert len(library.launches) == 2
@@ -231,4 +203,4 @@ def test_it_comes_before_its_predecessor_ends_where_that_is_on(
 ) -> None:
     monkeypatch.setattr(launching, "DEPENDENT", dependent)
     cuda.Bound(torch.zeros(16, 64, dtype=torch.float16), Variant(0))(torch.zeros(1, 64).half())
-    assert library.launches[-1][0].num_attributes == int(dependent)
+    assert library.launches[-1].config.num_attributes == int(dependent)

@@ -1,69 +1,31 @@
 """What a bound 8-bit weight tells the W8A8 kernel of its plan; no kernel runs."""
 
-import ctypes
-from typing import Any
 from weakref import WeakValueDictionary
 
 import pytest
 import torch
 from torch import Tensor
 
-from service.kernels.cuda import driver, maps
+from service.kernels.cuda import driver
 from service.kernels.int8_rows import OutlierRule
 from service.kernels.w8_linear import Shape
 from service.kernels.w8_linear.plan import TABLES, Settings
-from service.kernels.w8_linear.variants import Tile
 
 pytest.importorskip("triton")
 
 from service.kernels.int8_rows.triton import Rows
 from service.kernels.w8_linear import cuda
+from tests.kernels.told_driver import STREAM, Driver, Map, stand_in
 
 OUTS, WIDTH = 4096, 8192  # deep: few rows share tiles
 NUM_ARGUMENTS = 18
-STREAM = 77
-
-
-class Kernel:
-    handle = ctypes.c_void_p(1)
-
-    def __init__(self, variant: Tile) -> None:
-        self.name, self.threads = variant.name, variant.threads
-
-
-class Driver:
-    """Copies arguments when it is called, as the real one does."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[driver.Config, list[int]]] = []
-        self.maps: list[tuple[Any, ...]] = []
-
-    def launch(self, config: int, handle: Any, arguments: int, extra: None) -> int:
-        addresses = (ctypes.c_void_p * NUM_ARGUMENTS).from_address(arguments)
-        told = driver.Config.from_buffer_copy(driver.Config.from_address(config))
-        self.launches.append((told, list(addresses)))
-        return 0
-
-    def encode(self, made: Any, dtype: int, dimensions: int, address: Any, *told: Any) -> int:
-        shape, strides, box, _, interleave, swizzle, promotion, fill = told
-        assert (dimensions, interleave, swizzle, promotion, fill) == (2, 0, 3, 3, 0)
-        self.maps.append((dtype, address.value, list(shape), list(strides), list(box)))
-        return 0
-
-    def check(self, what: str, code: int) -> None:
-        assert code == 0
+BYTES = driver.MAP_TYPES[torch.int8]
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    found = Driver()
-    monkeypatch.setattr(driver, "driver", lambda: found)
-    monkeypatch.setattr(maps, "_maps", {})
-    monkeypatch.setattr(cuda, "load", Kernel)
     monkeypatch.setattr(cuda, "_workspaces", WeakValueDictionary())
-    monkeypatch.setattr(cuda, "multiprocessors", lambda: 13)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
-    return found
+    return stand_in(monkeypatch, cuda, NUM_ARGUMENTS)
 
 
 def bound(number: int = 0, bias: Tensor | None = None, **changes: float) -> cuda.BoundInt8:
@@ -91,14 +53,6 @@ def rows_of(num_rows: int) -> Rows:
     return Rows(x[None].to(torch.int8), torch.zeros(4, num_rows), x.dtype, x)
 
 
-def pointers(addresses: list[int], numbers: range) -> list[int]:
-    return [ctypes.c_void_p.from_address(addresses[number]).value or 0 for number in numbers]
-
-
-def integers(addresses: list[int]) -> list[int]:
-    return [ctypes.c_int.from_address(address).value for address in addresses]
-
-
 def test_arguments_stand_in_the_kernel_s_order(library: Driver) -> None:
     """Maps of x and codes, x's steps, the weight's, x, bitmap, codes, y, sums, arrived, x_out, gathered."""
     multiply, rows = bound(), rows_of(50)
@@ -107,11 +61,14 @@ def test_arguments_stand_in_the_kernel_s_order(library: Driver) -> None:
     assert rows.x is not None
     of_codes, of_rows = library.maps
     variant = multiply.rows[1].variant
-    assert of_rows == (0, rows.codes.data_ptr(), [WIDTH, 50], [WIDTH], [128, variant.tile])
-    assert of_codes == (0, multiply.weight.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
-    config, told = library.launches[0]
+    assert of_rows == Map(BYTES, rows.codes.data_ptr(), [WIDTH, 50], [WIDTH], [128, variant.tile])
+    assert of_codes == Map(
+        BYTES, multiply.weight.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs]
+    )
+    told = library.launches[0]
+    config = told.config
     workspace = multiply.workspace
-    assert pointers(told, range(2, 12)) == [
+    assert told.pointers(range(2, 12)) == [
         rows.scales.data_ptr(),
         multiply.weight.steps.data_ptr(),
         rows.x.data_ptr(),
@@ -125,8 +82,8 @@ def test_arguments_stand_in_the_kernel_s_order(library: Driver) -> None:
     ]
     blocks, shared = variant.work(50, OUTS, WIDTH, 13)
     assert shared == 32 % 13
-    assert integers(told[12:17]) == [50, OUTS, WIDTH, shared, cuda.GATHERED_COLUMNS]
-    assert ctypes.c_float.from_address(told[17]).value == 6.0
+    assert told.integers(range(12, 17)) == [50, OUTS, WIDTH, shared, cuda.GATHERED_COLUMNS]
+    assert told.floats([17]) == [6.0]
     assert (config.grid_x, config.block_x, config.stream) == (blocks, 384, STREAM)
     assert config.shared_bytes == variant.shared_bytes
     assert workspace.sums.numel() >= 13 * variant.sums_of_block
@@ -137,9 +94,9 @@ def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
     for num_rows in (17, 32, 33, 64, 65, 128, 200, 257, 1000):
         multiply(rows_of(num_rows))
         variant = next(r.variant for r in multiply.rows if r.max_rows is None or num_rows <= r.max_rows)
-        config, told = library.launches[-1]
-        assert config.shared_bytes == variant.shared_bytes
-        gathers = pointers(told, range(4, 5)) != pointers(told, range(10, 11))
+        told = library.launches[-1]
+        assert told.config.shared_bytes == variant.shared_bytes
+        gathers = told.pointers(range(4, 5)) != told.pointers(range(10, 11))
         assert gathers == (num_rows > 64)
 
 
@@ -149,7 +106,7 @@ def test_a_call_s_rows_choose_the_variant(library: Driver) -> None:
 )
 def test_from_where_on_a_number_counts(library: Driver, changes: dict[str, float], threshold: float) -> None:
     bound(**changes)(rows_of(20))
-    assert ctypes.c_float.from_address(library.launches[0][1][17]).value == threshold
+    assert library.launches[0].floats([17]) == [threshold]
 
 
 @pytest.mark.parametrize("num_before", [4, 7, 13])
@@ -179,13 +136,14 @@ def test_fp8_tells_nothing_of_outliers(library: Driver) -> None:
     assert (y.shape, y.dtype) == ((50, OUTS), torch.bfloat16)
     weight, workspace, variant = multiply.weight, multiply.workspace, multiply.rows[1].variant
     of_codes, of_rows = library.maps
-    assert of_rows == (0, codes.data_ptr(), [WIDTH, 50], [WIDTH], [128, variant.tile])
-    assert of_codes == (0, weight.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
-    config, told = library.launches[0]
+    assert of_rows == Map(BYTES, codes.data_ptr(), [WIDTH, 50], [WIDTH], [128, variant.tile])
+    assert of_codes == Map(BYTES, weight.codes.data_ptr(), [WIDTH, OUTS], [WIDTH], [128, variant.outputs])
+    told = library.launches[0]
+    config = told.config
     given = [scales.data_ptr(), weight.steps.data_ptr(), 0, 0, weight.codes.data_ptr()]
     left = [y.data_ptr(), workspace.sums.data_ptr(), workspace.arrived.data_ptr(), 0]
-    assert pointers(told, range(2, 11)) == [*given, *left]
-    assert integers(told[12:16]) == [50, OUTS, WIDTH, 32 % 13]
+    assert told.pointers(range(2, 11)) == [*given, *left]
+    assert told.integers(range(12, 16)) == [50, OUTS, WIDTH, 32 % 13]
     assert (config.grid_x, config.block_x, config.stream) == (13, 288, STREAM)
     assert config.shared_bytes == variant.shared_bytes
     assert workspace.sums.numel() >= 13 * variant.sums_of_block
@@ -196,7 +154,7 @@ def test_fp8_s_rows_choose_the_variant(library: Driver) -> None:
     multiply = bound_fp8()
     for num_rows, tile in ((1, 16), (16, 16), (33, 64), (64, 64)):
         multiply(*fp8_rows_of(num_rows))
-        assert library.maps[-1][-1] == [128, tile]
+        assert library.maps[-1].box == [128, tile]
     for num_rows in (17, 32, 65):
         with pytest.raises(AssertionError):
             multiply(*fp8_rows_of(num_rows))
