@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,19 @@ def test_nothing_is_left_for_later(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
     assert "NotImplementedError" not in text
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=relative)
+def test_nothing_stands_behind_what_leaves(path: Path) -> None:
+    """The second half of a sentence once did, a line below its `return`."""
+    blocks = [
+        block
+        for node in ast.walk(tree(path))
+        for _, block in ast.iter_fields(node)
+        if isinstance(block, list) and block and isinstance(block[0], ast.stmt)
+    ]
+    leaving = (ast.Return, ast.Raise, ast.Break, ast.Continue)
+    assert not [after.lineno for block in blocks for at, after in pairwise(block) if isinstance(at, leaving)]
 
 
 def test_no_drawer_for_everything() -> None:

@@ -137,8 +137,8 @@ def too_lossy(case: Case, row: Row) -> str:
     if found.estimate > allowed:
         return f"perplexity {percent_of(found)}, more than the {100 * case.max_perplexity_rise:g} % allowed"
     if found.high is not None and found.high > allowed:
-        return f"perplexity {percent_of(found)}: not surely within the {100 * case.max_perplexity_rise:g} % "
-        "allowed"
+        most = f"{100 * case.max_perplexity_rise:g} %"
+        return f"perplexity {percent_of(found)}: not surely within the {most} allowed"
     return ""
 
 

@@ -47,8 +47,10 @@ def supports(plan: Plan, model: Model, num_repeats: int) -> str:
         "counts where its interval says so."
     )
     if model.random_weights:
-        return f"{NO_VERDICT} Speed and bytes hold for the shape of {model.name} on this device and load. "
-        f"{repeats}"
+        return (
+            f"{NO_VERDICT} report.json and report.csv keep them. Speed and bytes hold for the shape of "
+            f"{model.name} on this device and load. {repeats}"
+        )
     if plan.settings.model == "demo":
         return (
             "This is the demo model: the report shows the instrument, not the answer. What a precision costs "

@@ -189,7 +189,7 @@ def test_the_fastest_mode_within_the_allowed_loss_is_deployed() -> None:
     assert PLACE in verdict.headline
     assert verdict.tied == []
     assert "more than the 5 % allowed" in verdict.rejected["nf4"]
-    assert "not surely within" in verdict.rejected["awq"]
+    assert "not surely within the 5 % allowed" in verdict.rejected["awq"]
     assert "against int8" in verdict.rejected["fp8"]
     assert "bf16" in verdict.rejected
     assert verdict.sureness[0].startswith("against bf16, each at 95 % confidence: tokens/s at least +2")

@@ -2,6 +2,8 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import msgspec
@@ -11,6 +13,7 @@ from service import cores
 from service.compare.environment import environment
 from service.compare.quality import agreement_of
 from service.compare.report import Apart, Report, schema, shipped_schema
+from service.compare.words import supports
 from service.errors import HalftoneError
 from service.messages import Evaluated, Paired
 from tests.compare.made_up import MODES, failed, made_up, too_large
@@ -73,6 +76,17 @@ def test_agreement_by_hand() -> None:
 
 
 WAYS = ("prefill", "decode1", "decode8")
+
+
+@pytest.mark.parametrize("random_weights", [{}, {"seed": "0"}], ids=["trained", "random"])
+def test_what_figures_support_ends_with_their_repeats(random_weights: dict[str, str]) -> None:
+    """Of random weights that sentence was lost."""
+    model = msgspec.structs.replace(made_up().model, random_weights=random_weights)
+    plan: Any = SimpleNamespace(settings=SimpleNamespace(model="a/model"))
+    assert supports(plan, model, 1).endswith("a difference of a few percent is not evidence.")
+    said = supports(plan, model, 3)
+    assert "Each speed is the mean of 3 engines' runs" in said
+    assert ("no verdict on quality" in said) == bool(random_weights)
 
 
 def test_readme_of_the_load_generator_is_what_the_page_says() -> None:
