@@ -20,6 +20,7 @@ from torch import Tensor
 
 from service.errors import PrecisionError
 from service.kernels import w4_linear
+from service.kernels.dense_linear import widened
 from service.kernels.native.linear import NativeLinear
 from service.kernels.nf4_linear import native
 from service.precision import w4
@@ -175,7 +176,7 @@ class NF4Linear(QuantLinear):
             weight = torch.ops.bitsandbytes.dequantize_4bit.default(
                 self.codes, absmax, BLOCK, "nf4", shape, x.dtype
             )
-            y = F.linear(x, weight, self.bias)
+            y = widened.linear(x, weight, self.bias)
         else:
             y = torch.ops.bitsandbytes.gemm_4bit.default(
                 x, self.codes, shape, absmax, BLOCK, "nf4", self.bias

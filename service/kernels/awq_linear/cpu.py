@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from service.kernels.awq_linear.reference import unpack
+from service.kernels.dense_linear import widened
 
 COLUMNS = 64  # outputs in one block of the AVX-512 order
 GROUPS = (32, 64, 128, 256)  # group sizes of torch's product
@@ -90,7 +91,7 @@ def linear(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     step = max(1, CHUNK_BYTES // (codes.shape[1] * 2 * x.element_size() * COLUMNS)) * COLUMNS
     for start in range(0, codes.shape[0], step):
         part = slice(start, start + step)
-        torch.mm(x, dequantize(codes[part], zeros[:, part], scales[:, part], x.dtype), out=y[:, part])
+        y[:, part] = widened.linear(x, dequantize(codes[part], zeros[:, part], scales[:, part], x.dtype).t())
     return y
 
 

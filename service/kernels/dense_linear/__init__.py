@@ -11,11 +11,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from service.kernels.cuda import absence
-from service.kernels.dense_linear import native
+from service.kernels.dense_linear import native, widened
 from service.kernels.dense_linear.few_rows import Row, Variant, plan
 from service.kernels.fixed_linear import fixed_linear
 
@@ -70,7 +69,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if native.is_packed(weight):
         return native.linear(weight, bias)(x)
     if not weight.is_mkldnn:
-        return F.linear(x, weight, bias)
+        return widened.linear(x, weight, bias)
     if x.shape[0] == 1 and x.dtype == torch.float32:
         # oneDNN splits long sums another way for one row than for many; as two rows the sum stays the same
         return _linear(x.expand(2, -1).contiguous(), weight, bias, "none", [], "")[:1]

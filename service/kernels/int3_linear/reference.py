@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from service.kernels.dense_linear import widened
+
 TOGETHER = 32  # codes in three words
 CHUNK_WEIGHTS = 1 << 20  # that exist dequantized at once: 4 MiB in float32, more would only take memory
 
@@ -60,5 +62,6 @@ def int3_linear(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tens
     for start in range(0, out_features, columns):
         block = slice(start, start + columns)
         pairs = slice(start // 2, (start + columns) // 2)
-        y[:, block] = x @ dequantize(codes[:, :, block], zeros[:, pairs], scales[:, block], x.dtype)
+        weight = dequantize(codes[:, :, block], zeros[:, pairs], scales[:, block], x.dtype)
+        y[:, block] = widened.linear(x, weight.t())
     return y
