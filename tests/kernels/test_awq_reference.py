@@ -78,7 +78,7 @@ def test_prepared_bits_are_only_moved(in_features: int, out_features: int, group
     layer = random_layer(in_features, out_features, group)
     weight = prepare(*layer)
     packed = out_features % 64 == 0 and group != 16
-    assert weight.kernel == ("torch.int4pack" if packed and cpu.is_supported() else "reference.awq_linear")
+    assert weight.kernel == ("torch.int4pack" if packed and cpu.span() else "reference.awq_linear")
     assert torch.equal(dense(weight.codes, weight.zeros, weight.scales), reference.dequantize(*layer).t())
 
 
@@ -118,19 +118,35 @@ def test_rows_that_are_not_contiguous() -> None:
     assert (got - want).norm() < 4e-3 * want.norm()
 
 
+@pytest.mark.parametrize("span", cpu.SPANS)
+def test_nibbles_of_both_orders(monkeypatch: pytest.MonkeyPatch, span: int) -> None:
+    """Byte b of a feature: output 2 span (b / span) + b % span low, and the one a span behind it high."""
+    codes = torch.randint(16, (128, 32), dtype=torch.uint8)
+    packed = torch.empty(2, 32, 32, dtype=torch.uint8)
+    for block in range(2):
+        for byte in range(32):
+            low = 64 * block + byte // span * 2 * span + byte % span
+            packed[block, :, byte] = codes[low] | codes[low + span] << 4
+    packed = packed.view(128, 16)
+    assert torch.equal(cpu.unpack_int4(packed, span), codes)
+    monkeypatch.setattr(cpu, "span", lambda: span)
+    zeros, scales = torch.zeros(1, 128, dtype=torch.int8), torch.ones(1, 128)
+    assert torch.equal(cpu.dequantize(packed, zeros, scales, torch.float32).t(), codes.float() - 8)
+
+
 def test_an_unknown_int4pack_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch documents no order: were it another one, the reference must serve, not wrong numbers."""
 
-    def other_order(codes: Tensor) -> Tensor:
-        return real(codes.view(codes.shape[0], -1).flip(0).contiguous())
+    def other_order(codes: Tensor, span: int) -> Tensor:
+        return real(codes.view(codes.shape[0], -1).flip(0).contiguous(), span)
 
     real = cpu.unpack_int4
     monkeypatch.setattr(cpu, "unpack_int4", other_order)
-    cpu.is_supported.cache_clear()
+    cpu.span.cache_clear()
     try:
         assert prepare(*random_layer(128, 64, 32)).kernel == "reference.awq_linear"
     finally:
-        cpu.is_supported.cache_clear()
+        cpu.span.cache_clear()
 
 
 def test_ops_have_fakes() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from service.kernels.dense_linear import dense_linear, pack_weight, packed_bytes, unpack_weight
+from service.kernels.dense_linear import dense_linear, pack_weight, packed_bytes, unpack_weight, widened
 from service.kernels.dense_linear.table import pack_table
 
 SHAPES = [(96, 64), (130, 100), (576, 1536), (192, 64)]
@@ -48,6 +48,9 @@ def test_rows_of_a_packed_table(dtype: torch.dtype, num_rows: int, num_columns: 
     torch.manual_seed(0)
     weight = torch.randn(num_rows, num_columns).to(dtype)
     table = pack_table(weight)
+    if not widened.has_products(dtype):
+        assert table is None  # oneDNN packs what it multiplies
+        return
     assert table is not None, "the layout of this CPU is not understood"
     ids = torch.randint(0, num_rows, (50,))
     assert torch.equal(table.rows(ids), weight[ids])

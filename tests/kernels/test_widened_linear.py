@@ -38,3 +38,13 @@ def test_it_serves_weights_that_are_not_packed() -> None:
     packed = pack_weight(weight)
     assert linear_kernel(packed) == "torch.linear"
     torch.testing.assert_close(dense_linear(x, packed), widened.linear(x, weight))
+
+
+def test_sums_of_codes_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 2^24, where float32 has gaps; in parts of the outputs too."""
+    monkeypatch.setattr(widened, "WIDENED_WEIGHTS", 4 * widened.EXACT_INPUTS)
+    x, weight = torch.full((5, 2500), 127, dtype=torch.int8), torch.full((11, 2500), 127, dtype=torch.int8)
+    weight[3], weight[7, ::3] = -127, 126
+    want = x.int().double() @ weight.double().t()
+    assert want.max() > 1 << 24
+    assert torch.equal(widened.code_product(x, weight), want.int())

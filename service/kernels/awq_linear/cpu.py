@@ -2,9 +2,10 @@
 
 AutoAWQ's three tensors --pack_int4 (once, at load)--> codes, zeros, scales --linear--> y
 
-`codes` is torch's int4pack order: for each block of COLUMNS outputs and each input feature COLUMNS / 2
-bytes, low nibbles the block's first half, high nibbles its second. torch documents no order, and it
-depends on the CPU, so `is_supported` packs a known matrix and looks.
+`codes` is torch's int4pack order: for each block of COLUMNS outputs and each input feature COLUMNS / 2 bytes,
+of which each `span` has 2 * span outputs, the first half in low nibbles, the second in high ones. torch
+documents no order, and it depends on the CPU (AVX-512: a span of 32, AVX2: 16), so `span` packs a known
+matrix and looks.
 """
 
 from functools import cache
@@ -15,7 +16,8 @@ from torch import Tensor
 from service.kernels.awq_linear.reference import unpack
 from service.kernels.dense_linear import widened
 
-COLUMNS = 64  # outputs in one block of the AVX-512 order
+COLUMNS = 64  # outputs in one block
+SPANS = (32, 16)  # bytes
 GROUPS = (32, 64, 128, 256)  # group sizes of torch's product
 MAX_PACKED_ROWS = (
     64  # from here on dequantizing costs less than the packed product's rows: docs/cpu-kernels.md
@@ -25,16 +27,19 @@ NIBBLES = 0x0F0F0F0F0F0F0F0F
 
 
 @cache
-def is_supported() -> bool:
-    """Does this CPU's int4pack order equal the one that `unpack_int4` reads?"""
-    codes = torch.arange(2 * COLUMNS * 32, dtype=torch.int32).mul_(7).bitwise_and_(0xF).view(2 * COLUMNS, 32)
+def span() -> int:
+    """Of this CPU's int4pack order; 0 where it is none that `unpack_int4` reads."""
+    outputs, inputs = torch.arange(2 * COLUMNS, dtype=torch.int32), torch.arange(32, dtype=torch.int32)
+    codes = (outputs[:, None] * 7 + outputs[:, None] // 16 + inputs * 5) & 0xF
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    return packed.dtype == torch.uint8 and torch.equal(unpack_int4(packed), codes.to(torch.uint8))
+    if packed.dtype != torch.uint8:
+        return 0
+    return next((one for one in SPANS if torch.equal(unpack_int4(packed, one), codes.to(torch.uint8))), 0)
 
 
 def fits(in_features: int, out_features: int, group: int) -> bool:
     """Can a linear of this shape be packed here?"""
-    return out_features % COLUMNS == 0 and in_features % group == 0 and group in GROUPS and is_supported()
+    return out_features % COLUMNS == 0 and in_features % group == 0 and group in GROUPS and span() > 0
 
 
 def pack_int4(
@@ -52,10 +57,11 @@ def pack_int4(
     return codes, 8 - unpack(qzeros).to(torch.int8), scales
 
 
-def unpack_int4(codes: Tensor) -> Tensor:
+def unpack_int4(codes: Tensor, span: int) -> Tensor:
     """uint8 [out, in / 2] -> uint8 [out, in]."""
-    blocks = codes.view(-1, codes.shape[1] * 2, COLUMNS // 2)  # [out / COLUMNS, in, COLUMNS / 2]
-    return torch.cat((blocks & 0xF, blocks >> 4), dim=-1).transpose(1, 2).reshape(codes.shape[0], -1)
+    spans = codes.view(-1, codes.shape[1] * 2, COLUMNS // 2 // span, span)  # [out / COLUMNS, in, ..]
+    outputs = torch.cat((spans & 0xF, spans >> 4), dim=-1).flatten(2)
+    return outputs.transpose(1, 2).reshape(codes.shape[0], -1)
 
 
 @cache
@@ -98,11 +104,11 @@ def linear(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
 def dequantize(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """-> [in, out]: (code - zero) * scale, rounded once, for a multiple of COLUMNS outputs."""
     out_features, half = codes.shape
-    blocks = codes.view(-1, half * 2, COLUMNS // 2)
-    words = blocks.view(torch.int64)  # eight bytes an operation
-    weight = torch.empty(half * 2, out_features // COLUMNS, 2, COLUMNS // 2, dtype=dtype)
-    weight[:, :, 0] = (words & NIBBLES).view(torch.uint8).transpose(0, 1)
-    weight[:, :, 1] = (words >> 4 & NIBBLES).view(torch.uint8).transpose(0, 1)
+    spans = codes.view(-1, half * 2, COLUMNS // 2 // span(), span())
+    words = spans.view(torch.int64)  # eight bytes an operation
+    weight = torch.empty(half * 2, out_features // COLUMNS, spans.shape[2], 2, span(), dtype=dtype)
+    weight[..., 0, :] = (words & NIBBLES).view(torch.uint8).transpose(0, 1)
+    weight[..., 1, :] = (words >> 4 & NIBBLES).view(torch.uint8).transpose(0, 1)
     groups = weight.view(zeros.shape[0], -1, out_features)
     groups.sub_((8 - zeros).to(dtype).unsqueeze(1))  # exact: small integers
     groups.mul_(scales.to(dtype).unsqueeze(1))

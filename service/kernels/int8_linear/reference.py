@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.kernels.dense_linear import widened
+
 ROWS_AT_ONCE = 512  # of x, which bounds the int32 sums [3 * rows, out]
 ROW_MULTIPLE = 32  # of the stacked rows there, of which it wants more than 16
 MULTIPLE = 8  # of its inputs and outputs
@@ -65,6 +67,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def multiply(x_codes: Tensor, codes: Tensor) -> Tensor:
     """int8 [T, in] and [out, in] -> int32 [T, out]."""
     num_rows, num_outputs = len(x_codes), len(codes)
+    if x_codes.is_cpu and not widened.has_products(torch.int8):
+        return widened.code_product(x_codes, codes)
     if x_codes.is_cuda:
         more_inputs = -x_codes.shape[1] % MULTIPLE
         x_codes = F.pad(x_codes, (0, more_inputs, 0, -num_rows % ROW_MULTIPLE))
