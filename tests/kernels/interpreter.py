@@ -122,13 +122,15 @@ def called_by_a_kernel(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def dot_of_any_type(builder: object, a: Any, b: Any, total: Any, precision: object, imprecise: object) -> Any:
-    """tl.dot of the interpreter, which (3.6) multiplies bfloat16's and fp8's bits, and int8 in int8."""
+    """tl.dot of the interpreter, which (3.6) multiplies bfloat16's and fp8's bits, and int8 in int8.
+
+    In float64, which is exact for integers; and of numbers leaves next to nothing of the order of sums, which
+    in numpy depends on the CPU, the number of rows and a row's place among them.
+    """
     from triton.runtime.interpreter import TensorHandle
 
-    if total.data.dtype == np.int32:  # exact in float64, which numpy multiplies faster than integers
-        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.int32)
-    else:
-        product = np.matmul(as_float32(a), as_float32(b))
+    left, right = (a.data, b.data) if total.data.dtype == np.int32 else (as_float32(a), as_float32(b))
+    product = np.matmul(left.astype(np.float64), right.astype(np.float64)).astype(total.data.dtype)
     return TensorHandle(product + total.data, total.dtype.scalar)
 
 
