@@ -120,12 +120,12 @@ def test_rows_that_are_not_contiguous() -> None:
 
 @pytest.mark.parametrize("span", cpu.SPANS)
 def test_nibbles_of_both_orders(monkeypatch: pytest.MonkeyPatch, span: int) -> None:
-    """Byte b of a feature: output 2 span (b / span) + b % span low, and the one a span behind it high."""
+    """Byte b of a feature of a block: its output b low, its output span + b high."""
     codes = torch.randint(16, (128, 32), dtype=torch.uint8)
-    packed = torch.empty(2, 32, 32, dtype=torch.uint8)
-    for block in range(2):
-        for byte in range(32):
-            low = 64 * block + byte // span * 2 * span + byte % span
+    packed = torch.empty(64 // span, 32, span, dtype=torch.uint8)
+    for block in range(64 // span):
+        for byte in range(span):
+            low = block * 2 * span + byte
             packed[block, :, byte] = codes[low] | codes[low + span] << 4
     packed = packed.view(128, 16)
     assert torch.equal(cpu.unpack_int4(packed, span), codes)

@@ -2,10 +2,9 @@
 
 AutoAWQ's three tensors --pack_int4 (once, at load)--> codes, zeros, scales --linear--> y
 
-`codes` is torch's int4pack order: for each block of COLUMNS outputs and each input feature COLUMNS / 2 bytes,
-of which each `span` has 2 * span outputs, the first half in low nibbles, the second in high ones. torch
-documents no order, and it depends on the CPU (AVX-512: a span of 32, AVX2: 16), so `span` packs a known
-matrix and looks.
+`codes` is torch's int4pack order: for each block of 2 * span outputs and each input feature `span` bytes, low
+nibbles the block's first half, high nibbles its second. torch documents no order, and it depends on the CPU
+(AVX-512: a span of 32, AVX2: 16), so `span` packs a known matrix and looks.
 """
 
 from functools import cache
@@ -16,8 +15,8 @@ from torch import Tensor
 from service.kernels.awq_linear.reference import unpack
 from service.kernels.dense_linear import widened
 
-COLUMNS = 64  # outputs in one block
-SPANS = (32, 16)  # bytes
+COLUMNS = 64  # outputs of a linear are a multiple of: whole blocks
+SPANS = (32, 16)
 GROUPS = (32, 64, 128, 256)  # group sizes of torch's product
 MAX_PACKED_ROWS = (
     64  # from here on dequantizing costs less than the packed product's rows: docs/cpu-kernels.md
@@ -59,9 +58,8 @@ def pack_int4(
 
 def unpack_int4(codes: Tensor, span: int) -> Tensor:
     """uint8 [out, in / 2] -> uint8 [out, in]."""
-    spans = codes.view(-1, codes.shape[1] * 2, COLUMNS // 2 // span, span)  # [out / COLUMNS, in, ..]
-    outputs = torch.cat((spans & 0xF, spans >> 4), dim=-1).flatten(2)
-    return outputs.transpose(1, 2).reshape(codes.shape[0], -1)
+    blocks = codes.view(-1, codes.shape[1] * 2, span)  # [out / (2 * span), in, span]
+    return torch.cat((blocks & 0xF, blocks >> 4), dim=-1).transpose(1, 2).reshape(codes.shape[0], -1)
 
 
 @cache
@@ -104,11 +102,10 @@ def linear(x: Tensor, codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
 def dequantize(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """-> [in, out]: (code - zero) * scale, rounded once, for a multiple of COLUMNS outputs."""
     out_features, half = codes.shape
-    spans = codes.view(-1, half * 2, COLUMNS // 2 // span(), span())
-    words = spans.view(torch.int64)  # eight bytes an operation
-    weight = torch.empty(half * 2, out_features // COLUMNS, spans.shape[2], 2, span(), dtype=dtype)
-    weight[..., 0, :] = (words & NIBBLES).view(torch.uint8).transpose(0, 1)
-    weight[..., 1, :] = (words >> 4 & NIBBLES).view(torch.uint8).transpose(0, 1)
+    words = codes.view(-1, half * 2, span()).view(torch.int64)  # eight bytes an operation
+    weight = torch.empty(half * 2, out_features // (2 * span()), 2, span(), dtype=dtype)
+    weight[:, :, 0] = (words & NIBBLES).view(torch.uint8).transpose(0, 1)
+    weight[:, :, 1] = (words >> 4 & NIBBLES).view(torch.uint8).transpose(0, 1)
     groups = weight.view(zeros.shape[0], -1, out_features)
     groups.sub_((8 - zeros).to(dtype).unsqueeze(1))  # exact: small integers
     groups.mul_(scales.to(dtype).unsqueeze(1))
