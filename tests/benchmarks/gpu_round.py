@@ -68,9 +68,9 @@ PLANTED = ("--random-std", "0.01", "--random-outliers", "32")
 STEPS = (
     suite("swaps", 280, "tests/gpu/test_swap_on_gpu.py", beside=True),
     Step(
-        "racecheck",
-        180,
-        ("-m", "tests.benchmarks.sanitize", "--under", "racecheck", "--logs", "OUT/racecheck"),
+        "sanitize",
+        270,
+        ("-m", "tests.benchmarks.sanitize", "--under", "memcheck,racecheck", "--logs", "OUT/sanitize"),
         beside=True,
     ),
     suite(
